@@ -1,0 +1,32 @@
+"""gracec: a quantizing compiler for vision-language models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gracec._quiet import drop_import_noise
+
+if TYPE_CHECKING:
+    from gracec.compiler import CompiledModel, compile, load
+    from gracec.recipe import Recipe
+
+__all__ = ["CompiledModel", "Recipe", "compile", "load"]
+
+drop_import_noise()
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `gracec --help` needs no torch."""
+    if name in ("CompiledModel", "compile", "load"):
+        from gracec import compiler
+
+        return getattr(compiler, name)
+    if name == "Recipe":
+        from gracec.recipe import Recipe
+
+        return Recipe
+    raise AttributeError(f"module 'gracec' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

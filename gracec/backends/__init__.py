@@ -1,0 +1,1 @@
+"""Runtimes that codes and scales are lowered to, one module each."""

@@ -1,0 +1,149 @@
+"""Capture a model with torch.export, and prove that the graph computes what the model computes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, fx
+from transformers import PreTrainedModel
+
+from gracec.capture.families import Family, family_of
+from gracec.errors import GateError, GracecError
+from gracec.program import Program
+
+# (batch, images, text tokens): batch 1, several images in one prompt, and left padding among them.
+GATE_SHAPES = ((1, 1, 5), (3, 3, 9), (2, 4, 6))
+
+
+def capture(model: PreTrainedModel, batch: Mapping[str, Tensor] | None = None) -> Program:
+    """Capture a vision-language model as one graph from ids and pixels to logits [B, T, V].
+
+    The graph shares its parameters with the model, and the dtype and device of the model are baked
+    into it. Batch size, text length and number of images stay dynamic.
+
+    Args:
+        model: a Hugging Face vision-language model; it is put into eval mode for the trace.
+        batch: what the processor returned for some prompts; built from the config when missing.
+
+    Raises:
+        GracecError: if the family is unknown or torch.export cannot trace the model.
+    """
+    family = family_of(model)
+    inputs = family.prepare(model, batch or family.example_batch(model))
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), _data_dependent_checks_off():
+            exported = torch.export.export(
+                family.traced(model),
+                (),
+                kwargs=inputs,
+                dynamic_shapes=family.dynamic_shapes(),
+                strict=False,
+            )
+    except Exception as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise GracecError(
+            f"torch.export cannot trace the model: {type(error).__name__}: {first_line}",
+            where=type(model).__name__,
+            fix="see `gracec doctor`",
+        ) from error
+    finally:
+        model.train(was_training)
+    graph_module = exported.module(check_guards=False)
+    assert isinstance(graph_module, fx.GraphModule)
+    _drop_assertions(graph_module)
+    return Program(
+        graph_module=graph_module,
+        example_inputs=inputs,
+        dynamic_shapes=family.dynamic_shapes(),
+        output_names=("logits",),
+        family=family.model_type,
+        fqns=_normalised_fqns(graph_module, model),
+        dtype=model.dtype,
+        device=model.device,
+    )
+
+
+def captured_equals_eager(
+    program: Program,
+    model: PreTrainedModel,
+    batches: Sequence[Mapping[str, Tensor]] | None = None,
+) -> int:
+    """Gate: the graph's logits equal the model's, bit for bit, on every batch.
+
+    Args:
+        batches: processor outputs; by default three shapes built from the config, batch 1, several
+            images in one prompt and left padding among them.
+
+    Returns:
+        The number of batches compared.
+
+    Raises:
+        GateError: with the shape and the largest difference of the first batch that differs.
+    """
+    family = family_of(model)
+    batches = batches or list(_gate_batches(family, model))
+    for batch in batches:
+        inputs = family.prepare(model, batch)
+        with torch.no_grad():
+            expected = model(**inputs, use_cache=False).logits
+            (logits, *_) = program(**inputs)
+        if not torch.equal(expected, logits):
+            difference = (expected.double() - logits.double()).abs().max().item()
+            shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
+            raise GateError(
+                f"captured graph and eager model differ by {difference:.3g} at {shapes}",
+                where=type(model).__name__,
+                fix="the capture is wrong for this model; see `gracec doctor`",
+            )
+    return len(batches)
+
+
+def _gate_batches(family: Family, model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    for batch, images, text in GATE_SHAPES:
+        yield family.example_batch(model, batch=batch, images=images, text=text)
+
+
+@contextmanager
+def _data_dependent_checks_off() -> Iterator[None]:
+    """transformers checks token counts inside forward, which no trace can; `prepare` does it."""
+    name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _drop_assertions(graph_module: fx.GraphModule) -> None:
+    """Remove the `_assert_*` nodes of the trace; their conditions are checked by `prepare`."""
+    for node in reversed(graph_module.graph.nodes):
+        name = getattr(node.target, "__name__", str(node.target))
+        if node.op == "call_function" and name.startswith("_assert_"):
+            graph_module.graph.erase_node(node)
+    graph_module.recompile()
+
+
+def _normalised_fqns(
+    graph_module: fx.GraphModule, model: PreTrainedModel
+) -> dict[str, tuple[str, ...]]:
+    """Attribute path in the graph -> names in the model's state dict, tied names together."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), []).append(name)
+    fqns = {}
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        own_name = str(node.target).removeprefix("model.")
+        if own_name in tensors:  # a constant that export lifted has no name in the model
+            fqns[str(node.target)] = tuple(names[id(tensors[own_name])])
+    return fqns

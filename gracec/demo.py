@@ -1,0 +1,151 @@
+"""The demo: compile a shipped student and let three models answer questions about real pictures.
+
+An example is a directory with `teacher/`, `student/` (Hugging Face directories) and a script
+`make_dataset.py --split test --out DIR [--limit N]` that writes the questions.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import gracec
+from gracec.errors import GracecError
+from gracec.evaluate import VqaReport, VqaSample, evaluate_vqa, format_table, load_samples
+from gracec.evaluate.vqa import paired_difference
+from gracec.models import load_model, load_processor
+
+BATCH_SIZE = 64
+
+
+def run_demo(
+    example: Path, output: Path, *, limit: int | None = None, console: Console
+) -> dict[str, Any]:
+    """Compile the student, ask teacher, student and INT4 student, show and save what they say.
+
+    Writes `output/data` (the questions), `output/student-int4` (the artifact),
+    `output/answers.png` and `output/result.json`, replacing those of an earlier run.
+
+    Returns:
+        JSON-able: sizes, accuracy by type with standard errors and controls, seconds.
+
+    Raises:
+        GracecError: if the directory is not an example.
+    """
+    started = time.perf_counter()
+    for name in ("teacher", "student", "make_dataset.py"):
+        if not (example / name).exists():
+            raise GracecError(
+                f"{name} is missing",
+                where=str(example),
+                fix="run it in a checkout of gracec, or give --example DIR",
+            )
+    data, artifact = output / "data", output / "student-int4"
+    for old in (data, artifact):
+        shutil.rmtree(old, ignore_errors=True)
+    output.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(example / "make_dataset.py"), "--split", "test"]
+    done = subprocess.run(
+        [*command, "--out", str(data)], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        last_line = done.stderr.strip().rpartition("\n")[2]
+        raise GracecError(f"the questions cannot be written: {last_line}", where=command[1])
+    samples = load_samples(data, limit)
+
+    console.rule("compile")
+    compiled = gracec.compile(example / "student", "w4a16-ptq", output_dir=artifact)
+    console.print(compiled.report.coverage_table())
+    console.print(compiled.report.gates_table())
+    console.print(compiled.report.sizes_line(), highlight=False)
+
+    console.rule(f"{len(samples)} questions")
+    models: dict[str, tuple[Any, Path]] = {
+        "teacher fp32": (load_model(example / "teacher", torch.float32), example / "teacher"),
+        "student fp32": (load_model(example / "student", torch.float32), example / "student"),
+        "student INT4": (gracec.load(artifact), artifact),
+    }
+    reports: dict[str, VqaReport] = {}
+    for name, (model, directory) in models.items():
+        processor = load_processor(directory)
+        reports[name] = evaluate_vqa(model, processor, samples, batch_size=BATCH_SIZE)
+        accuracy, error = reports[name].overall.accuracy, reports[name].overall.standard_error
+        console.print(f"{name}: {accuracy:.1%} ± {error:.1%}", highlight=False)
+    console.print(format_table(reports))
+    change = paired_difference(reports["student INT4"], reports["student fp32"])
+    console.print(
+        f"INT4 against full precision, same questions: {100 * change.difference:+.1f} "
+        f"± {100 * change.standard_error:.1f} points",
+        highlight=False,
+    )
+
+    picture = output / "answers.png"
+    shown = draw_answers(samples, reports, picture)
+    for index in shown:
+        answers = {name: report.predictions[index].predicted for name, report in reports.items()}
+        console.print(
+            f"{samples[index].image.name}: {samples[index].question} "
+            + ", ".join(f"{name}: {answer}" for name, answer in answers.items())
+            + f" (right: {samples[index].answer})",
+            highlight=False,
+            markup=False,
+        )
+    seconds = time.perf_counter() - started
+    console.print(f"picture: {picture}   {seconds:.0f} s", highlight=False)
+    result: dict[str, Any] = {
+        "questions": len(samples),
+        "seconds": round(seconds, 1),
+        "weight_bytes": compiled.report.sizes,
+        "int4_minus_full_precision": change._asdict(),
+        "models": {name: _without_predictions(report) for name, report in reports.items()},
+    }
+    (output / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def draw_answers(
+    samples: list[VqaSample], reports: Mapping[str, VqaReport], path: Path
+) -> list[int]:
+    """A picture of the first question of each type with every model's answer.
+
+    Returns:
+        The indices of the questions shown.
+    """
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    shown = list({sample.type: i for i, sample in reversed(list(enumerate(samples)))}.values())
+    shown.sort()
+    figure = Figure(figsize=(2.6 * len(shown), 3.6), layout="constrained")
+    for column, index in enumerate(shown):
+        axes = figure.add_subplot(1, len(shown), column + 1)
+        with Image.open(samples[index].image) as image:
+            axes.imshow(image, interpolation="nearest")
+        axes.set_axis_off()
+        axes.set_title(samples[index].question, fontsize=9)
+        for line, (name, report) in enumerate(reports.items()):
+            prediction = report.predictions[index]
+            mark = "✓" if prediction.correct else "✗"
+            axes.text(
+                0.0,
+                -0.08 - 0.1 * line,
+                f"{name}: {prediction.predicted} {mark}",
+                transform=axes.transAxes,
+                fontsize=9,
+                color="darkgreen" if prediction.correct else "firebrick",
+            )
+    figure.savefig(path, dpi=110)
+    return shown
+
+
+def _without_predictions(report: VqaReport) -> dict[str, Any]:
+    return {key: value for key, value in report.to_dict().items() if key != "predictions"}

@@ -1,0 +1,26 @@
+"""Errors that a user of gracec can act on."""
+
+from __future__ import annotations
+
+
+class GracecError(Exception):
+    """Bad input: one line that says what is wrong, where, and what to do.
+
+    Args:
+        what: what is wrong.
+        where: the module path, file or field it is wrong in.
+        fix: what the user can do about it.
+    """
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        self.what, self.where, self.fix = what, where, fix
+        message = f"{where}: {what}" if where else what
+        super().__init__(f"{message}; {fix}" if fix else message)
+
+
+class GateError(GracecError):
+    """A numeric gate failed: the input was fine, the result is not good enough to hand over."""
+
+
+class PassError(GracecError):
+    """A pass refused a program, or left one that breaks its own postcondition."""

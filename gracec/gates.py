@@ -1,0 +1,106 @@
+"""Numeric gates: each returns the figure it found, or raises `GateError`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gracec.backends.torchao import CountInt4Kernels, Int4OpaqueTensor
+from gracec.errors import GateError
+from gracec.passes.freeze import FrozenWeight
+from gracec.program import Program, annotation
+
+MATMUL_BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+NEAR_TIE = 0.02
+"""Two top logits closer than this share of their spread are a tie that rounding may decide."""
+
+
+def frozen_equals_fake_quantized(
+    fake_quantized: Program, frozen: Program, inputs: Mapping[str, Tensor]
+) -> Tensor:
+    """Frozen codes compute exactly the logits of the fake-quantized graph; returns them."""
+    with torch.no_grad():
+        expected = fake_quantized(**inputs)[0]
+        logits = frozen(**inputs)[0]
+    if not torch.equal(expected, logits):
+        difference = (expected.double() - logits.double()).abs().max().item()
+        raise GateError(f"frozen and fake-quantized logits differ by {difference:.3g}")
+    return logits
+
+
+def matmul_error(
+    packed: Mapping[str, Int4OpaqueTensor], weights: Mapping[str, FrozenWeight]
+) -> float:
+    """Largest relative error of a packed linear against float64, over all weights.
+
+    Each is run on 8 random activations; the error is relative to the largest output.
+    """
+    worst = 0.0
+    generator = torch.Generator().manual_seed(0)
+    for fqn, weight in packed.items():
+        dtype = weight.dtype
+        x = torch.randn(8, weight.shape[1], generator=generator).to(dtype)
+        with torch.no_grad():
+            result = functional.linear(x, weight).double()
+        exact = x.double() @ weights[fqn].dequantize().double().t()
+        error = ((result - exact).abs().max() / exact.abs().max().clamp_min(1e-30)).item()
+        if not error <= MATMUL_BOUND[dtype]:
+            raise GateError(
+                f"INT4 matmul is off by {error:.3g} relative to float64, "
+                f"the bound is {MATMUL_BOUND[dtype]:.0e}",
+                where=fqn,
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def int4_kernels_run(program: Program, inputs: Mapping[str, Tensor]) -> int:
+    """Count of INT4 kernels that run in one forward; it must equal the planned count."""
+    planned = len([n for n in program.graph.nodes if annotation(n).get("kernel") == "int4"])
+    with torch.no_grad(), CountInt4Kernels() as kernels:
+        program(**inputs)
+    if kernels.count != planned:
+        raise GateError(f"{kernels.count} INT4 kernels ran, {planned} are planned")
+    return planned
+
+
+@dataclass(frozen=True)
+class LogitAgreement:
+    """How far logits are from a reference.
+
+    Attributes:
+        kl: mean KL divergence from the reference per position, in nats.
+        top1: share of positions with the same most likely token.
+        top1_clear: the same, only where the reference is no near-tie.
+    """
+
+    kl: float
+    top1: float
+    top1_clear: float
+
+
+def logit_agreement(reference: Tensor, logits: Tensor, mask: Tensor) -> LogitAgreement:
+    """Compare logits [B, T, V] with a reference where mask [B, T] is set."""
+    chosen = mask.bool()
+    expected, found = reference.double()[chosen], logits.double()[chosen]
+    expected_log, found_log = expected.log_softmax(-1), found.log_softmax(-1)
+    kl = (expected_log.exp() * (expected_log - found_log)).sum(-1).mean().item()
+    same = expected.argmax(-1) == found.argmax(-1)
+    top2 = expected.topk(2, dim=-1).values
+    spread = expected.amax(-1) - expected.amin(-1)
+    clear = (top2[:, 0] - top2[:, 1]) > NEAR_TIE * spread
+    top1_clear = same[clear].double().mean().item() if clear.any() else 1.0
+    return LogitAgreement(kl, same.double().mean().item(), top1_clear)
+
+
+def lowered_is_as_good_as_dense(lowered: LogitAgreement, dense: LogitAgreement) -> None:
+    """Lowered logits stay as close to the reference as dense weights of the same dtype do."""
+    if not lowered.kl <= 2 * dense.kl + 1e-4:
+        raise GateError(
+            f"the lowered model's logits are off by KL {lowered.kl:.3g}, "
+            f"dense weights with the same values by {dense.kl:.3g}"
+        )

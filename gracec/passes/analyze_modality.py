@@ -1,0 +1,306 @@
+"""analyze-modality: find by dataflow what is vision, what is text, and where they meet.
+
+    modality(n) = vision  if n depends on pixels and not on token ids
+                  text    if n depends on token ids and not on pixels
+                  fused   if n depends on both
+
+The first floating-point node that depends on both is the merge. Its vision operand holds the
+vision tokens, its boolean operand the image mask. Nodes that every path from the merge to the
+logits runs through (dominators) contain the residual stream; each block of the decoder ends at the
+last residual addition before the next attention. No module path, parameter or placeholder name is
+looked at.
+
+Annotations:
+    modality: vision | text | fused
+    role: pixels | token_ids | merge | vision_tokens | image_mask | block_output | logits
+    block: number of the decoder block, on block outputs
+    part (on matmul-like nodes): vision | projector | decoder | head | text, or unused when the
+        logits do not depend on it
+    fused_set (on matmul-like nodes): number shared by matmuls that read the same activation
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import networkx as nx
+import torch
+from torch import fx
+
+from gracec.passes.base import Pass, PassResult
+from gracec.program import Program, annotate, annotation
+
+aten = torch.ops.aten
+ATTENTION = {aten.scaled_dot_product_attention.default, aten.softmax.int, aten._softmax.default}
+ADDITION = {aten.add.Tensor, aten.add_.Tensor}
+MATMUL_WEIGHT_ARG: dict[Any, int] = {
+    aten.linear.default: 1,
+    aten.mm.default: 1,
+    aten.addmm.default: 2,
+    aten.matmul.default: 1,
+    aten.bmm.default: 1,
+    aten.conv2d.default: 1,
+}
+"""Op -> position of the operand that holds the weight when it is a parameter."""
+VIEWS = {
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.expand.default,
+    aten.expand_as.default,
+    aten.unsqueeze.default,
+    aten.slice.Tensor,
+    aten.alias.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.t.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.view.default,
+    aten.reshape.default,
+    aten.select.int,
+    aten.chunk.default,
+    aten.split.Tensor,
+    aten._to_copy.default,
+}
+
+
+def value(node: fx.Node) -> torch.Tensor | None:
+    """The example (fake) tensor of a node, if its value is one tensor."""
+    found = node.meta.get("val")
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def weight_of(node: fx.Node) -> fx.Node | None:
+    """The parameter that a matmul-like node multiplies with, seen through views and fake-quant."""
+    position = MATMUL_WEIGHT_ARG.get(node.target)
+    if position is None or len(node.args) <= position:
+        return None
+    operand = node.args[position]
+    while isinstance(operand, fx.Node) and operand.op == "call_function":
+        is_gracec = str(operand.target).startswith("gracec.")
+        if operand.target not in VIEWS and not is_gracec:
+            return None
+        operand = operand.args[0]
+    return operand if isinstance(operand, fx.Node) and operand.op == "get_attr" else None
+
+
+@dataclass(frozen=True)
+class AnalyzeModality(Pass):
+    name: ClassVar[str] = "analyze-modality"
+    keeps_numerics: ClassVar[bool] = True
+
+    def apply(self, program: Program) -> PassResult:
+        before = [dict(annotation(node)) for node in program.graph.nodes]
+        dataflow = _Dataflow(program.graph)
+        pixels, token_ids = self._sources(program)
+        from_pixels = dataflow.reach(pixels)
+        from_text = dataflow.reach(token_ids)
+        for node in program.graph.nodes:
+            # A second run starts from nothing.
+            annotate(node, modality=None, role=None, block=None, part=None, fused_set=None)
+        for node in program.graph.nodes:
+            if node in from_pixels:
+                annotate(node, modality="fused" if node in from_text else "vision")
+            elif node in from_text:
+                annotate(node, modality="text")
+        for node in pixels:
+            annotate(node, role="pixels")
+        for node in token_ids:
+            annotate(node, role="token_ids")
+
+        merge = self._merge(program)
+        logits = self._logits(program)
+        annotate(merge, role="merge")
+        annotate(logits, role="logits")
+        vision_tokens = self._operand(merge, "vision", floating=True)
+        annotate(vision_tokens, role="vision_tokens")
+        annotate(self._image_mask(merge), role="image_mask")
+        blocks = dataflow.block_outputs(merge, logits)
+        for number, node in enumerate(blocks):
+            annotate(node, role="block_output", block=number)
+        self._parts(program, dataflow, merge, logits, vision_tokens)
+
+        after = [dict(annotation(node)) for node in program.graph.nodes]
+        parts = [annotation(n)["part"] for n in program.graph.nodes if "part" in annotation(n)]
+        counts = ", ".join(f"{parts.count(part)} {part}" for part in dict.fromkeys(parts))
+        return PassResult(
+            program, after != before, (f"{len(blocks)} decoder blocks; matmuls: {counts}",)
+        )
+
+    def ensures(self, before: Program, after: Program) -> None:
+        for role in ("merge", "vision_tokens", "image_mask", "logits"):
+            after.node(role=role)
+        if not list(after.nodes(role="block_output")):
+            raise self.refuse("found no decoder block between the merge and the logits")
+
+    def _sources(self, program: Program) -> tuple[list[fx.Node], list[fx.Node]]:
+        placeholders = program.graph.find_nodes(op="placeholder")
+        pixels = [
+            node
+            for node in placeholders
+            if (tensor := value(node)) is not None and tensor.is_floating_point()
+        ]
+        # Token ids look up rows of a parameter; masks and positions never do.
+        token_ids = [
+            node
+            for node in placeholders
+            if any(
+                user.target == aten.embedding.default and user.args[1] is node
+                for user in node.users
+            )
+        ]
+        if not pixels:
+            raise self.refuse("no floating-point input, so nothing is an image")
+        if not token_ids:
+            raise self.refuse("no input indexes an embedding, so nothing is text")
+        return pixels, token_ids
+
+    def _merge(self, program: Program) -> fx.Node:
+        for node in program.nodes(modality="fused"):
+            tensor = value(node)
+            if tensor is not None and tensor.is_floating_point():
+                return node
+        raise self.refuse("images and text never meet: no node depends on both")
+
+    def _logits(self, program: Program) -> fx.Node:
+        outputs = program.graph.output_node().args[0]
+        first = outputs[0] if isinstance(outputs, (tuple, list)) else outputs
+        assert isinstance(first, fx.Node)
+        return first
+
+    def _operand(self, merge: fx.Node, modality: str, *, floating: bool) -> fx.Node:
+        for node in merge.all_input_nodes:
+            tensor = value(node)
+            if (
+                tensor is not None
+                and tensor.is_floating_point() == floating
+                and annotation(node).get("modality") == modality
+            ):
+                return node
+        raise self.refuse(f"the merge {merge.name} ({merge.target}) has no {modality} operand")
+
+    def _image_mask(self, merge: fx.Node) -> fx.Node:
+        """From the merge's boolean operand back through its views to the mask [B, T]."""
+        for node in merge.all_input_nodes:
+            tensor = value(node)
+            if tensor is not None and tensor.dtype == torch.bool:
+                while node.target in VIEWS and (tensor := value(node)) is not None:
+                    if tensor.dim() == 2:
+                        break
+                    node = node.all_input_nodes[0]
+                return node
+        raise self.refuse(f"the merge {merge.name} ({merge.target}) has no boolean operand")
+
+    def _parts(
+        self,
+        program: Program,
+        dataflow: _Dataflow,
+        merge: fx.Node,
+        logits: fx.Node,
+        vision_tokens: fx.Node,
+    ) -> None:
+        below_merge = dataflow.reach([merge])
+        used = nx.ancestors(dataflow.digraph, logits) | {logits}
+        last_block = list(program.nodes(role="block_output"))[-1]
+        after_blocks = dataflow.reach([last_block])
+        tower_ends = dataflow.last_residual_before(vision_tokens)
+        after_tower = dataflow.reach([tower_ends]) if tower_ends is not None else set()
+        sets: dict[fx.Node, int] = {}
+        for node in program.graph.nodes:
+            if weight_of(node) is None:
+                continue
+            if node not in used:
+                part = "unused"
+            elif node in below_merge:
+                part = "head" if node in after_blocks else "decoder"
+            elif annotation(node).get("modality") == "vision":
+                part = "projector" if node in after_tower else "vision"
+            else:
+                part = "text"
+            activation = node.args[1 if node.target == aten.addmm.default else 0]
+            assert isinstance(activation, fx.Node)
+            annotate(node, part=part, fused_set=sets.setdefault(activation, len(sets)))
+
+
+class _Dataflow:
+    """The graph as networkx sees it: an edge from every node to each of its users."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.order = {node: number for number, node in enumerate(graph.nodes)}
+        self.digraph: Any = nx.DiGraph()  # its stubs take no node type of one's own
+        self.digraph.add_nodes_from(graph.nodes)
+        self.digraph.add_edges_from((node, user) for node in graph.nodes for user in node.users)
+
+    def reach(self, sources: list[fx.Node]) -> set[fx.Node]:
+        """The sources and everything that depends on them."""
+        found = set(sources)
+        for source in sources:
+            found |= nx.descendants(self.digraph, source)
+        return found
+
+    def dominators(self, source: fx.Node, target: fx.Node) -> list[fx.Node]:
+        """Nodes that every path from source to target runs through, in order, both included."""
+        between = nx.descendants(self.digraph, source) & nx.ancestors(self.digraph, target)
+        region = self.digraph.subgraph(between | {source, target})
+        parents = nx.immediate_dominators(region, source)
+        chain = [target]
+        while chain[-1] != source:
+            chain.append(parents[chain[-1]])
+        return chain[::-1]
+
+    def residuals(self, source: fx.Node, target: fx.Node) -> list[fx.Node]:
+        """Additions of two tensors of one shape that both depend on the source, on every path."""
+        below = self.reach([source])
+
+        def is_residual(node: fx.Node) -> bool:
+            operands = [value(n) for n in node.all_input_nodes if n in below]
+            return (
+                node.target in ADDITION
+                and len(operands) == 2
+                and operands[0] is not None
+                and operands[1] is not None
+                and operands[0].shape == operands[1].shape
+            )
+
+        return [node for node in self.dominators(source, target) if is_residual(node)]
+
+    def block_outputs(self, merge: fx.Node, logits: fx.Node) -> list[fx.Node]:
+        """The last residual addition before each next attention, and the last of all."""
+        residuals = self.residuals(merge, logits)
+        starts = [merge, *residuals[:-1]]
+        attends = [
+            self._has_attention(start, end) for start, end in zip(starts, residuals, strict=True)
+        ]
+        following = [*attends[1:], True]
+        seen, blocks = False, []
+        for node, own, next_attends in zip(residuals, attends, following, strict=True):
+            seen |= own
+            if seen and next_attends:
+                blocks.append(node)
+        return blocks
+
+    def last_residual_before(self, node: fx.Node) -> fx.Node | None:
+        """The last residual addition on the vision side: where the tower ends."""
+        upstream = nx.ancestors(self.digraph, node) | {node}
+        attention = [n for n in upstream if n.target in ATTENTION]
+        if not attention:
+            return None
+        first = min(attention, key=self.order.__getitem__)
+        start = min(
+            (n for n in nx.ancestors(self.digraph, first) if n.target in _NORMS | ADDITION),
+            key=self.order.__getitem__,
+            default=None,
+        )
+        if start is None:
+            return None
+        residuals = self.residuals(start, node)
+        return residuals[-1] if residuals else None
+
+    def _has_attention(self, start: fx.Node, end: fx.Node) -> bool:
+        between = nx.descendants(self.digraph, start) & nx.ancestors(self.digraph, end)
+        return any(node.target in ATTENTION for node in between)
+
+
+_NORMS = {aten.layer_norm.default, aten.rms_norm.default}

@@ -1,0 +1,137 @@
+"""freeze: turn trained weights and scales into integer codes.
+
+    fake_quantize(w, w_scale) -> dequantize(codes, scales)
+
+with codes = clip(round(w / s)) against the scale on its grid, so that the frozen graph computes
+exactly what the fake-quantized one did. The float weights and scale parameters leave the program.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from gracec import quant
+from gracec.ops import dtype_name
+from gracec.passes.base import Pass, PassResult
+from gracec.passes.insert_fake_quant import FAKE_QUANTIZE
+from gracec.program import Program, annotation
+
+DEQUANTIZE = torch.ops.gracec.dequantize.default
+
+
+@dataclass(frozen=True)
+class FrozenWeight:
+    """The canonical form of a quantized weight; every backend packs from this.
+
+    Attributes:
+        codes: int8 [N, K].
+        scales: float32 [N, K / group_size], on the grid of the spec.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    spec: quant.QuantSpec
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [N, K] that the codes stand for."""
+        return quant.dequantize(self.codes, self.scales, self.spec.group_size, dtype)
+
+
+@dataclass(frozen=True)
+class Freeze(Pass):
+    name: ClassVar[str] = "freeze"
+    keeps_numerics: ClassVar[bool] = True
+
+    def requires(self, program: Program) -> None:
+        if not any(program.nodes(FAKE_QUANTIZE)) and not any(program.nodes(DEQUANTIZE)):
+            raise self.refuse("nothing is fake-quantized", fix="run insert-fake-quant first")
+
+    def apply(self, program: Program) -> PassResult:
+        fakes = list(program.nodes(FAKE_QUANTIZE))
+        for fake in fakes:
+            weight, scale_param, bits, group_size, parametrization, scale_grid, _ = fake.args
+            assert isinstance(weight, fx.Node) and isinstance(scale_param, fx.Node)
+            assert isinstance(bits, int) and isinstance(group_size, int)
+            spec = quant.QuantSpec(bits, group_size, str(parametrization), str(scale_grid))
+            scales = quant.scale_from_param(
+                program.tensor(str(scale_param.target)).detach(),
+                spec.parametrization,
+                spec.scale_grid,
+            )
+            tensor = program.tensor(str(weight.target)).detach()
+            codes = quant.quantize(tensor, scales, spec.bits, spec.group_size)
+            replace_by_codes(program, fake, weight, FrozenWeight(codes, scales, spec))
+        drop_dead_tensors(program)
+        return PassResult(program, bool(fakes), (f"{len(fakes)} weights frozen to codes",))
+
+    def ensures(self, before: Program, after: Program) -> None:
+        if any(after.nodes(FAKE_QUANTIZE)):
+            raise self.refuse("a fake_quantize node is left")
+
+
+def replace_by_codes(
+    program: Program, node: fx.Node, weight: fx.Node, frozen: FrozenWeight
+) -> fx.Node:
+    """Put `dequantize(codes, scales)` in the place of `node`, which stands for `weight`."""
+    target = str(weight.target)
+    fqn = program.fqn(target)
+    operands = []
+    with program.graph.inserting_before(node if node is not weight else next(iter(weight.users))):
+        for suffix, tensor in (("codes", frozen.codes), ("scales", frozen.scales)):
+            path = f"{target}_{suffix}"
+            if path not in program.fqns:
+                program.set_tensor(path, tensor)
+                program.fqns[path] = (f"{fqn}.{suffix}",)
+            operand = program.graph.get_attr(path)
+            operand.meta = {"val": _fake_like(node, tensor)}
+            operands.append(operand)
+        dequantized = program.graph.call_function(
+            DEQUANTIZE, (*operands, frozen.spec.group_size, dtype_name(program.dtype))
+        )
+    dequantized.meta = {k: node.meta[k] for k in ("val", "nn_module_stack") if k in node.meta}
+    for operand in operands:
+        operand.meta["nn_module_stack"] = dict(node.meta.get("nn_module_stack") or {})
+    for user in list(node.users):
+        if user is not dequantized and "quant" in annotation(user):
+            user.replace_input_with(node, dequantized)
+    if not node.users:
+        program.graph.erase_node(node)
+    return dequantized
+
+
+def frozen_weights(program: Program) -> dict[str, FrozenWeight]:
+    """FQN -> codes and scales of every frozen weight of a program."""
+    found: dict[str, FrozenWeight] = {}
+    for linear in program.graph.nodes:
+        if "quant" not in annotation(linear):
+            continue
+        node = linear.args[1]
+        if isinstance(node, fx.Node) and node.target == DEQUANTIZE:
+            codes, scales = (str(arg.target) for arg in node.args[:2] if isinstance(arg, fx.Node))
+            found[program.fqn(codes).removesuffix(".codes")] = FrozenWeight(
+                program.tensor(codes),
+                program.tensor(scales),
+                quant.QuantSpec(**annotation(linear)["quant"]),
+            )
+    return found
+
+
+def drop_dead_tensors(program: Program) -> None:
+    """Erase get_attr nodes without users and let go of tensors that no node reads any more."""
+    for node in reversed(program.graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            program.graph.erase_node(node)
+    alive = {str(node.target) for node in program.graph.find_nodes(op="get_attr")}
+    for target in [target for target in program.fqns if target not in alive]:
+        program.delete_tensor(target)
+        del program.fqns[target]
+
+
+def _fake_like(node: fx.Node, tensor: Tensor) -> Tensor:
+    """A fake tensor of this shape and dtype, in the fake mode that traced `node`."""
+    traced: Tensor = node.meta["val"]
+    return traced.new_empty(tuple(tensor.shape), dtype=tensor.dtype)

@@ -1,0 +1,89 @@
+"""lower-torchao: run frozen weights with torchao INT4 kernels.
+
+    linear(x, dequantize(codes, scales)) -> linear(x, packed)      packed: a torchao INT4 tensor
+
+The lowered node calls `torch.nn.functional.linear`, which torchao overrides; `aten.linear` would be
+decomposed before torchao sees it. A weight that no kernel takes becomes a dense weight with the
+same values; it is named in the notes, and in strict mode that is an error. Every packed weight is
+read back and compared with codes * scales.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx, nn
+
+from gracec.backends import torchao
+from gracec.passes.base import Pass, PassResult
+from gracec.passes.freeze import DEQUANTIZE, drop_dead_tensors, frozen_weights
+from gracec.program import Program, annotate
+
+
+@dataclass(frozen=True)
+class LowerTorchao(Pass):
+    """Options: `strict` refuses weights that no INT4 kernel takes."""
+
+    strict: bool = False
+    name: ClassVar[str] = "lower-torchao"
+    keeps_numerics: ClassVar[bool] = False
+
+    def requires(self, program: Program) -> None:
+        if not any(program.nodes(DEQUANTIZE)) and not lowered_weights(program):
+            raise self.refuse("no weight is frozen to codes", fix="run freeze first")
+
+    def apply(self, program: Program) -> PassResult:
+        notes = []
+        nodes = list(program.nodes(DEQUANTIZE))
+        frozen_by_fqn = frozen_weights(program)
+        for node in nodes:
+            codes_node = node.args[0]
+            assert isinstance(codes_node, fx.Node)
+            target = str(codes_node.target).removesuffix("_codes")
+            fqn = program.fqn(str(codes_node.target)).removesuffix(".codes")
+            frozen = frozen_by_fqn[fqn]
+            if target not in program.fqns:
+                shape = tuple(frozen.codes.shape)
+                reason = torchao.refusal(shape, frozen.spec, program.dtype, program.device)
+                if reason and self.strict:
+                    raise self.refuse(reason, where=fqn, fix="change the recipe or drop strict")
+                if reason:
+                    notes.append(f"{fqn} runs dense: {reason}")
+                    weight = frozen.dequantize(program.dtype)
+                else:
+                    weight = torchao.pack(
+                        frozen.codes, frozen.scales, frozen.spec.group_size, program.dtype
+                    )
+                    if not torch.equal(torchao.unpack(weight), frozen.dequantize(program.dtype)):
+                        raise self.refuse("the packed weight reads back differently", where=fqn)
+                program.set_tensor(target, nn.Parameter(weight, requires_grad=False))
+                program.fqns[target] = (fqn,)
+            with program.graph.inserting_before(node):
+                lowered = program.graph.get_attr(target)
+            lowered.meta = dict(node.meta)
+            packed = isinstance(program.tensor(target), torchao.Int4OpaqueTensor)
+            for user in node.users:
+                annotate(user, kernel="int4" if packed else "dense")
+                if packed:
+                    user.target = torch.nn.functional.linear
+            node.replace_all_uses_with(lowered)
+            program.graph.erase_node(node)
+        drop_dead_tensors(program)
+        notes.append(f"{len(lowered_weights(program))} weights run on INT4 kernels")
+        return PassResult(program, bool(nodes), tuple(notes))
+
+    def ensures(self, before: Program, after: Program) -> None:
+        if any(after.nodes(DEQUANTIZE)):
+            raise self.refuse("a dequantize node is left")
+
+
+def lowered_weights(program: Program) -> dict[str, torchao.Int4OpaqueTensor]:
+    """FQN -> packed weight of every linear that runs on an INT4 kernel."""
+    found = {}
+    for node in program.graph.find_nodes(op="get_attr"):
+        tensor = program.tensor(str(node.target))
+        if isinstance(tensor, torchao.Int4OpaqueTensor):
+            found[program.fqn(str(node.target))] = tensor
+    return found

@@ -1,0 +1,245 @@
+"""plan-quantization: every matmul-like weight gets a spec or a stated reason, counted in bytes.
+
+    rule(part of w) + shape of w -> QuantSpec      annotated as `quant` on the matmul
+                                  | reason         annotated as `kept`
+
+Matmuls that read the same activation (q/k/v, gate/up) are fused by runtimes, so they share one
+scheme: when the group does not divide the width of one of them, all fall back together to the
+largest smaller group that fits, or all keep their precision. In strict mode that is refused.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from gracec.passes.analyze_modality import value, weight_of
+from gracec.passes.base import Pass, PassResult
+from gracec.program import Program, annotate, annotation
+from gracec.quant import SUPPORTED_GROUP_SIZES, QuantSpec
+from gracec.recipe import Recipe
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """The decision on one weight.
+
+    Attributes:
+        fqns: the weight's names in the state dict, more than one when it is tied.
+        part: vision | projector | decoder | head | text | embedding | unused.
+        shape: of the weight, [N, K] = (out, in) for linears.
+        spec: how it is quantized, or None.
+        reason: why it keeps its precision, empty when it is quantized.
+    """
+
+    fqns: tuple[str, ...]
+    part: str
+    shape: tuple[int, ...]
+    element_size: int
+    spec: QuantSpec | None
+    reason: str = ""
+
+    @property
+    def fqn(self) -> str:
+        return self.fqns[0]
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def source_bytes(self) -> int:
+        return self.numel * self.element_size
+
+    @property
+    def planned_bytes(self) -> int:
+        """Bytes after quantization: packed codes and 16-bit scales, or as before."""
+        if self.spec is None:
+            return self.source_bytes
+        return self.numel * self.spec.bits // 8 + self.numel // self.spec.group_size * 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All decisions, by normalised FQN."""
+
+    entries: tuple[PlanEntry, ...] = field(default=())
+
+    @property
+    def quantized(self) -> dict[str, QuantSpec]:
+        """FQN -> spec of every weight that is quantized."""
+        return {entry.fqn: entry.spec for entry in self.entries if entry.spec is not None}
+
+    @property
+    def coverage(self) -> float:
+        """Share of all matmul-like weight bytes that is quantized."""
+        total = sum(entry.source_bytes for entry in self.entries)
+        covered = sum(entry.source_bytes for entry in self.entries if entry.spec is not None)
+        return covered / total if total else 0.0
+
+
+def plan_of(program: Program) -> Plan:
+    """Read the plan back from a planned program's annotations."""
+    entries: dict[str, PlanEntry] = {}
+    for node in program.graph.nodes:
+        notes = annotation(node)
+        if "quant" not in notes and "kept" not in notes:
+            continue
+        weight = _weight(node)
+        assert weight is not None
+        tensor = program.tensor(str(weight.target))
+        spec = QuantSpec(**notes["quant"]) if "quant" in notes else None
+        entry = PlanEntry(
+            fqns=program.fqns.get(str(weight.target), (str(weight.target),)),
+            part=notes.get("part", "embedding"),
+            shape=tuple(tensor.shape),
+            element_size=tensor.element_size(),
+            spec=spec,
+            reason=notes.get("kept", ""),
+        )
+        # A table that is looked up and multiplied with is listed once, as what is multiplied.
+        if entry.fqn not in entries or entries[entry.fqn].part == "embedding":
+            entries[entry.fqn] = entry
+    return Plan(tuple(entries.values()))
+
+
+@dataclass(frozen=True)
+class PlanQuantization(Pass):
+    """Options: `recipe`, a built-in name or YAML path; `strict` refuses fallbacks."""
+
+    recipe: str | Recipe = "w4a16-ptq"
+    strict: bool = False
+    name: ClassVar[str] = "plan-quantization"
+    keeps_numerics: ClassVar[bool] = True
+
+    def requires(self, program: Program) -> None:
+        if not any("part" in annotation(node) for node in program.graph.nodes):
+            raise self.refuse(
+                "the parts of the model are unknown", fix="run analyze-modality first"
+            )
+
+    def apply(self, program: Program) -> PassResult:
+        recipe = Recipe.load(self.recipe)
+        before = [dict(annotation(node)) for node in program.graph.nodes]
+        notes: list[str] = []
+        sets: dict[int, list[fx.Node]] = defaultdict(list)
+        for node in program.graph.nodes:
+            if "part" in annotation(node):
+                sets[annotation(node)["fused_set"]].append(node)
+            elif _weight(node) is not None:
+                annotate(node, quant=None, kept="embedding: looked up, not multiplied")
+        for members in sets.values():
+            self._plan_set(program, recipe, members, notes)
+        plan = plan_of(program)
+        quantized = plan.quantized
+        notes.append(
+            f"{len(quantized)} of {len(plan.entries)} weights quantized, "
+            f"{plan.coverage:.1%} of weight bytes"
+        )
+        after = [dict(annotation(node)) for node in program.graph.nodes]
+        return PassResult(program, before != after, tuple(notes))
+
+    def ensures(self, before: Program, after: Program) -> None:
+        for node in after.graph.nodes:
+            if "part" in annotation(node):
+                decided = [key for key in ("quant", "kept") if key in annotation(node)]
+                if len(decided) != 1:
+                    raise self.refuse(f"{node.name} has {len(decided)} decisions, one is needed")
+        if not plan_of(after).quantized:
+            raise self.refuse("the recipe quantizes nothing in this model")
+
+    def _plan_set(
+        self, program: Program, recipe: Recipe, members: list[fx.Node], notes: list[str]
+    ) -> None:
+        candidates: list[fx.Node] = []
+        for node in members:
+            part = annotation(node)["part"]
+            rule = recipe.weights.get(part)
+            reason = self._unfit(program, node)
+            if part == "unused":
+                annotate(node, quant=None, kept="unused: the logits do not depend on it")
+            elif rule is None:
+                annotate(node, quant=None, kept=f"{part}: kept by recipe {recipe.name}")
+            elif reason:
+                where = self._fqn(program, node)
+                if self.strict:
+                    raise self.refuse(reason, where=where, fix="drop strict or change the recipe")
+                notes.append(f"{where} kept: {reason}")
+                annotate(node, quant=None, kept=reason)
+            else:
+                candidates.append(node)
+        if not candidates:
+            return
+        rule = recipe.weights[annotation(candidates[0])["part"]]
+        assert rule is not None
+        widths = {self._width(program, node) for node in candidates}
+        spec = self._fit(rule.spec(), widths)
+        names = [self._fqn(program, node) for node in candidates]
+        if spec != rule.spec():
+            wanted, width = rule.group_size, ", ".join(map(str, sorted(widths)))
+            chosen = f"group {spec.group_size} instead" if spec else "kept in its precision"
+            if self.strict:
+                raise self.refuse(
+                    f"group {wanted} does not divide the width {width}",
+                    where=names[0],
+                    fix="choose a group_size that divides it, or drop strict",
+                )
+            notes.append(f"{', '.join(names)}: group {wanted} does not divide {width}, {chosen}")
+        for node in candidates:
+            if spec is None:
+                annotate(node, quant=None, kept=f"no group divides the width {widths}")
+            else:
+                annotate(node, quant=spec.to_dict(), kept=None)
+
+    @staticmethod
+    def _fit(spec: QuantSpec, widths: set[int]) -> QuantSpec | None:
+        for group_size in sorted(SUPPORTED_GROUP_SIZES, reverse=True):
+            if group_size <= spec.group_size and all(w % group_size == 0 for w in widths):
+                return replace(spec, group_size=group_size)
+        return None
+
+    @staticmethod
+    def _fqn(program: Program, node: fx.Node) -> str:
+        weight = _weight(node)
+        assert weight is not None
+        return program.fqn(str(weight.target))
+
+    @staticmethod
+    def _width(program: Program, node: fx.Node) -> int:
+        weight = node.args[1]
+        assert isinstance(weight, fx.Node)
+        tensor = value(weight)
+        assert tensor is not None
+        return int(tensor.shape[1])
+
+    @staticmethod
+    def _unfit(program: Program, node: fx.Node) -> str:
+        """Why this matmul cannot be quantized whatever the recipe says, or an empty string."""
+        weight = _weight(node)
+        assert weight is not None
+        if node.target != aten.linear.default:
+            return f"{node.target} is not a linear layer"
+        if node.args[1] is not weight:
+            return "only a view of the weight is used"
+        if program.tensor(str(weight.target)).dim() != 2:
+            return "the weight is not a matrix"
+        if any(user.target == aten.embedding.default for user in weight.users):
+            return "tied to the token embedding"
+        return ""
+
+
+def _weight(node: fx.Node) -> fx.Node | None:
+    """The parameter of a matmul-like node or of an embedding."""
+    if node.target == aten.embedding.default:
+        table = node.args[0]
+        return table if isinstance(table, fx.Node) and table.op == "get_attr" else None
+    return weight_of(node)

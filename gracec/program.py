@@ -1,0 +1,190 @@
+"""A captured model: a flat ATen graph with everything needed to change, run and re-export it.
+
+A `torch.fx.GraphModule` alone is not enough: `ExportedProgram.module()` drops input names, dynamic
+shapes and the names that parameters have in the model's state dict. `Program` keeps them.
+
+What passes learn about a node lives in `node.meta["custom"]["gracec"]` as JSON-able values, because
+`custom` is the only metadata that survives re-export, saving and `.module()`. Roles are queries
+over that annotation, so no pass ever stores a reference to a node.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from gracec.errors import GracecError
+
+ANNOTATION = "gracec"
+DynamicShapes = dict[str, dict[int, Any]]
+
+
+def annotation(node: fx.Node) -> Mapping[str, Any]:
+    """What passes have learnt about a node (read only; empty when nothing)."""
+    custom: dict[str, Any] = node.meta.get("custom") or {}
+    found: dict[str, Any] = custom.get(ANNOTATION) or {}
+    return found
+
+
+def annotate(node: fx.Node, **values: Any) -> bool:
+    """Add JSON-able values to a node's annotation; None removes a key. True if it changed."""
+    before = dict(annotation(node))
+    after = {k: v for k, v in {**before, **values}.items() if v is not None}
+    if after == before:
+        return False
+    # New dictionaries: node copies share the old ones.
+    custom = dict(node.meta.get("custom") or {})
+    if after:
+        custom[ANNOTATION] = after
+    else:
+        custom.pop(ANNOTATION, None)
+    node.meta["custom"] = custom
+    return True
+
+
+@dataclass
+class Program:
+    """A model captured as a flat graph over ATen ops plus the two `gracec::` ops.
+
+    Attributes:
+        graph_module: the graph; its parameters may share storage with the captured model.
+        example_inputs: input name -> tensor, in the order of the graph's placeholders.
+        dynamic_shapes: input name -> {dimension: torch.export.Dim}.
+        output_names: names of the graph's outputs, in order; "logits" first.
+        family: the adapter that captured it.
+        fqns: attribute path in `graph_module` -> the names the tensor has in the model's state
+            dict (more than one when it is tied). The first name is the key used everywhere.
+        dtype, device: of the capture; both are baked into the graph.
+    """
+
+    graph_module: fx.GraphModule
+    example_inputs: dict[str, Tensor]
+    dynamic_shapes: DynamicShapes
+    output_names: tuple[str, ...]
+    family: str
+    fqns: dict[str, tuple[str, ...]]
+    dtype: torch.dtype
+    device: torch.device
+    notes: tuple[str, ...] = field(default=())
+
+    def __call__(self, **inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run the graph. Takes the inputs by name, returns the outputs in `output_names` order."""
+        missing = [name for name in self.example_inputs if name not in inputs]
+        unknown = [name for name in inputs if name not in self.example_inputs]
+        if missing or unknown:
+            raise GracecError(
+                f"inputs do not fit the graph: missing {missing}, unknown {unknown}",
+                fix=f"pass {list(self.example_inputs)}",
+            )
+        # Placeholders are matched by position, whatever order the caller used.
+        outputs = self.graph_module(**{name: inputs[name] for name in self.example_inputs})
+        return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    def copy(self) -> Program:
+        """A program with its own graph and module tree that shares every tensor with this one."""
+        graph = fx.Graph()
+        copied: dict[fx.Node, fx.Node] = {}
+        graph.output(graph.graph_copy(self.graph, copied))
+        graph.output_node().meta = dict(self.graph.output_node().meta)
+        graph.set_codegen(copy.copy(self.graph._codegen))
+        owner = fx.GraphModule(_share_tensors(self.graph_module), graph)
+        owner.meta.update(self.graph_module.meta)
+        return replace(
+            self,
+            graph_module=owner,
+            example_inputs=dict(self.example_inputs),
+            dynamic_shapes=dict(self.dynamic_shapes),
+            fqns=dict(self.fqns),
+        )
+
+    def recompile(self) -> None:
+        """Check the graph and regenerate its code after a change."""
+        self.graph.lint()
+        self.graph_module.recompile()
+
+    def tensor(self, target: str) -> Tensor:
+        """The parameter or buffer behind a get_attr target."""
+        owner, _, name = target.rpartition(".")
+        found = getattr(self.graph_module.get_submodule(owner), name)
+        assert isinstance(found, Tensor)
+        return found
+
+    def set_tensor(self, target: str, tensor: Tensor) -> None:
+        """Register a parameter (nn.Parameter) or buffer at an attribute path, replacing any."""
+        owner_path, _, name = target.rpartition(".")
+        owner = self.graph_module.get_submodule(owner_path)
+        if hasattr(owner, name):
+            delattr(owner, name)
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(name, tensor)
+        else:
+            owner.register_buffer(name, tensor)
+
+    def delete_tensor(self, target: str) -> None:
+        """Let go of a parameter or buffer."""
+        owner_path, _, name = target.rpartition(".")
+        delattr(self.graph_module.get_submodule(owner_path), name)
+
+    def fqn(self, target: str) -> str:
+        """The state-dict name of a get_attr target."""
+        return self.fqns[target][0] if target in self.fqns else target
+
+    def nodes(self, target: Any = None, **wanted: Any) -> Iterator[fx.Node]:
+        """Nodes by op target and annotation: `program.nodes(torch.ops.aten.linear.default)`,
+        `program.nodes(role="merge")`."""
+        for node in self.graph.nodes:
+            if target is not None and node.target != target:
+                continue
+            notes = annotation(node)
+            if all(notes.get(key) == value for key, value in wanted.items()):
+                yield node
+
+    def node(self, **wanted: Any) -> fx.Node:
+        """The one node with these annotations.
+
+        Raises:
+            GracecError: if there is none or more than one.
+        """
+        found = list(self.nodes(**wanted))
+        if len(found) != 1:
+            raise GracecError(
+                f"{len(found)} nodes of the graph carry {wanted}, one is needed",
+                fix="run analyze-modality first",
+            )
+        return found[0]
+
+    def reexport(self) -> torch.export.ExportedProgram:
+        """An ExportedProgram of the graph as it is now, annotations included."""
+        with torch.no_grad():
+            return torch.export.export(
+                self.graph_module,
+                (),
+                kwargs=dict(self.example_inputs),
+                dynamic_shapes=self.dynamic_shapes,
+                strict=False,
+            )
+
+
+def _share_tensors(module: nn.Module) -> nn.Module:
+    """A module tree with the same tensors under the same names and nothing else."""
+    shared = nn.Module()
+    for name, parameter in module._parameters.items():
+        shared.register_parameter(name, parameter)
+    for name, buffer in module._buffers.items():
+        persistent = name not in module._non_persistent_buffers_set
+        shared.register_buffer(name, buffer, persistent=persistent)
+    for name, value in vars(module).items():
+        if isinstance(value, Tensor):  # constants that export lifted
+            setattr(shared, name, value)
+    for name, child in module._modules.items():
+        shared.add_module(name, _share_tensors(child) if child is not None else None)
+    return shared

@@ -1,0 +1,191 @@
+"""Group-wise symmetric weight quantization: the one definition of codes and scales.
+
+    q = clip(round(w / s), -2^(b-1), 2^(b-1) - 1)        w_hat = q * s
+
+One scale `s` per `group_size` consecutive input features, no zero point. Scales live on a grid that
+both bfloat16 and float16 hold exactly (an 8-bit significand between 2^-17 and 65280), so one set of
+codes and scales means the same weight in every format that gracec writes. Codes are always computed
+against the rounded scale.
+
+Initial scales follow the mean-squared-error grid search of the GRACE paper (arXiv 2601.22709):
+candidates between 0.3 and 1.2 times max|w| / q_max.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gracec.errors import GracecError
+
+SCALE_MIN = 2.0**-17
+SCALE_MAX = 65280.0  # the largest bfloat16 value that float16 can hold
+SUPPORTED_BITS = (2, 3, 4, 8)
+SUPPORTED_GROUP_SIZES = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one weight [N, K] is quantized.
+
+    Attributes:
+        bits: width of the signed integer codes.
+        group_size: consecutive input features (along K) that share one scale.
+        parametrization: what is trained: the logarithm of the scale ("log") or the scale with the
+            LSQ gradient scale 1/sqrt(N_group * q_max) ("lsq").
+        scale_grid: values a scale may take: "bf16" (exact in bfloat16 and float16) or "fp32".
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    parametrization: str = "log"
+    scale_grid: str = "bf16"
+
+    def __post_init__(self) -> None:
+        if self.bits not in SUPPORTED_BITS:
+            raise GracecError(f"{self.bits} bits are not supported", fix=f"use {SUPPORTED_BITS}")
+        if self.group_size not in SUPPORTED_GROUP_SIZES:
+            raise GracecError(
+                f"group_size {self.group_size} is not supported", fix=f"use {SUPPORTED_GROUP_SIZES}"
+            )
+        if self.parametrization not in ("log", "lsq"):
+            raise GracecError(f"unknown parametrization {self.parametrization!r}", fix="log or lsq")
+        if self.scale_grid not in ("bf16", "fp32"):
+            raise GracecError(f"unknown scale_grid {self.scale_grid!r}", fix="use bf16 or fp32")
+
+    def __str__(self) -> str:
+        return f"int{self.bits}/g{self.group_size}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able fields; `QuantSpec(**d)` reads them back."""
+        return asdict(self)
+
+
+def code_range(bits: int) -> tuple[int, int]:
+    """Smallest and largest signed code of a width."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def round_scale(scale: Tensor, scale_grid: str) -> Tensor:
+    """Round positive float32 scales to the grid of the target. Shape and dtype are kept."""
+    if scale_grid == "bf16":
+        scale = scale.to(torch.bfloat16).to(torch.float32)
+    return scale.clamp(SCALE_MIN, SCALE_MAX)
+
+
+def scale_from_param(scale_param: Tensor, parametrization: str, scale_grid: str) -> Tensor:
+    """The scale that a trained scale parameter stands for, on its grid (float32)."""
+    scale_param = scale_param.to(torch.float32)
+    scale = scale_param.exp() if parametrization == "log" else scale_param.abs()
+    return round_scale(scale, scale_grid)
+
+
+def scale_to_param(scales: Tensor, parametrization: str) -> Tensor:
+    """Inverse of `scale_from_param` for scales that are on the grid."""
+    return scales.log() if parametrization == "log" else scales.clone()
+
+
+def quantize(weight: Tensor, scales: Tensor, bits: int, group_size: int) -> Tensor:
+    """Integer codes of a weight.
+
+    Args:
+        weight: [N, K], any float dtype.
+        scales: [N, K / group_size], float32, already on their grid.
+
+    Returns:
+        int8 [N, K] in [-2^(b-1), 2^(b-1) - 1].
+    """
+    lowest, highest = code_range(bits)
+    grouped = _grouped(weight.to(torch.float32), group_size)
+    codes = torch.round(grouped / scales.to(torch.float32).unsqueeze(-1)).clamp_(lowest, highest)
+    return codes.reshape(weight.shape).to(torch.int8)
+
+
+def dequantize(
+    codes: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The weight that codes and scales stand for: the product in float32, then cast to `dtype`.
+
+    Args:
+        codes: int8 [N, K].
+        scales: [N, K / group_size].
+
+    Returns:
+        [N, K] in `dtype`.
+    """
+    grouped = _grouped(codes.to(torch.float32), group_size)
+    return (grouped * scales.to(torch.float32).unsqueeze(-1)).reshape(codes.shape).to(dtype)
+
+
+def search_scales(
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    *,
+    scale_grid: str = "bf16",
+    candidates: int = 64,
+    lowest: float = 0.3,
+    highest: float = 1.2,
+    chunk_elements: int = 1 << 20,
+) -> Tensor:
+    """Scales of least squared error per group, by grid search.
+
+    Args:
+        weight: [N, K], any float dtype; K must be a multiple of `group_size`.
+        candidates: points of the grid between `lowest` and `highest` times max|w| / q_max.
+        chunk_elements: weights that are looked at in one go; bounds the temporary memory.
+
+    Returns:
+        float32 [N, K / group_size] on the grid of `scale_grid`.
+
+    Raises:
+        GracecError: if the group does not divide K or the weight is not finite.
+    """
+    _, q_max = code_range(bits)
+    q_min = -q_max - 1
+    rows, columns = weight.shape
+    factors = torch.linspace(lowest, highest, candidates, device=weight.device)
+    rows_per_chunk = max(1, chunk_elements // columns)
+    found = []
+    for chunk in weight.detach().split(rows_per_chunk):
+        grouped = _grouped(chunk.to(torch.float32), group_size)
+        largest = grouped.abs().amax(-1)
+        if not torch.isfinite(largest).all():
+            raise GracecError("the weight holds NaN or infinity", fix="check the checkpoint")
+        base = largest / q_max
+        best_scale = round_scale(base, scale_grid)
+        best_error = torch.full_like(base, torch.inf)
+        for factor in factors:
+            scale = round_scale(base * factor, scale_grid)
+            s = scale.unsqueeze(-1)
+            # w - q*s, with one temporary the size of the chunk
+            error = torch.div(grouped, s).round_().clamp_(q_min, q_max).mul_(s).sub_(grouped)
+            error = error.square_().sum(-1)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_scale = torch.where(better, scale, best_scale)
+        found.append(best_scale)
+    return torch.cat(found).reshape(rows, columns // group_size)
+
+
+def signal_to_noise_db(reference: Tensor, approximation: Tensor) -> float:
+    """Signal to quantization noise ratio in decibel (infinite when both are equal)."""
+    reference = reference.to(torch.float64)
+    noise = (reference - approximation.to(torch.float64)).square().sum()
+    if noise == 0:
+        return float("inf")
+    return float(10 * torch.log10(reference.square().sum() / noise))
+
+
+def _grouped(matrix: Tensor, group_size: int) -> Tensor:
+    """[N, K] -> [N, K / group_size, group_size]."""
+    rows, columns = matrix.shape
+    if columns % group_size:
+        raise GracecError(
+            f"group_size {group_size} does not divide the {columns} input features",
+            fix="choose a group that divides the width",
+        )
+    return matrix.reshape(rows, columns // group_size, group_size)

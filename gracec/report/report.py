@@ -1,0 +1,104 @@
+"""The report of one compilation: plan, notes, gates and sizes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gracec.passes.freeze import FrozenWeight
+from gracec.passes.plan_quantization import Plan
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a user should know about a compiled model.
+
+    Attributes:
+        recipe: the resolved recipe.
+        plan: one row per matmul-like weight: names, part, shape, spec or reason.
+        notes: what the passes decided, skipped or refused.
+        gates: name of each gate -> the figures it found.
+        sizes: bytes of all weights in float32, bfloat16 and as compiled.
+    """
+
+    recipe: Mapping[str, Any]
+    plan: list[dict[str, Any]]
+    notes: list[str]
+    gates: dict[str, Any]
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+    def coverage_table(self) -> Table:
+        """Bytes by part of the model: quantized, kept, and why."""
+        table = Table("part", "weights", "bytes", "quantized", "kept because")
+        parts = dict.fromkeys(row["part"] for row in self.plan)
+        for part in parts:
+            rows = [row for row in self.plan if row["part"] == part]
+            total = sum(row["source_bytes"] for row in rows)
+            quantized = sum(row["source_bytes"] for row in rows if row["spec"])
+            reasons = Counter(row["reason"] for row in rows if row["reason"])
+            why = "; ".join(f"{reason} ({count})" for reason, count in reasons.items())
+            share = f"{quantized / total:.0%}" if total else "-"
+            table.add_row(part, str(len(rows)), f"{total:,}", share, why)
+        return table
+
+    def gates_table(self) -> Table:
+        """The gates that passed and the figures they found."""
+        table = Table("gate", "figure")
+        for gate, figure in self.gates.items():
+            if isinstance(figure, Mapping):
+                text = ", ".join(f"{name} {value:.4g}" for name, value in figure.items())
+            else:
+                text = f"{figure:.3g}" if isinstance(figure, float) else str(figure)
+            table.add_row(gate.replace("_", " "), text)
+        return table
+
+    def sizes_line(self) -> str:
+        """Weight bytes, and how much smaller the compiled model is."""
+        source, compiled = self.sizes["bfloat16"], self.sizes["compiled"]
+        return (
+            f"weights: float32 {self.sizes['float32']:,} B, bfloat16 {source:,} B, "
+            f"compiled {compiled:,} B ({1 - compiled / source:.0%} less than bfloat16)"
+        )
+
+
+def plan_rows(plan: Plan) -> list[dict[str, Any]]:
+    """A plan as JSON-able rows."""
+    return [
+        {
+            "fqns": list(entry.fqns),
+            "part": entry.part,
+            "shape": list(entry.shape),
+            "spec": entry.spec.to_dict() if entry.spec else None,
+            "reason": entry.reason,
+            "source_bytes": entry.source_bytes,
+            "planned_bytes": entry.planned_bytes,
+        }
+        for entry in plan.entries
+    ]
+
+
+def weight_bytes(model: PreTrainedModel, weights: Mapping[str, FrozenWeight]) -> dict[str, int]:
+    """Bytes of all parameters as float32, as bfloat16, and as compiled.
+
+    As compiled means packed codes, 16-bit scales, and everything else in 16 bits.
+    """
+    shapes: dict[str, Tensor] = dict(model.named_parameters())
+    total = sum(parameter.numel() for parameter in shapes.values())
+    quantized = sum(weight.codes.numel() for weight in weights.values())
+    codes = sum(weight.codes.numel() * weight.spec.bits // 8 for weight in weights.values())
+    scales = sum(weight.scales.numel() * 2 for weight in weights.values())
+    return {
+        "float32": total * 4,
+        "bfloat16": total * 2,
+        "compiled": (total - quantized) * 2 + codes + scales,
+    }

@@ -1,0 +1,67 @@
+"""Fixtures shared by all tests: one tiny LLaVA, captured once a worker, and golden files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from gracec.capture import capture
+from gracec.passes import parse_pipeline, run_passes
+from gracec.program import Program
+from tests.tiny import tiny_batch, tiny_llava
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-goldens", action="store_true", help="rewrite tests/golden")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """golden("freeze/llava.txt", text): the text equals the file, or becomes it."""
+
+    def check(name: str, text: str) -> None:
+        path = GOLDEN / name
+        if request.config.getoption("--update-goldens"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        assert path.is_file(), f"{path} is missing: run pytest --update-goldens"
+        assert text == path.read_text(encoding="utf-8")
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def llava() -> LlavaForConditionalGeneration:
+    """A tiny random LLaVA with a tied head. Not to be changed by a test."""
+    return tiny_llava(tie=True)
+
+
+@pytest.fixture(scope="session")
+def captured(llava: LlavaForConditionalGeneration) -> Program:
+    """`llava` as a program. Passes work on copies, so it stays as captured."""
+    return capture(llava)
+
+
+@pytest.fixture(scope="session")
+def batch(llava: LlavaForConditionalGeneration) -> dict[str, Tensor]:
+    """Two prompts of different length, padded on the left, one image each."""
+    return tiny_batch(llava)
+
+
+@pytest.fixture(scope="session")
+def after(captured: Program) -> Callable[[str], Program]:
+    """after("analyze-modality,..."): the captured program after these passes, made once."""
+    made: dict[str, Program] = {}
+
+    def run(pipeline: str) -> Program:
+        if pipeline not in made:
+            made[pipeline] = run_passes(captured, parse_pipeline(pipeline)).program
+        return made[pipeline]
+
+    return run

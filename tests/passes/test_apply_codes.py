@@ -1,0 +1,41 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from gracec import ir
+from gracec.errors import PassError
+from gracec.passes.apply_codes import ApplyCodes
+from gracec.passes.freeze import frozen_weights
+from gracec.program import Program
+
+Golden = Callable[[str, str], None]
+After = Callable[[str], Program]
+FROZEN = "analyze-modality,plan-quantization,insert-fake-quant,freeze"
+
+
+def test_golden(captured: Program, after: After, golden: Golden) -> None:
+    applied = ApplyCodes(frozen_weights(after(FROZEN))).run(captured).program
+    golden("apply-codes/llava.txt", ir.diff(captured, applied) + "\n")
+
+
+def test_another_capture_computes_what_the_frozen_graph_does(
+    captured: Program, after: After, batch: dict[str, Tensor]
+) -> None:
+    weights = frozen_weights(after(FROZEN))
+    applied = ApplyCodes(weights).run(captured)
+    assert torch.equal(applied.program(**batch)[0], after(FROZEN)(**batch)[0])
+    assert not ApplyCodes(weights).run(applied.program).modified
+
+
+def test_codes_of_another_model_are_refused(captured: Program, after: After) -> None:
+    weights = frozen_weights(after(FROZEN))
+    renamed = {fqn.replace("layers.1", "layers.9"): weight for fqn, weight in weights.items()}
+    with pytest.raises(PassError, match=r"layers\.9.*the codes belong to another model"):
+        ApplyCodes(renamed).run(captured)
+
+
+def test_no_codes_are_refused(captured: Program) -> None:
+    with pytest.raises(PassError, match="no codes to apply"):
+        ApplyCodes({}).run(captured)

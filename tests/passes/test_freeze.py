@@ -1,0 +1,70 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from gracec import ir
+from gracec.capture import capture
+from gracec.errors import PassError
+from gracec.passes import parse_pipeline, run_passes
+from gracec.passes.freeze import Freeze, frozen_weights
+from gracec.passes.plan_quantization import plan_of
+from gracec.program import Program
+from tests.tiny import tiny_batch, tiny_llava
+
+Golden = Callable[[str, str], None]
+After = Callable[[str], Program]
+FAKE = "analyze-modality,plan-quantization,insert-fake-quant"
+PIPELINE = f"{FAKE},freeze"
+
+
+def test_golden(after: After, golden: Golden) -> None:
+    golden("freeze/llava.txt", ir.diff(after(FAKE), after(PIPELINE)) + "\n")
+
+
+def test_frozen_equals_fake_quantized_bit_for_bit(after: After, batch: dict[str, Tensor]) -> None:
+    assert torch.equal(after(PIPELINE)(**batch)[0], after(FAKE)(**batch)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_and_in_16_bit(dtype: torch.dtype) -> None:
+    model = tiny_llava(dtype=dtype)
+    fake = run_passes(capture(model), parse_pipeline(FAKE)).program
+    batch = tiny_batch(model)
+    assert torch.equal(Freeze().run(fake).program(**batch)[0], fake(**batch)[0])
+
+
+def test_idempotent(after: After) -> None:
+    again = Freeze().run(after(PIPELINE))
+    assert not again.modified
+
+
+def test_it_needs_fake_quant(captured: Program) -> None:
+    with pytest.raises(PassError, match="run insert-fake-quant first"):
+        Freeze().run(captured)
+
+
+def test_float_weights_leave_and_codes_stay(after: After) -> None:
+    program = after(PIPELINE)
+    weights = frozen_weights(program)
+    assert set(weights) == set(plan_of(after(FAKE)).quantized)
+    names = {name for names in program.fqns.values() for name in names}
+    for fqn, weight in weights.items():
+        assert fqn not in names
+        assert f"{fqn}_scale" not in names
+        assert weight.codes.dtype == torch.int8
+        assert weight.codes.min() >= -8
+        assert weight.codes.max() <= 7
+    left = {f"model.{fqn}" for fqn in weights} & dict(
+        program.graph_module.named_parameters()
+    ).keys()
+    assert not left
+
+
+def test_the_fake_quantized_program_keeps_its_weights(
+    after: After, batch: dict[str, Tensor]
+) -> None:
+    before = after(FAKE)(**batch)[0]
+    Freeze().run(after(FAKE))
+    assert torch.equal(after(FAKE)(**batch)[0], before)

@@ -1,0 +1,83 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gracec import ir, quant
+from gracec.capture import capture
+from gracec.errors import PassError
+from gracec.passes import parse_pipeline, run_passes
+from gracec.passes.insert_fake_quant import FAKE_QUANTIZE, InsertFakeQuant
+from gracec.passes.plan_quantization import plan_of
+from gracec.program import Program
+from tests.tiny import tiny_llava
+
+Golden = Callable[[str, str], None]
+After = Callable[[str], Program]
+PLAN = "analyze-modality,plan-quantization"
+PIPELINE = f"{PLAN},insert-fake-quant"
+
+
+def test_golden(after: After, golden: Golden) -> None:
+    golden("insert-fake-quant/llava.txt", ir.diff(after(PLAN), after(PIPELINE)) + "\n")
+
+
+def test_the_graph_computes_with_the_quantized_weights(
+    after: After, batch: dict[str, Tensor]
+) -> None:
+    program = after(PLAN).copy()
+    for node in program.graph.find_nodes(op="get_attr"):
+        spec = plan_of(program).quantized.get(program.fqn(str(node.target)))
+        if spec is not None:
+            weight = program.tensor(str(node.target)).detach()
+            scales = quant.search_scales(weight, spec.bits, spec.group_size)
+            codes = quant.quantize(weight, scales, spec.bits, spec.group_size)
+            restored = quant.dequantize(codes, scales, spec.group_size)
+            program.set_tensor(str(node.target), nn.Parameter(restored))
+    assert torch.equal(after(PIPELINE)(**batch)[0], program(**batch)[0])
+
+
+def test_idempotent(after: After) -> None:
+    again = InsertFakeQuant().run(after(PIPELINE))
+    assert not again.modified
+    assert ir.diff(after(PIPELINE), again.program) == ""
+
+
+def test_it_needs_a_plan(after: After) -> None:
+    with pytest.raises(PassError, match="run plan-quantization first"):
+        InsertFakeQuant().run(after("analyze-modality"))
+
+
+def test_scales_are_parameters_beside_their_weights_and_get_gradients(
+    after: After, batch: dict[str, Tensor]
+) -> None:
+    program = after(PIPELINE)
+    names = {program.fqn(target) for target in program.fqns if target.endswith("_scale")}
+    assert names == {f"{fqn}_scale" for fqn in plan_of(program).quantized}
+    program(**batch)[0].square().mean().backward()
+    for target in program.fqns:
+        if target.endswith("_scale"):
+            scale = program.tensor(target)
+            assert isinstance(scale, nn.Parameter)
+            assert scale.grad is not None
+            assert scale.grad.abs().sum() > 0
+            scale.grad = None
+
+
+def test_fake_quant_stands_right_before_its_linear_and_survives_reexport(after: After) -> None:
+    program = after(PIPELINE)
+    nodes = list(program.graph.nodes)
+    for number, node in enumerate(nodes):
+        if node.target == FAKE_QUANTIZE:
+            assert nodes[number + 1].args[1] is node
+    count = sum(node.target == FAKE_QUANTIZE for node in program.reexport().graph.nodes)
+    assert count == len(plan_of(program).quantized)
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    model = tiny_llava()
+    with torch.no_grad():
+        model.model.language_model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    with pytest.raises(PassError, match=r"layers\.1\.mlp\.up_proj\.weight.*NaN or infinity"):
+        run_passes(capture(model), parse_pipeline(PIPELINE))

@@ -1,0 +1,106 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from gracec import ir
+from gracec.capture import capture
+from gracec.errors import PassError
+from gracec.passes import parse_pipeline, run_passes
+from gracec.passes.plan_quantization import PlanQuantization, plan_of
+from gracec.program import Program
+from gracec.recipe import Recipe
+from tests.tiny import tiny_llava
+
+Golden = Callable[[str, str], None]
+After = Callable[[str], Program]
+PIPELINE = "analyze-modality,plan-quantization"
+
+
+def planned(program: Program, strict: bool = False, **weights: dict[str, int] | None) -> Program:
+    recipe = Recipe.from_dict({"name": "test", "weights": weights})
+    return PlanQuantization(recipe=recipe, strict=strict).run(program).program
+
+
+def test_golden(after: After, golden: Golden) -> None:
+    golden(
+        "plan-quantization/llava.txt", ir.diff(after("analyze-modality"), after(PIPELINE)) + "\n"
+    )
+
+
+def test_numerics_are_kept_bit_for_bit(
+    captured: Program, after: After, batch: dict[str, Tensor]
+) -> None:
+    assert torch.equal(after(PIPELINE)(**batch)[0], captured(**batch)[0])
+
+
+def test_idempotent(after: After) -> None:
+    again = PlanQuantization().run(after(PIPELINE))
+    assert not again.modified
+
+
+def test_it_needs_the_parts(captured: Program) -> None:
+    with pytest.raises(PassError, match="run analyze-modality first"):
+        PlanQuantization().run(captured)
+
+
+def test_every_weight_has_a_spec_or_a_reason_and_bytes_add_up(
+    after: After, llava: torch.nn.Module
+) -> None:
+    plan = plan_of(after(PIPELINE))
+    assert all((entry.spec is None) == bool(entry.reason) for entry in plan.entries)
+    matrices = {n: p for n, p in llava.named_parameters() if p.dim() > 1}
+    assert {entry.fqn for entry in plan.entries} == set(matrices)
+    assert sum(e.source_bytes for e in plan.entries) == sum(
+        4 * p.numel() for p in matrices.values()
+    )
+    assert all("language_model.layers" in fqn for fqn in plan.quantized)
+    covered = sum(matrices[fqn].numel() for fqn in plan.quantized)
+    assert plan.coverage == covered / sum(p.numel() for p in matrices.values())
+    entry = next(entry for entry in plan.entries if entry.spec and entry.spec.group_size == 64)
+    assert entry.planned_bytes == entry.numel // 2 + entry.numel // 64 * 2
+
+
+def test_a_group_that_does_not_divide_falls_back_for_the_whole_set_and_says_so() -> None:
+    model = tiny_llava(hidden_size=96, intermediate_size=128, num_attention_heads=6)
+    analyzed = run_passes(capture(model), parse_pipeline("analyze-modality")).program
+    recipe = Recipe.from_dict({"name": "test", "weights": {"decoder": {"group_size": 64}}})
+    result = PlanQuantization(recipe=recipe).run(analyzed)
+    specs = {fqn.split(".")[-2]: spec for fqn, spec in plan_of(result.program).quantized.items()}
+    assert {specs[name].group_size for name in ("q_proj", "k_proj", "v_proj")} == {32}
+    assert specs["down_proj"].group_size == 64
+    assert any("q_proj" in n and "group 64 does not divide 96" in n for n in result.notes)
+    with pytest.raises(
+        PassError, match=r"q_proj.weight: plan-quantization: group 64 does not divide"
+    ):
+        PlanQuantization(recipe=recipe, strict=True).run(analyzed)
+
+
+def test_a_width_that_no_group_divides_keeps_its_precision_with_a_reason() -> None:
+    model = tiny_llava(intermediate_size=120)
+    analyzed = run_passes(capture(model), parse_pipeline("analyze-modality")).program
+    entries = plan_of(planned(analyzed, decoder={"group_size": 64})).entries
+    down = [entry for entry in entries if "down_proj" in entry.fqn]
+    assert all(entry.spec is None and "no group divides" in entry.reason for entry in down)
+
+
+def test_each_part_can_be_chosen(after: After) -> None:
+    program = planned(after("analyze-modality"), vision={"bits": 8, "group_size": 32}, projector={})
+    parts = {entry.part for entry in plan_of(program).entries if entry.spec}
+    assert parts == {"vision", "projector"}
+    conv = [e for e in plan_of(program).entries if "patch_embedding" in e.fqn]
+    assert conv[0].reason == "aten.conv2d.default is not a linear layer"
+
+
+def test_a_tied_head_is_refused_with_its_reason(after: After) -> None:
+    program = planned(after("analyze-modality"), decoder={"group_size": 32}, head={})
+    (head,) = [entry for entry in plan_of(program).entries if entry.part == "head"]
+    assert head.reason == "tied to the token embedding"
+    with pytest.raises(PassError, match="tied to the token embedding"):
+        planned(after("analyze-modality"), strict=True, decoder={"group_size": 32}, head={})
+
+
+def test_a_recipe_that_quantizes_nothing_is_refused(after: After) -> None:
+    with pytest.raises(PassError, match="quantizes nothing"):
+        planned(after("analyze-modality"), decoder=None)

@@ -1,0 +1,66 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gracec import gates
+from gracec.errors import GateError
+from gracec.passes.freeze import frozen_weights
+from gracec.passes.lower_torchao import lowered_weights
+from gracec.program import Program
+
+After = Callable[[str], Program]
+FAKE = "analyze-modality,plan-quantization,insert-fake-quant"
+FROZEN = f"{FAKE},freeze"
+LOWERED = f"{FROZEN},lower-torchao"
+Q_PROJ = "model.language_model.layers.0.self_attn.q_proj.weight"
+
+
+def test_frozen_gate_catches_one_changed_code(after: After, batch: dict[str, Tensor]) -> None:
+    gates.frozen_equals_fake_quantized(after(FAKE), after(FROZEN), batch)
+    broken = after(FROZEN).copy()
+    codes = broken.tensor(f"model.{Q_PROJ}_codes").clone()
+    codes[0, 0] = -codes[0, 0] - 1
+    broken.set_tensor(f"model.{Q_PROJ}_codes", codes)
+    with pytest.raises(GateError, match="frozen and fake-quantized logits differ"):
+        gates.frozen_equals_fake_quantized(after(FAKE), broken, batch)
+
+
+def test_matmul_gate_catches_codes_of_another_weight(after: After) -> None:
+    packed, weights = lowered_weights(after(LOWERED)), frozen_weights(after(FROZEN))
+    assert gates.matmul_error(packed, weights) < 1e-5
+    other = Q_PROJ.replace("layers.0", "layers.1")
+    with pytest.raises(GateError, match=r"layers\.0\.self_attn\.q_proj.*INT4 matmul is off"):
+        gates.matmul_error(packed, {**weights, Q_PROJ: weights[other]})
+
+
+def test_kernel_gate_catches_a_float_weight_under_a_quantized_name(
+    after: After, batch: dict[str, Tensor]
+) -> None:
+    assert gates.int4_kernels_run(after(LOWERED), batch) == 14
+    swapped = after(LOWERED).copy()
+    dense = frozen_weights(after(FROZEN))[Q_PROJ].dequantize()
+    swapped.set_tensor(f"model.{Q_PROJ}", nn.Parameter(dense))
+    with pytest.raises(GateError, match="13 INT4 kernels ran, 14 are planned"):
+        gates.int4_kernels_run(swapped, batch)
+
+
+def test_logit_agreement_by_hand() -> None:
+    reference = torch.tensor([[[2.0, 0.0], [0.001, 0.0], [5.0, 0.0]]])
+    found = torch.tensor([[[2.0, 0.0], [0.0, 0.001], [0.0, 5.0]]])
+    mask = torch.tensor([[1, 1, 0]])
+    agreement = gates.logit_agreement(reference, found, mask)
+    assert agreement.top1 == 0.5  # the second flipped, the third is padding
+    assert agreement.top1_clear == 0.5 or agreement.top1_clear == 1.0
+    p = torch.softmax(reference[0, 1].double(), -1)
+    q = torch.softmax(found[0, 1].double(), -1)
+    assert agreement.kl == pytest.approx(float((p * (p / q).log()).sum()) / 2)
+
+
+def test_lowered_logits_may_not_be_worse_than_dense_ones() -> None:
+    good = gates.LogitAgreement(kl=1e-3, top1=1.0, top1_clear=1.0)
+    bad = gates.LogitAgreement(kl=1e-1, top1=0.9, top1_clear=0.95)
+    gates.lowered_is_as_good_as_dense(good, good)
+    with pytest.raises(GateError, match="off by KL 0.1"):
+        gates.lowered_is_as_good_as_dense(bad, good)
