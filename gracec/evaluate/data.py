@@ -38,8 +38,8 @@ def load_samples(path: Path, limit: int | None = None) -> list[VqaSample]:
 
     Args:
         path: folder with `samples.jsonl`; image paths are relative to it.
-        limit: take at most so many, balanced over the types and drawn at random within each; the same
-            ones every time, in the order of the file.
+        limit: take at most so many, balanced over the types and drawn at random within each;
+            the same ones every time, in the order of the file.
     """
     # Read here rather than by `datasets`: its JSON loader copies everything into a cache in the
     # user's home first, and an error does not say which line is wrong.
