@@ -29,6 +29,7 @@ from gracec.passes.freeze import Freeze, FrozenWeight, frozen_weights
 from gracec.passes.insert_fake_quant import InsertFakeQuant
 from gracec.passes.lower_torchao import LowerTorchao, lowered_weights
 from gracec.passes.plan_quantization import PlanQuantization, plan_of
+from gracec.passes.strip import Strip
 from gracec.program import Program
 from gracec.recipe import Recipe
 from gracec.report import Report, weight_bytes
@@ -221,7 +222,7 @@ def _lower(
     for parameter in model.parameters():  # not the buffers: rotary frequencies stay in float32
         parameter.data = parameter.data.to(dtype)
     model.requires_grad_(False)
-    result = run_passes(capture(model), [ApplyCodes(weights), LowerTorchao(strict=strict)])
+    result = run_passes(capture(model), [ApplyCodes(weights), LowerTorchao(strict), Strip()])
     for target, names in result.program.fqns.items():
         if names[0] in weights:
             _set_parameter(model, names[0], result.program.tensor(target))

@@ -44,19 +44,26 @@ def format(program: Program) -> str:
 
 
 def diff(before: Program, after: Program, *, context: int = 0) -> str:
-    """What changed between two programs, as a unified diff of their texts without file headers."""
+    """What changed between two programs, as a unified diff of their texts without file headers.
+
+    Nodes that both have keep the name of the first, so that a removed node renames no other.
+    """
+    first = _Printer(before)
+    text = first.text()
     lines = difflib.unified_diff(
-        format(before).splitlines(), format(after).splitlines(), n=context, lineterm=""
+        text.splitlines(), _Printer(after, first).text().splitlines(), n=context, lineterm=""
     )
     return "\n".join(line for line in lines if not line.startswith(("---", "+++")))
 
 
 class _Printer:
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, earlier: _Printer | None = None) -> None:
         self.program = program
-        self.symbols: dict[str, str] = {}
+        self.symbols = dict(earlier.symbols) if earlier else {}
+        self.counts: Counter[str] = Counter(earlier.counts) if earlier else Counter()
+        # Copies of a graph keep torch's node names, which tell which nodes are the same.
+        self.kept = {node.name: name for node, name in earlier.names.items()} if earlier else {}
         self.names: dict[fx.Node, str] = {}
-        self.counts: Counter[str] = Counter()
 
     def text(self) -> str:
         program = self.program
@@ -80,6 +87,10 @@ class _Printer:
     def name(self, node: fx.Node) -> str:
         if node not in self.names:
             stem = str(node.target) if node.op == "placeholder" else self.op(node).split(".")[1]
+            kept = self.kept.get(node.name, "")
+            if kept.rpartition("_")[0] == stem:
+                self.names[node] = kept
+                return kept
             number = self.counts[stem]
             self.counts[stem] += 1
             self.names[node] = stem if node.op == "placeholder" else f"{stem}_{number}"

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils import _pytree as pytree
 
 from gracec.errors import GracecError
 
@@ -161,6 +163,53 @@ class Program:
                 fix="run analyze-modality first",
             )
         return found[0]
+
+    @property
+    def outputs(self) -> dict[str, fx.Node]:
+        """Output name -> the node that computes it."""
+        returned = self.graph.output_node().args[0]
+        assert isinstance(returned, (tuple, list))
+        nodes = [node for node in returned if isinstance(node, fx.Node)]
+        return dict(zip(self.output_names, nodes, strict=True))
+
+    def set_outputs(self, outputs: Mapping[str, fx.Node]) -> None:
+        """Make the graph return these nodes under these names, in this order."""
+        self.output_names = tuple(outputs)
+        self.graph.output_node().args = (tuple(outputs.values()),)
+        self._set_signature()
+
+    def add_input(self, name: str, example: Tensor, dynamic: dict[int, Any]) -> fx.Node:
+        """Append an input to the graph.
+
+        Args:
+            example: what it may look like; every dimension in `dynamic` becomes symbolic.
+            dynamic: dimension -> torch.export.Dim.
+        """
+        last = self.graph.find_nodes(op="placeholder")[-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(name)
+        traced: Any = last.meta["val"]
+        symbols = traced.fake_mode.shape_env
+        sizes = [
+            symbols.create_unbacked_symint() if dimension in dynamic else size
+            for dimension, size in enumerate(example.shape)
+        ]
+        node.meta["val"] = traced.new_empty(sizes, dtype=example.dtype)
+        self.example_inputs[name] = example
+        self.dynamic_shapes[name] = dynamic
+        self._set_signature()
+        return node
+
+    def _set_signature(self) -> None:
+        """Calling conventions live in the code generator, which knows nothing of graph changes."""
+        names = [str(node.target) for node in self.graph.find_nodes(op="placeholder")]
+        several = len(self.output_names) > 1
+        info = _PyTreeInfo(
+            orig_args=names,
+            in_spec=pytree.tree_structure(((), dict.fromkeys(names, 0))),
+            out_spec=pytree.tree_structure((0,) * len(self.output_names) if several else 0),
+        )
+        self.graph.set_codegen(_PyTreeCodeGen(info))
 
     def reexport(self) -> torch.export.ExportedProgram:
         """An ExportedProgram of the graph as it is now, annotations included."""
