@@ -78,7 +78,7 @@ class _Printer:
                 outputs = zip(program.output_names, values, strict=True)
                 lines += [f"output {name} = {self.value(value)}" for name, value in outputs]
             elif node.op != "get_attr":
-                operands = [self.value(argument) for argument in node.args]
+                operands = [self.value(argument) for argument in self.arguments(node)]
                 operands += [f"{key}={self.value(item)}" for key, item in node.kwargs.items()]
                 call = f"{self.op(node)}({', '.join(operands)})"
                 lines.append(f"%{self.name(node)} = {call} : {self.kind(node)}{self.notes(node)}")
@@ -106,6 +106,21 @@ class _Printer:
             module = getattr(target, "__module__", None) or "torch"
             return f"{module.rpartition('.')[2].strip('_') or 'torch'}.{target.__name__}"
         return f"{node.op}.{target}"
+
+    @staticmethod
+    def arguments(node: fx.Node) -> list[Any]:
+        """Positional arguments without trailing defaults, which torch drops when it saves."""
+        arguments = list(node.args)
+        if isinstance(node.target, torch._ops.OpOverload):
+            declared = node.target._schema.arguments
+            while arguments:
+                last = declared[len(arguments) - 1]
+                if not last.has_default_value() or isinstance(arguments[-1], fx.Node):
+                    break
+                if arguments[-1] != last.default_value:
+                    break
+                arguments.pop()
+        return arguments
 
     def value(self, argument: Any) -> str:
         if isinstance(argument, fx.Node):

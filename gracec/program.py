@@ -11,18 +11,25 @@ over that annotation, so no pass ever stores a reference to a node.
 from __future__ import annotations
 
 import copy
+import json
+import os
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import Dim
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
+import gracec.ops  # noqa: F401  (registers the ops that a saved program may hold)
 from gracec.errors import GracecError
 
 ANNOTATION = "gracec"
+_NAMES = "gracec.json"
 DynamicShapes = dict[str, dict[int, Any]]
 
 
@@ -221,6 +228,103 @@ class Program:
                 dynamic_shapes=self.dynamic_shapes,
                 strict=False,
             )
+
+    def save(self, path: str | Path) -> None:
+        """Write the program as one file (`.pt2`): graph, annotations, tensors and names.
+
+        Raises:
+            GracecError: if the program is lowered; its packed tensors belong to this machine.
+        """
+        path = Path(path)
+        plain = (Tensor, nn.Parameter)
+        for target in self.fqns:
+            if type(self.tensor(target)) not in plain:
+                raise GracecError(
+                    "a lowered program cannot be saved",
+                    where=self.fqn(target),
+                    fix="save the frozen program, or the compiled model with save_pretrained",
+                )
+        names = {
+            "output_names": self.output_names,
+            "family": self.family,
+            "fqns": self.fqns,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "dynamic": {name: list(shape) for name, shape in self.dynamic_shapes.items()},
+            # torch saves the metadata of computed values, not that of inputs.
+            "inputs": {n.target: annotation(n) for n in self.graph.find_nodes(op="placeholder")},
+        }
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.pt2")
+        try:
+            extra = {_NAMES: json.dumps(names)}
+            torch.export.save(self.reexport(), temporary, extra_files=extra)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Program:
+        """Read what `save` wrote.
+
+        Raises:
+            GracecError: if the file is no program, or holds pickled objects, which are never loaded.
+        """
+        path = Path(path)
+        _refuse_pickles(path)
+        extra = {_NAMES: ""}
+        exported = torch.export.load(path, extra_files=extra)
+        names = json.loads(extra[_NAMES])
+        graph_module = exported.module(check_guards=False)
+        assert isinstance(graph_module, fx.GraphModule)
+        drop_assertions(graph_module)
+        for node in graph_module.graph.find_nodes(op="placeholder"):
+            annotate(node, **names["inputs"].get(node.target, {}))
+        _, inputs = exported.example_inputs or ((), {})
+        return cls(
+            graph_module=graph_module,
+            example_inputs=dict(inputs),
+            dynamic_shapes={
+                name: dict.fromkeys(dimensions, Dim.DYNAMIC)
+                for name, dimensions in names["dynamic"].items()
+            },
+            output_names=tuple(names["output_names"]),
+            family=names["family"],
+            fqns={target: tuple(found) for target, found in names["fqns"].items()},
+            dtype=getattr(torch, names["dtype"]),
+            device=torch.device(names["device"]),
+        )
+
+
+def drop_assertions(graph_module: fx.GraphModule) -> int:
+    """Remove the `_assert_*` nodes of a trace; their conditions are checked on the host.
+
+    Returns:
+        How many there were.
+    """
+    found = [
+        node
+        for node in graph_module.graph.nodes
+        if node.op == "call_function"
+        and getattr(node.target, "__name__", str(node.target)).startswith("_assert_")
+    ]
+    for node in reversed(found):
+        graph_module.graph.erase_node(node)
+    graph_module.recompile()
+    return len(found)
+
+
+def _refuse_pickles(path: Path) -> None:
+    """torch would unpickle tensors of unusual types and custom objects; a program has none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            texts = [archive.read(name) for name in archive.namelist() if name.endswith(".json")]
+            is_program = any(name.endswith(f"/{_NAMES}") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile) as error:
+        raise GracecError(f"not readable as a program: {error}", where=str(path)) from error
+    if not is_program:
+        raise GracecError("not a program saved by gracec", where=str(path))
+    if any(b'"use_pickle": true' in text or b'"use_pickle":true' in text for text in texts):
+        raise GracecError("the file holds pickled objects, which are never loaded", where=str(path))
 
 
 def _share_tensors(module: nn.Module) -> nn.Module:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 
 import torch
 from torch import Tensor, fx
 from transformers import PreTrainedModel
 
+from gracec.capture.culprit import culprit
 from gracec.capture.families import Family, family_of
 from gracec.errors import GateError, GracecError
-from gracec.program import Program
+from gracec.program import Program, drop_assertions
 
 # (batch, images, text tokens): batch 1, several images in one prompt, and left padding among them.
 GATE_SHAPES = ((1, 1, 5), (3, 3, 9), (2, 4, 6))
@@ -36,7 +39,7 @@ def capture(model: PreTrainedModel, batch: Mapping[str, Tensor] | None = None) -
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), _data_dependent_checks_off():
+        with torch.no_grad(), _data_dependent_checks_off(), _no_graph_dump():
             exported = torch.export.export(
                 family.traced(model),
                 (),
@@ -48,14 +51,15 @@ def capture(model: PreTrainedModel, batch: Mapping[str, Tensor] | None = None) -
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise GracecError(
             f"torch.export cannot trace the model: {type(error).__name__}: {first_line}",
-            where=type(model).__name__,
+            where=culprit(error, model),
             fix="see `gracec doctor`",
         ) from error
     finally:
         model.train(was_training)
     graph_module = exported.module(check_guards=False)
     assert isinstance(graph_module, fx.GraphModule)
-    _drop_assertions(graph_module)
+    drop_assertions(graph_module)
+    _drop_casts_that_change_nothing(graph_module)
     return Program(
         graph_module=graph_module,
         example_inputs=inputs,
@@ -123,12 +127,25 @@ def _data_dependent_checks_off() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _drop_assertions(graph_module: fx.GraphModule) -> None:
-    """Remove the `_assert_*` nodes of the trace; their conditions are checked by `prepare`."""
-    for node in reversed(graph_module.graph.nodes):
-        name = getattr(node.target, "__name__", str(node.target))
-        if node.op == "call_function" and name.startswith("_assert_"):
-            graph_module.graph.erase_node(node)
+@contextmanager
+def _no_graph_dump() -> Iterator[None]:
+    """When it fails, torch prints all of the graph it has so far; the error says what is wrong."""
+    printed = io.StringIO()
+    with redirect_stderr(printed):
+        yield
+    sys.stderr.write(printed.getvalue())
+
+
+def _drop_casts_that_change_nothing(graph_module: fx.GraphModule) -> None:
+    """`x.to(dtype)` of a tensor that has the dtype returns the tensor itself, and so do we."""
+    casts = {torch.ops.aten.to.dtype, torch.ops.aten.to.device, torch.ops.aten.to.dtype_layout}
+    for node in list(graph_module.graph.nodes):
+        if node.target in casts:
+            source = node.all_input_nodes[0]
+            before, after = source.meta.get("val"), node.meta.get("val")
+            if before is not None and (before.dtype, before.device) == (after.dtype, after.device):
+                node.replace_all_uses_with(source)
+                graph_module.graph.erase_node(node)
     graph_module.recompile()
 
 

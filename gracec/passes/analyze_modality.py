@@ -101,6 +101,8 @@ class AnalyzeModality(Pass):
             # A second run starts from nothing.
             annotate(node, modality=None, role=None, block=None, part=None, fused_set=None)
         for node in program.graph.nodes:
+            if isinstance(node.meta.get("val"), (int, torch.SymInt)):
+                continue  # a size: export makes these anew whenever it likes
             if node in from_pixels:
                 annotate(node, modality="fused" if node in from_text else "vision")
             elif node in from_text:

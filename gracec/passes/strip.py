@@ -15,7 +15,7 @@ from torch import fx
 
 from gracec.passes.base import Pass, PassResult
 from gracec.passes.freeze import drop_dead_tensors
-from gracec.program import Program, annotate
+from gracec.program import Program, annotate, drop_assertions
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,7 @@ class Strip(Pass):
             for node in program.graph.nodes:
                 annotate(node, tap=None)
             program.set_outputs({"logits": program.outputs["logits"]})
-        for node in program.graph.nodes:
-            name = getattr(node.target, "__name__", "")
-            if node.op == "call_function" and name.startswith("_assert_"):
-                program.graph.erase_node(node)
+        drop_assertions(program.graph_module)
         program.graph.eliminate_dead_code(is_impure_node=_has_effect)
         drop_dead_tensors(program)
         nodes -= len(program.graph.nodes)
