@@ -61,6 +61,12 @@ def compile(
         GateError: if the result is not numerically what it should be.
     """
     recipe = Recipe.load(recipe)
+    if any(recipe.activations.values()):
+        raise GracecError(
+            "no backend runs quantized activations yet",
+            where=f"recipe {recipe.name}",
+            fix="use the passes (insert-observers, insert-fake-quant, freeze), or a w4a16 recipe",
+        )
     if output_dir is not None and Path(output_dir).exists():
         raise GracecError(
             "the output directory exists", where=str(output_dir), fix="choose another"

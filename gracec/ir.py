@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from gracec.observers import ActivationSpec
 from gracec.program import Program, annotation
+from gracec.quant import QuantSpec
 
 _DTYPES = {
     torch.float32: "f32",
@@ -59,7 +61,7 @@ def diff(before: Program, after: Program, *, context: int = 0) -> str:
 class _Printer:
     def __init__(self, program: Program, earlier: _Printer | None = None) -> None:
         self.program = program
-        self.symbols = dict(earlier.symbols) if earlier else {}
+        self.symbols: dict[str, str] = dict(earlier.symbols) if earlier else {}
         self.counts: Counter[str] = Counter(earlier.counts) if earlier else Counter()
         # Copies of a graph keep torch's node names, which tell which nodes are the same.
         self.kept = {node.name: name for node, name in earlier.names.items()} if earlier else {}
@@ -86,7 +88,11 @@ class _Printer:
 
     def name(self, node: fx.Node) -> str:
         if node not in self.names:
-            stem = str(node.target) if node.op == "placeholder" else self.op(node).split(".")[1]
+            stem = self.op(node).split(".")[1] if node.op == "call_function" else ""
+            if node.op == "placeholder":
+                stem = str(node.target)
+            elif node.op == "call_module":
+                stem = "observer"
             kept = self.kept.get(node.name, "")
             if kept.rpartition("_")[0] == stem:
                 self.names[node] = kept
@@ -102,6 +108,8 @@ class _Printer:
         target = node.target
         if isinstance(target, torch._ops.OpOverload):
             return str(target).removesuffix(".default")
+        if node.op == "call_module":
+            return f"observer.{annotation(node).get('observer', target)}"
         if callable(target):  # torch.nn.functional.linear of a lowered graph, operator.getitem
             module = getattr(target, "__module__", None) or "torch"
             return f"{module.rpartition('.')[2].strip('_') or 'torch'}.{target.__name__}"
@@ -167,8 +175,10 @@ class _Printer:
         if "modality" in notes:
             parts.append(notes.pop("modality"))
         if "quant" in notes:
-            spec = notes.pop("quant")
-            parts.append(f"quant=int{spec['bits']}/g{spec['group_size']}")
+            parts.append(f"quant={QuantSpec(**notes.pop('quant'))}")
+        if "act" in notes:
+            spec = ActivationSpec(**notes.pop("act"))
+            parts.append(f"act={spec}/{spec.observer}")
         parts += _pairs(sorted(notes.items()))
         return f"  {{{' '.join(parts)}}}" if parts else ""
 

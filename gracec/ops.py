@@ -1,12 +1,15 @@
-"""The two operators that gracec adds to a graph.
+"""The operators that gracec adds to a graph: one to train with, one to freeze to, for weights and
+for activations.
 
 `gracec::fake_quantize` is one node with a registered gradient, so that it survives re-export and
 saving as one node and keeps only the weight and the scale for backward; a composition of ATen ops
 would keep several weight-sized intermediates. `gracec::dequantize` is what it becomes when frozen.
+`gracec::fake_quantize_activation` becomes `gracec::quantize_dequantize`.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -70,7 +73,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     bits, group_size, parametrization, scale_grid = ctx.options
     lowest, highest = quant.code_range(bits)
     scales = quant.scale_from_param(scale_param, parametrization, scale_grid)
-    grouped_shape = (*scales.shape, group_size)
+    grouped_shape = (weight.shape[0], weight.shape[1] // group_size, group_size)
     s = scales.unsqueeze(-1)
     grad = grad_output.to(torch.float32).reshape(grouped_shape)
     ratio = weight.to(torch.float32).reshape(grouped_shape) / s
@@ -78,12 +81,24 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     inside = (codes >= lowest) & (codes <= highest)
     grad_weight = (grad * inside).reshape(weight.shape).to(weight.dtype)
     step = torch.where(inside, codes - ratio, codes.clamp(lowest, highest))
-    grad_scale = (grad * step).sum(-1)
-    if parametrization == "log":
-        grad_param = grad_scale * scales
-    else:
-        grad_param = grad_scale * scale_param.sign() / (group_size * highest) ** 0.5
+    grad_scale = (grad * step).sum(-1).sum_to_size(scales.shape)
+    grad_param = _scale_gradient(grad_scale, scale_param, scales, parametrization, weight, highest)
     return grad_weight, grad_param.to(scale_param.dtype), None, None, None, None, None
+
+
+def _scale_gradient(
+    grad_scale: Tensor,
+    scale_param: Tensor,
+    scales: Tensor,
+    parametrization: str,
+    quantized: Tensor,
+    highest: int,
+) -> Tensor:
+    """From the gradient of the scale to that of its parameter; LSQ divides by sqrt(N * q_max)."""
+    if parametrization == "log":
+        return grad_scale * scales
+    per_scale = quantized.numel() / scales.numel()
+    return grad_scale * scale_param.sign() / math.sqrt(per_scale * highest)
 
 
 fake_quantize.register_autograd(_backward, setup_context=_save_for_backward)
@@ -100,3 +115,74 @@ def dequantize(
 @dequantize.register_fake
 def _(codes: Tensor, scales: Tensor, group_size: int, output_dtype: str = "float32") -> Tensor:
     return torch.empty_like(codes, dtype=_DTYPES[output_dtype])
+
+
+@torch.library.custom_op("gracec::fake_quantize_activation", mutates_args=())
+def fake_quantize_activation(
+    x: Tensor,
+    scale_param: Tensor,
+    zero_points: Tensor,
+    bits: int,
+    parametrization: str = "log",
+    scale_grid: str = "bf16",
+) -> Tensor:
+    """Quantize and dequantize an activation [..., K] with trainable scales.
+
+    One scale and zero point for the whole tensor ([1]), for each feature ([K]) or for each group of
+    consecutive features ([K / group_size]). Returns the dtype of `x`. Gradients are
+    straight-through inside the range and zero for values that were clipped.
+    """
+    scales = quant.scale_from_param(scale_param, parametrization, scale_grid)
+    return quant.quantize_dequantize_activation(x, scales, zero_points, bits)
+
+
+@fake_quantize_activation.register_fake
+def _(
+    x: Tensor,
+    scale_param: Tensor,
+    zero_points: Tensor,
+    bits: int,
+    parametrization: str = "log",
+    scale_grid: str = "bf16",
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _save_activation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, scale_param, zero_points, bits, parametrization, scale_grid = inputs
+    ctx.save_for_backward(x, scale_param, zero_points)
+    ctx.options = (bits, parametrization, scale_grid)
+
+
+def _activation_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    x, scale_param, zero_points = ctx.saved_tensors
+    bits, parametrization, scale_grid = ctx.options
+    lowest, highest = quant.code_range(bits)
+    scales = quant.scale_from_param(scale_param, parametrization, scale_grid)
+    features = x.shape[-1]
+    s = quant.spread(scales, features)
+    offset = quant.spread(zero_points, features)
+    ratio = x.to(torch.float32) / s
+    shifted = torch.round(ratio) + offset
+    inside = (shifted >= lowest) & (shifted <= highest)
+    grad = grad_output.to(torch.float32)
+    codes = shifted.clamp(lowest, highest) - offset
+    step = torch.where(inside, codes - ratio, codes)
+    grouped = (grad * step).reshape(-1, scales.numel(), features // scales.numel())
+    grad_scale = grouped.sum((0, 2))
+    grad_param = _scale_gradient(grad_scale, scale_param, scales, parametrization, x, highest)
+    return (grad * inside).to(x.dtype), grad_param.to(scale_param.dtype), None, None, None, None
+
+
+fake_quantize_activation.register_autograd(_activation_backward, setup_context=_save_activation)
+
+
+@torch.library.custom_op("gracec::quantize_dequantize", mutates_args=())
+def quantize_dequantize(x: Tensor, scales: Tensor, zero_points: Tensor, bits: int) -> Tensor:
+    """An activation [..., K] on its integer grid: what `fake_quantize_activation` freezes to."""
+    return quant.quantize_dequantize_activation(x, scales, zero_points, bits)
+
+
+@quantize_dequantize.register_fake
+def _(x: Tensor, scales: Tensor, zero_points: Tensor, bits: int) -> Tensor:
+    return torch.empty_like(x)

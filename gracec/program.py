@@ -105,7 +105,10 @@ class Program:
         graph.output(graph.graph_copy(self.graph, copied))
         graph.output_node().meta = dict(self.graph.output_node().meta)
         graph.set_codegen(copy.copy(self.graph._codegen))
-        owner = fx.GraphModule(_share_tensors(self.graph_module), graph)
+        root = _share_tensors(self.graph_module)
+        for node in graph.find_nodes(op="call_module"):  # observers
+            _set_submodule(root, node.target, self.graph_module.get_submodule(node.target))
+        owner = fx.GraphModule(root, graph)
         owner.meta.update(self.graph_module.meta)
         return replace(
             self,
@@ -267,7 +270,7 @@ class Program:
         """Read what `save` wrote.
 
         Raises:
-            GracecError: if the file is no program, or holds pickled objects, which are never loaded.
+            GracecError: if the file is no program or holds pickled objects, which are not loaded.
         """
         path = Path(path)
         _refuse_pickles(path)
@@ -325,6 +328,15 @@ def _refuse_pickles(path: Path) -> None:
         raise GracecError("not a program saved by gracec", where=str(path))
     if any(b'"use_pickle": true' in text or b'"use_pickle":true' in text for text in texts):
         raise GracecError("the file holds pickled objects, which are never loaded", where=str(path))
+
+
+def _set_submodule(root: nn.Module, target: str, module: nn.Module) -> None:
+    *owners, name = target.split(".")
+    for owner in owners:
+        if owner not in root._modules:
+            root.add_module(owner, nn.Module())
+        root = root.get_submodule(owner)
+    root.add_module(name, module)
 
 
 def _share_tensors(module: nn.Module) -> nn.Module:

@@ -27,13 +27,18 @@ SUPPORTED_BITS = (2, 3, 4, 8)
 SUPPORTED_GROUP_SIZES = (16, 32, 64, 128, 256)
 
 
+GRANULARITIES = ("per_group", "per_channel", "per_tensor")
+
+
 @dataclass(frozen=True)
 class QuantSpec:
     """How one weight [N, K] is quantized.
 
     Attributes:
         bits: width of the signed integer codes.
-        group_size: consecutive input features (along K) that share one scale.
+        group_size: consecutive input features (along K) that share one scale, if `per_group`.
+        granularity: what has a scale of its own: a group (scales [N, K / group_size]), an output
+            channel ([N, 1]) or the whole weight ([1, 1]).
         parametrization: what is trained: the logarithm of the scale ("log") or the scale with the
             LSQ gradient scale 1/sqrt(N_group * q_max) ("lsq").
         scale_grid: values a scale may take: "bf16" (exact in bfloat16 and float16) or "fp32".
@@ -43,6 +48,7 @@ class QuantSpec:
     group_size: int = 128
     parametrization: str = "log"
     scale_grid: str = "bf16"
+    granularity: str = "per_group"
 
     def __post_init__(self) -> None:
         if self.bits not in SUPPORTED_BITS:
@@ -56,12 +62,35 @@ class QuantSpec:
         if self.scale_grid not in ("bf16", "fp32"):
             raise GracecError(f"unknown scale_grid {self.scale_grid!r}", fix="use bf16 or fp32")
 
+        check_granularity(self.granularity)
+
     def __str__(self) -> str:
-        return f"int{self.bits}/g{self.group_size}"
+        return f"int{self.bits}/{granularity_text(self.granularity, self.group_size)}"
+
+    def group_of(self, columns: int) -> int:
+        """Input features that share one scale in a row of this width."""
+        return self.group_size if self.granularity == "per_group" else columns
+
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        """Shape of the scales of a weight [rows, columns]."""
+        if self.granularity == "per_tensor":
+            return 1, 1
+        return rows, columns // self.group_of(columns)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields; `QuantSpec(**d)` reads them back."""
         return asdict(self)
+
+
+def check_granularity(granularity: str) -> None:
+    """Raise `GracecError` for a granularity that does not exist."""
+    if granularity not in GRANULARITIES:
+        raise GracecError(f"unknown granularity {granularity!r}", fix=f"use {GRANULARITIES}")
+
+
+def granularity_text(granularity: str, group_size: int) -> str:
+    """ "g128", "channel" or "tensor": how a granularity is written in graphs and tables."""
+    return f"g{group_size}" if granularity == "per_group" else granularity.removeprefix("per_")
 
 
 def code_range(bits: int) -> tuple[int, int]:
@@ -93,14 +122,14 @@ def quantize(weight: Tensor, scales: Tensor, bits: int, group_size: int) -> Tens
 
     Args:
         weight: [N, K], any float dtype.
-        scales: [N, K / group_size], float32, already on their grid.
+        scales: [N, K / group_size] (or [1, 1] for the whole), float32, already on their grid.
 
     Returns:
         int8 [N, K] in [-2^(b-1), 2^(b-1) - 1].
     """
     lowest, highest = code_range(bits)
-    grouped = _grouped(weight.to(torch.float32), group_size)
-    codes = torch.round(grouped / scales.to(torch.float32).unsqueeze(-1)).clamp_(lowest, highest)
+    groups = grouped(weight.to(torch.float32), group_size)
+    codes = torch.round(groups / scales.to(torch.float32).unsqueeze(-1)).clamp_(lowest, highest)
     return codes.reshape(weight.shape).to(torch.int8)
 
 
@@ -116,8 +145,29 @@ def dequantize(
     Returns:
         [N, K] in `dtype`.
     """
-    grouped = _grouped(codes.to(torch.float32), group_size)
-    return (grouped * scales.to(torch.float32).unsqueeze(-1)).reshape(codes.shape).to(dtype)
+    groups = grouped(codes.to(torch.float32), group_size)
+    return (groups * scales.to(torch.float32).unsqueeze(-1)).reshape(codes.shape).to(dtype)
+
+
+def spread(per_group: Tensor, features: int) -> Tensor:
+    """[1], [K / group_size] or [K] -> [K]: the value that each feature uses."""
+    return per_group.repeat_interleave(features // per_group.numel())
+
+
+def quantize_dequantize_activation(
+    x: Tensor, scales: Tensor, zero_points: Tensor, bits: int
+) -> Tensor:
+    """(clip(round(x / s) + z) - z) * s in float32, returned in the dtype of `x` [..., K].
+
+    Args:
+        scales: float32 [1], [K / group_size] or [K], on their grid.
+        zero_points: of the same shape; 0 when symmetric.
+    """
+    lowest, highest = code_range(bits)
+    s = spread(scales.to(torch.float32), x.shape[-1])
+    offset = spread(zero_points.to(torch.float32), x.shape[-1])
+    codes = (torch.round(x.to(torch.float32) / s) + offset).clamp(lowest, highest)
+    return ((codes - offset) * s).to(x.dtype)
 
 
 def search_scales(
@@ -151,8 +201,8 @@ def search_scales(
     rows_per_chunk = max(1, chunk_elements // columns)
     found = []
     for chunk in weight.detach().split(rows_per_chunk):
-        grouped = _grouped(chunk.to(torch.float32), group_size)
-        largest = grouped.abs().amax(-1)
+        groups = grouped(chunk.to(torch.float32), group_size)
+        largest = groups.abs().amax(-1)
         if not torch.isfinite(largest).all():
             raise GracecError("the weight holds NaN or infinity", fix="check the checkpoint")
         base = largest / q_max
@@ -162,7 +212,7 @@ def search_scales(
             scale = round_scale(base * factor, scale_grid)
             s = scale.unsqueeze(-1)
             # w - q*s, with one temporary the size of the chunk
-            error = torch.div(grouped, s).round_().clamp_(q_min, q_max).mul_(s).sub_(grouped)
+            error = torch.div(groups, s).round_().clamp_(q_min, q_max).mul_(s).sub_(groups)
             error = error.square_().sum(-1)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
@@ -180,7 +230,7 @@ def signal_to_noise_db(reference: Tensor, approximation: Tensor) -> float:
     return float(10 * torch.log10(reference.square().sum() / noise))
 
 
-def _grouped(matrix: Tensor, group_size: int) -> Tensor:
+def grouped(matrix: Tensor, group_size: int) -> Tensor:
     """[N, K] -> [N, K / group_size, group_size]."""
     rows, columns = matrix.shape
     if columns % group_size:

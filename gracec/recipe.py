@@ -14,6 +14,7 @@ from gracec.quant import QuantSpec
 
 BUILT_IN = Path(__file__).parent / "recipes"
 
+Granularity = Literal["per_group", "per_channel", "per_tensor"]
 Part = Literal["decoder", "head", "projector", "vision"]
 
 
@@ -26,9 +27,27 @@ class WeightRule(_Strict):
 
     bits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[16, 32, 64, 128, 256] = 128
+    granularity: Granularity = "per_group"
+    observer: Literal["mse", "min_max", "percentile"] = "mse"
 
     def spec(self) -> QuantSpec:
-        return QuantSpec(bits=self.bits, group_size=self.group_size)
+        return QuantSpec(bits=self.bits, group_size=self.group_size, granularity=self.granularity)
+
+
+class ActivationRule(_Strict):
+    """How the inputs of the quantized linears of one part are quantized, with static scales.
+
+    Attributes:
+        percentile: share of the values, in per cent, that the percentile observer keeps in range.
+        symmetric: zero point 0; otherwise it is found by calibration.
+    """
+
+    bits: Literal[4, 8] = 8
+    group_size: Literal[16, 32, 64, 128, 256] = 128
+    granularity: Granularity = "per_tensor"
+    observer: Literal["mse", "min_max", "moving_average", "percentile"] = "mse"
+    percentile: float = Field(99.99, gt=50, le=100)
+    symmetric: bool = False
 
 
 class ScaleSearch(_Strict):
@@ -50,11 +69,14 @@ class Recipe(_Strict):
 
     Attributes:
         weights: part of the model -> rule; parts that are missing or null keep their precision.
+        activations: part -> rule for the inputs of its quantized linears; missing or null means
+            that they stay floating point.
     """
 
     name: str
     description: str = ""
     weights: dict[Part, WeightRule | None]
+    activations: dict[Part, ActivationRule | None] = {}
     scale_search: ScaleSearch = ScaleSearch()
     deploy: Deploy = Deploy()
 
@@ -133,6 +155,6 @@ def _is_key(location: tuple[int | str, ...]) -> bool:
 
 
 def _all_keys() -> list[str]:
-    models: tuple[type[BaseModel], ...] = (Recipe, WeightRule, ScaleSearch, Deploy)
+    models: tuple[type[BaseModel], ...] = (Recipe, WeightRule, ActivationRule, ScaleSearch, Deploy)
     keys = [name for model in models for name in model.model_fields]
     return [*keys, *Part.__args__]  # type: ignore[attr-defined]

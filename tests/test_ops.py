@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from gracec import quant
-from gracec.ops import dequantize, fake_quantize
+from gracec.ops import dequantize, fake_quantize, fake_quantize_activation
 
 
 def example(parametrization: str = "log") -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,3 +65,49 @@ def test_backward_keeps_only_weight_and_scale() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         fake_quantize(weight.requires_grad_(), param.requires_grad_(), 4, 32)
     assert sorted(tensor.numel() for tensor in saved) == [16, 512]
+
+
+@pytest.mark.parametrize("groups", [1, 4, 16])
+@pytest.mark.parametrize("zero_point", [0, -37])
+def test_activation_gradients_are_those_of_the_composition(groups: int, zero_point: int) -> None:
+    x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    scales = quant.round_scale(torch.full((groups,), 0.013), "bf16")
+    param = quant.scale_to_param(scales, "log").requires_grad_()
+    zeros = torch.full((groups,), zero_point, dtype=torch.int32)
+    upstream = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(4))
+    found = fake_quantize_activation(x, param, zeros, 8)
+    found.backward(upstream)
+    grads = x.grad, param.grad
+
+    y = x.detach().clone().requires_grad_()
+    p = param.detach().clone().requires_grad_()
+    scale = p.exp()
+    scale = (scale + (quant.round_scale(scale, "bf16") - scale).detach()).repeat_interleave(
+        16 // groups
+    )
+    ratio = y / scale
+    rounded = ratio + (ratio.round() - ratio).detach()
+    shifted = ratio.detach().round() + zero_point
+    assert (shifted > 127).any()
+    clipped = torch.where(
+        (shifted > 127) | (shifted < -128), shifted.clamp(-128, 127) - zero_point, rounded
+    )
+    expected = clipped * scale
+    expected.backward(upstream)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(grads[0], y.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grads[1], p.grad, rtol=1e-4, atol=1e-5)
+    torch.library.opcheck(
+        torch.ops.gracec.fake_quantize_activation.default,
+        (x.detach().requires_grad_(), param.detach().requires_grad_(), zeros, 8, "log", "bf16"),
+    )
+
+
+def test_one_scale_for_a_whole_weight_sums_its_gradient() -> None:
+    weight, _ = example()
+    param = torch.full((1, 1), -1.5, requires_grad=True)
+    rows = torch.full((8, 1), -1.5, requires_grad=True)
+    upstream = torch.randn(8, 64, generator=torch.Generator().manual_seed(2))
+    fake_quantize(weight, param, 4, 64).backward(upstream)
+    fake_quantize(weight, rows, 4, 64).backward(upstream)
+    torch.testing.assert_close(param.grad.sum(), rows.grad.sum())

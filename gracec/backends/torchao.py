@@ -30,6 +30,8 @@ def refusal(
         return f"INT4 packing for {device.type} is not available"
     if spec.bits != 4:
         return f"the kernel takes 4-bit codes, these have {spec.bits} bits"
+    if spec.granularity != "per_group":
+        return f"the kernel takes one scale per group, these are {spec.granularity}"
     if spec.group_size not in GROUP_SIZES:
         return f"the kernel takes groups of {GROUP_SIZES}, these have {spec.group_size}"
     if rows % 16:

@@ -1,6 +1,7 @@
 """freeze: turn trained weights and scales into integer codes.
 
-    fake_quantize(w, w_scale) -> dequantize(codes, scales)
+    fake_quantize(w, w_scale)                      -> dequantize(codes, scales)
+    fake_quantize_activation(x, input_scale, z)    -> quantize_dequantize(x, input_scales, z)
 
 with codes = clip(round(w / s)) against the scale on its grid, so that the frozen graph computes
 exactly what the fake-quantized one did. The float weights and scale parameters leave the program.
@@ -17,10 +18,11 @@ from torch import Tensor, fx
 from gracec import quant
 from gracec.ops import dtype_name
 from gracec.passes.base import Pass, PassResult
-from gracec.passes.insert_fake_quant import FAKE_QUANTIZE
+from gracec.passes.insert_fake_quant import FAKE_QUANTIZE, FAKE_QUANTIZE_ACTIVATION
 from gracec.program import Program, annotation
 
 DEQUANTIZE = torch.ops.gracec.dequantize.default
+QUANTIZE_DEQUANTIZE = torch.ops.gracec.quantize_dequantize.default
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,14 @@ class FrozenWeight:
     scales: Tensor
     spec: quant.QuantSpec
 
+    @property
+    def group_size(self) -> int:
+        """Input features that share one scale."""
+        return self.codes.shape[1] // self.scales.shape[1]
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K] that the codes stand for."""
-        return quant.dequantize(self.codes, self.scales, self.spec.group_size, dtype)
+        return quant.dequantize(self.codes, self.scales, self.group_size, dtype)
 
 
 @dataclass(frozen=True)
@@ -65,12 +72,38 @@ class Freeze(Pass):
             tensor = program.tensor(str(weight.target)).detach()
             codes = quant.quantize(tensor, scales, spec.bits, spec.group_size)
             replace_by_codes(program, fake, weight, FrozenWeight(codes, scales, spec))
+        activations = list(program.nodes(FAKE_QUANTIZE_ACTIVATION))
+        for node in activations:
+            _freeze_activation(program, node)
         drop_dead_tensors(program)
-        return PassResult(program, bool(fakes), (f"{len(fakes)} weights frozen to codes",))
+        notes = [f"{len(fakes)} weights frozen to codes"]
+        if activations:
+            notes.append(f"{len(activations)} activations frozen to static scales")
+        return PassResult(program, bool(fakes or activations), tuple(notes))
 
     def ensures(self, before: Program, after: Program) -> None:
-        if any(after.nodes(FAKE_QUANTIZE)):
+        if any(after.nodes(FAKE_QUANTIZE)) or any(after.nodes(FAKE_QUANTIZE_ACTIVATION)):
             raise self.refuse("a fake_quantize node is left")
+
+
+def _freeze_activation(program: Program, node: fx.Node) -> None:
+    """fake_quantize_activation(x, input_scale, z) -> quantize_dequantize(x, scales, z)"""
+    x, scale_param, zero_points, bits, parametrization, scale_grid = node.args
+    assert isinstance(scale_param, fx.Node)
+    target = str(scale_param.target)
+    scales = quant.scale_from_param(
+        program.tensor(target).detach(), str(parametrization), str(scale_grid)
+    )
+    frozen_target = f"{target}s"
+    program.set_tensor(frozen_target, scales)
+    program.fqns[frozen_target] = (f"{program.fqn(target)}s",)
+    with program.graph.inserting_before(node):
+        operand = program.graph.get_attr(frozen_target)
+        operand.meta = dict(scale_param.meta)
+        frozen = program.graph.call_function(QUANTIZE_DEQUANTIZE, (x, operand, zero_points, bits))
+    frozen.meta = dict(node.meta)
+    node.replace_all_uses_with(frozen)
+    program.graph.erase_node(node)
 
 
 def replace_by_codes(
@@ -90,7 +123,7 @@ def replace_by_codes(
             operand.meta = {"val": _fake_like(node, tensor)}
             operands.append(operand)
         dequantized = program.graph.call_function(
-            DEQUANTIZE, (*operands, frozen.spec.group_size, dtype_name(program.dtype))
+            DEQUANTIZE, (*operands, frozen.group_size, dtype_name(program.dtype))
         )
     dequantized.meta = {k: node.meta[k] for k in ("val", "nn_module_stack") if k in node.meta}
     for operand in operands:

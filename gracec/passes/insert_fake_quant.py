@@ -1,6 +1,7 @@
 """insert-fake-quant: simulate the planned quantization inside the graph.
 
-    linear(x, w) -> linear(x, fake_quantize(w, w_scale))
+    linear(x, w)           -> linear(x, fake_quantize(w, w_scale))
+    linear(observer(x), w) -> linear(fake_quantize_activation(x, input_scale, zero_point), ...)
 
 The scale parameter belongs to the module that owns the weight (`...q_proj.weight_scale`) and starts
 at the scale of least squared error. The node stands right before its linear, because nodes of one
@@ -18,12 +19,15 @@ from torch import fx, nn
 
 from gracec import quant
 from gracec.errors import GracecError
+from gracec.observers import Observer, weight_scales
 from gracec.ops import dtype_name
-from gracec.passes.analyze_modality import value
+from gracec.passes.analyze_modality import value, weight_of
 from gracec.passes.base import Pass, PassResult
-from gracec.program import Program, annotation
+from gracec.passes.insert_observers import PREFIX, observer_nodes
+from gracec.program import Program, annotate, annotation
 
 FAKE_QUANTIZE = torch.ops.gracec.fake_quantize.default
+FAKE_QUANTIZE_ACTIVATION = torch.ops.gracec.fake_quantize_activation.default
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,24 @@ class InsertFakeQuant(Pass):
                 continue
             self._insert(program, node, weight)
             inserted += 1
-        return PassResult(program, inserted > 0, (f"{inserted} weights fake-quantized",))
+        notes = [f"{inserted} weights fake-quantized"]
+        observers = list(observer_nodes(program))
+        for node in observers:
+            self._insert_activation(program, node)
+        if observers:
+            program.graph_module.delete_submodule(PREFIX)
+            notes.append(f"{len(observers)} activations fake-quantized")
+        return PassResult(program, inserted > 0 or bool(observers), tuple(notes))
 
     def ensures(self, before: Program, after: Program) -> None:
         for node in _planned(after):
+            activation = node.args[0]
+            assert isinstance(activation, fx.Node)
+            if "act" in annotation(node) and "act" not in annotation(activation):
+                raise self.refuse(
+                    f"the input of {node.name} is planned but was not observed",
+                    fix="run insert-observers first",
+                )
             weight = node.args[1]
             if not isinstance(weight, fx.Node) or weight.target != FAKE_QUANTIZE:
                 raise self.refuse(f"{node.name} is planned but not fake-quantized")
@@ -65,11 +83,10 @@ class InsertFakeQuant(Pass):
         scale_target = f"{target}_scale"
         if scale_target not in program.fqns:  # a module that is called twice has one scale
             try:
-                scales = quant.search_scales(
+                scales = weight_scales(
                     program.tensor(target),
-                    spec.bits,
-                    spec.group_size,
-                    scale_grid=spec.scale_grid,
+                    spec,
+                    annotation(linear).get("weight_observer", "mse"),
                     candidates=self.candidates,
                     lowest=self.lowest,
                     highest=self.highest,
@@ -79,6 +96,7 @@ class InsertFakeQuant(Pass):
             param = nn.Parameter(quant.scale_to_param(scales, spec.parametrization))
             program.set_tensor(scale_target, param)
             program.fqns[scale_target] = (f"{fqn}_scale",)
+        rows, columns = program.tensor(target).shape
         with program.graph.inserting_before(linear):
             scale = program.graph.get_attr(scale_target)
             fake = program.graph.call_function(
@@ -87,7 +105,7 @@ class InsertFakeQuant(Pass):
                     weight,
                     scale,
                     spec.bits,
-                    spec.group_size,
+                    spec.group_of(columns),
                     spec.parametrization,
                     spec.scale_grid,
                     dtype_name(program.dtype),
@@ -95,13 +113,47 @@ class InsertFakeQuant(Pass):
             )
         weight_value = value(weight)
         assert weight_value is not None
-        groups = weight_value.shape[1] // spec.group_size
-        scale_shape = (weight_value.shape[0], groups)
-        scale.meta = {"val": weight_value.new_empty(scale_shape, dtype=torch.float32)}
+        scale_value = weight_value.new_empty(spec.scale_shape(rows, columns), dtype=torch.float32)
+        scale.meta = {"val": scale_value}
         fake.meta = {"val": torch.empty_like(weight_value)}
         for node in (scale, fake):
             node.meta["nn_module_stack"] = dict(linear.meta.get("nn_module_stack") or {})
         linear.update_arg(1, fake)
+
+    def _insert_activation(self, program: Program, node: fx.Node) -> None:
+        """observer(x) -> fake_quantize_activation(x, input_scale, input_zero_point)"""
+        observer = program.graph_module.get_submodule(str(node.target))
+        assert isinstance(observer, Observer)
+        scales, zero_points = observer.scales_and_zero_points()
+        consumer = next(iter(node.users))
+        weight = weight_of(consumer)
+        assert weight is not None
+        owner = str(weight.target).rpartition(".")[0]
+        tensors = {
+            "input_scale": nn.Parameter(quant.scale_to_param(scales, "log")),
+            "input_zero_point": zero_points,
+        }
+        traced = value(node)
+        assert traced is not None
+        with program.graph.inserting_before(node):
+            operands = []
+            for name, tensor in tensors.items():
+                target = f"{owner}.{name}"
+                program.set_tensor(target, tensor)
+                program.fqns[target] = (
+                    f"{program.fqn(str(weight.target)).rpartition('.')[0]}.{name}",
+                )
+                operand = program.graph.get_attr(target)
+                operand.meta = {"val": traced.new_empty(tensor.shape, dtype=tensor.dtype)}
+                operands.append(operand)
+            fake = program.graph.call_function(
+                FAKE_QUANTIZE_ACTIVATION,
+                (node.args[0], *operands, observer.spec.bits, "log", "bf16"),
+            )
+        fake.meta = dict(node.meta)
+        annotate(fake, observer=None, act=observer.spec.to_dict())
+        node.replace_all_uses_with(fake)
+        program.graph.erase_node(node)
 
 
 def _planned(program: Program) -> Iterator[fx.Node]:

@@ -54,7 +54,7 @@ class LowerTorchao(Pass):
                     weight = frozen.dequantize(program.dtype)
                 else:
                     weight = torchao.pack(
-                        frozen.codes, frozen.scales, frozen.spec.group_size, program.dtype
+                        frozen.codes, frozen.scales, frozen.group_size, program.dtype
                     )
                     if not torch.equal(torchao.unpack(weight), frozen.dequantize(program.dtype)):
                         raise self.refuse("the packed weight reads back differently", where=fqn)

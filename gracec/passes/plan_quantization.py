@@ -17,11 +17,13 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from gracec.errors import GracecError
+from gracec.observers import ActivationSpec
 from gracec.passes.analyze_modality import value, weight_of
 from gracec.passes.base import Pass, PassResult
 from gracec.program import Program, annotate, annotation
 from gracec.quant import SUPPORTED_GROUP_SIZES, QuantSpec
-from gracec.recipe import Recipe
+from gracec.recipe import ActivationRule, Recipe
 
 aten = torch.ops.aten
 
@@ -65,7 +67,9 @@ class PlanEntry:
         """Bytes after quantization: packed codes and 16-bit scales, or as before."""
         if self.spec is None:
             return self.source_bytes
-        return self.numel * self.spec.bits // 8 + self.numel // self.spec.group_size * 2
+        rows, columns = self.shape
+        scales = self.spec.scale_shape(rows, columns)
+        return self.numel * self.spec.bits // 8 + scales[0] * scales[1] * 2
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,8 @@ class PlanQuantization(Pass):
         recipe = Recipe.load(self.recipe)
         before = [dict(annotation(node)) for node in program.graph.nodes]
         notes: list[str] = []
+        for node in program.graph.nodes:  # a second plan replaces the first
+            annotate(node, quant=None, kept=None, act=None, weight_observer=None)
         sets: dict[int, list[fx.Node]] = defaultdict(list)
         for node in program.graph.nodes:
             if "part" in annotation(node):
@@ -197,11 +203,30 @@ class PlanQuantization(Pass):
         for node in candidates:
             if spec is None:
                 annotate(node, quant=None, kept=f"no group divides the width {widths}")
-            else:
-                annotate(node, quant=spec.to_dict(), kept=None)
+                continue
+            observer = None if rule.observer == "mse" else rule.observer
+            annotate(node, quant=spec.to_dict(), kept=None, weight_observer=observer)
+            activation = recipe.activations.get(annotation(node)["part"])
+            if activation is not None:
+                annotate(node, act=self._activation_spec(activation, widths, names[0]).to_dict())
+
+    def _activation_spec(
+        self, rule: ActivationRule, widths: set[int], where: str
+    ) -> ActivationSpec:
+        spec = ActivationSpec(**rule.model_dump())
+        for width in widths:
+            try:
+                spec.groups(width)
+            except GracecError as error:
+                raise self.refuse(
+                    f"activations: {error.what}", where=where, fix=error.fix
+                ) from error
+        return spec
 
     @staticmethod
     def _fit(spec: QuantSpec, widths: set[int]) -> QuantSpec | None:
+        if spec.granularity != "per_group":
+            return spec
         for group_size in sorted(SUPPORTED_GROUP_SIZES, reverse=True):
             if group_size <= spec.group_size and all(w % group_size == 0 for w in widths):
                 return replace(spec, group_size=group_size)

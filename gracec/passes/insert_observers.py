@@ -1,0 +1,99 @@
+"""insert-observers: watch the inputs of linears whose activations the recipe quantizes.
+
+    linear(x, w) -> linear(observer(x), w)
+
+Linears that read the same activation share one observer. The observers are calibrated at once, on
+the samples given; `insert-fake-quant` turns them into fake-quant nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from gracec.observers import OBSERVERS, ActivationSpec, Observer
+from gracec.passes.analyze_modality import value
+from gracec.passes.base import Pass, PassResult
+from gracec.program import Program, annotate, annotation
+
+PREFIX = "observers"
+
+
+@dataclass(frozen=True)
+class InsertObservers(Pass):
+    """Options: `samples`, prepared inputs of the graph; without them, the example inputs."""
+
+    samples: Sequence[Mapping[str, Tensor]] = field(default=())
+    name: ClassVar[str] = "insert-observers"
+    keeps_numerics: ClassVar[bool] = True
+
+    def requires(self, program: Program) -> None:
+        if not any("quant" in annotation(node) for node in program.graph.nodes):
+            raise self.refuse("no weight has a plan", fix="run plan-quantization first")
+        if not list(_observed_linears(program)):
+            raise self.refuse(
+                "the recipe quantizes no activations", fix="give the recipe `activations`"
+            )
+
+    def apply(self, program: Program) -> PassResult:
+        observers: dict[tuple[fx.Node, ActivationSpec], fx.Node] = {}
+        for linear in _observed_linears(program):
+            source = linear.args[0]
+            assert isinstance(source, fx.Node)
+            if source.op == "call_module" or "act" in annotation(source):
+                continue  # observed, or quantized already
+            spec = ActivationSpec(**annotation(linear)["act"])
+            if (source, spec) not in observers:
+                observers[source, spec] = self._insert(program, linear, source, spec)
+            linear.update_arg(0, observers[source, spec])
+        if not observers:
+            return PassResult(program, False)
+        program.recompile()
+        notes = [f"{len(observers)} activations observed on {len(self.samples)} samples"]
+        samples = self.samples
+        if not samples:
+            notes = [
+                f"{len(observers)} activations observed on the EXAMPLE inputs only: "
+                "give calibration samples for scales that mean something"
+            ]
+            samples = [program.example_inputs]
+        with torch.no_grad():
+            for sample in samples:
+                program(**sample)
+        return PassResult(program, True, tuple(notes))
+
+    def ensures(self, before: Program, after: Program) -> None:
+        for node in observer_nodes(after):
+            observer = after.graph_module.get_submodule(str(node.target))
+            assert isinstance(observer, Observer)
+            if not observer.seen:
+                raise self.refuse(f"{node.name} has observed nothing")
+
+    def _insert(
+        self, program: Program, linear: fx.Node, source: fx.Node, spec: ActivationSpec
+    ) -> fx.Node:
+        watched = value(source)
+        assert watched is not None
+        count = len(list(observer_nodes(program)))
+        target = f"{PREFIX}.{count}"
+        observer = OBSERVERS[spec.observer](spec, int(watched.shape[-1]))
+        program.graph_module.add_submodule(target, observer)
+        with program.graph.inserting_before(linear):
+            node = program.graph.call_module(target, (source,))
+        node.meta = {"val": watched}
+        node.meta["nn_module_stack"] = dict(linear.meta.get("nn_module_stack") or {})
+        annotate(node, modality=annotation(source).get("modality"), observer=spec.observer)
+        return node
+
+
+def observer_nodes(program: Program) -> Iterator[fx.Node]:
+    """The observers of a program, in order."""
+    return (node for node in program.graph.nodes if node.op == "call_module")
+
+
+def _observed_linears(program: Program) -> Iterator[fx.Node]:
+    return (node for node in program.graph.nodes if {"act", "quant"} <= annotation(node).keys())

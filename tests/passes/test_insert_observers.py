@@ -1,0 +1,121 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gracec import ir
+from gracec.errors import GracecError, PassError
+from gracec.passes import parse_pipeline, run_passes
+from gracec.passes.freeze import Freeze
+from gracec.passes.insert_fake_quant import FAKE_QUANTIZE_ACTIVATION, InsertFakeQuant
+from gracec.passes.insert_observers import InsertObservers, observer_nodes
+from gracec.passes.plan_quantization import PlanQuantization
+from gracec.program import Program
+from gracec.recipe import Recipe
+
+Golden = Callable[[str, str], None]
+After = Callable[[str], Program]
+PLAN = "analyze-modality,plan-quantization{recipe=w4a8}"
+
+
+@pytest.fixture(scope="module")
+def observed(after: After, batch: dict[str, Tensor]) -> Program:
+    return InsertObservers((batch,)).run(after(PLAN)).program
+
+
+def test_golden(after: After, observed: Program, golden: Golden) -> None:
+    golden("insert-observers/llava.txt", ir.diff(after(PLAN), observed) + "\n")
+
+
+def test_golden_of_the_whole_way_for_a_vision_tower(after: After, golden: Golden) -> None:
+    start = after("analyze-modality,plan-quantization{recipe=w8a8}")
+    frozen = run_passes(start, parse_pipeline("insert-observers,insert-fake-quant,freeze")).program
+    golden("insert-observers/llava-w8a8-frozen.txt", ir.diff(start, frozen) + "\n")
+
+
+def test_observing_changes_no_bit(
+    captured: Program, observed: Program, batch: dict[str, Tensor]
+) -> None:
+    assert torch.equal(observed(**batch)[0], captured(**batch)[0])
+
+
+def test_linears_that_share_an_activation_share_its_observer(observed: Program) -> None:
+    assert len(list(observer_nodes(observed))) == 8  # 4 per block: qkv, o, gate and up, down
+    assert sorted(len(node.users) for node in observer_nodes(observed)) == 2 * [1] + 2 * [1] + 2 * [
+        2
+    ] + 2 * [3]
+
+
+def test_idempotent(observed: Program, batch: dict[str, Tensor]) -> None:
+    assert not InsertObservers((batch,)).run(observed).modified
+
+
+def test_without_samples_it_says_what_it_did(after: After) -> None:
+    (note,) = InsertObservers().run(after(PLAN)).notes
+    assert "on the EXAMPLE inputs only" in note
+
+
+def test_refusals(captured: Program, after: After) -> None:
+    with pytest.raises(PassError, match="run plan-quantization first"):
+        InsertObservers().run(captured)
+    with pytest.raises(PassError, match="the recipe quantizes no activations"):
+        InsertObservers().run(after("analyze-modality,plan-quantization"))
+    with pytest.raises(PassError, match="was not observed; run insert-observers first"):
+        InsertFakeQuant().run(after(PLAN))
+
+
+def test_a_group_of_activations_that_does_not_divide_is_refused(after: After) -> None:
+    recipe = Recipe.from_dict(
+        {
+            "name": "test",
+            "weights": {"decoder": {"group_size": 64}},
+            "activations": {"decoder": {"granularity": "per_group", "group_size": 128}},
+        }
+    )
+    with pytest.raises(PassError, match="activations: group_size 128 does not divide the 64"):
+        PlanQuantization(recipe=recipe).run(after("analyze-modality"))
+
+
+def test_scales_train_and_freeze_like_those_of_weights(
+    observed: Program, batch: dict[str, Tensor]
+) -> None:
+    fake = InsertFakeQuant().run(observed).program
+    assert not list(observer_nodes(fake))
+    scales = [t for t in fake.fqns if t.endswith("input_scale")]
+    assert len(scales) == len(list(fake.nodes(FAKE_QUANTIZE_ACTIVATION))) == 8
+    before = fake(**batch)[0]
+    before.square().mean().backward()
+    with torch.no_grad():
+        for target in scales:
+            scale = fake.tensor(target)
+            assert isinstance(scale, nn.Parameter)
+            assert scale.grad is not None
+            assert scale.grad.abs().sum() > 0
+            scale -= 0.05 * scale.grad.sign()
+            scale.grad = None
+    trained = fake(**batch)[0]
+    assert not torch.equal(trained, before)
+    frozen = Freeze().run(fake).program
+    assert torch.equal(frozen(**batch)[0], trained)
+    assert not any(target.endswith("input_scale") for target in frozen.fqns)
+
+
+def test_codes_stay_on_the_grid_in_the_frozen_graph(
+    observed: Program, batch: dict[str, Tensor]
+) -> None:
+    frozen = run_passes(observed, parse_pipeline("insert-fake-quant,freeze")).program
+    interpreter = torch.fx.Interpreter(frozen.graph_module, garbage_collect_values=False)
+    with torch.no_grad():
+        interpreter.run(*(batch[name] for name in frozen.example_inputs))
+    for node in frozen.nodes(torch.ops.gracec.quantize_dequantize.default):
+        value = interpreter.env[node]
+        assert len(value.unique()) <= 256
+
+
+def test_compile_refuses_a_recipe_that_no_backend_runs() -> None:
+    import gracec
+    from tests.tiny import tiny_llava
+
+    with pytest.raises(GracecError, match="recipe w4a8: no backend runs quantized activations"):
+        gracec.compile(tiny_llava(), "w4a8")
