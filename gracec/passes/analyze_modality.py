@@ -34,15 +34,17 @@ from gracec.program import Program, annotate, annotation
 aten = torch.ops.aten
 ATTENTION = {aten.scaled_dot_product_attention.default, aten.softmax.int, aten._softmax.default}
 ADDITION = {aten.add.Tensor, aten.add_.Tensor}
-MATMUL_WEIGHT_ARG: dict[Any, int] = {
-    aten.linear.default: 1,
-    aten.mm.default: 1,
-    aten.addmm.default: 2,
-    aten.matmul.default: 1,
-    aten.bmm.default: 1,
-    aten.conv2d.default: 1,
+MATMULS: dict[Any, tuple[int, ...]] = {
+    aten.linear.default: (1,),
+    aten.conv2d.default: (1,),
+    aten.conv3d.default: (1,),
+    aten.mm.default: (1, 0),
+    aten.bmm.default: (1, 0),
+    aten.matmul.default: (1, 0),
+    aten.addmm.default: (2, 1),
+    aten.baddbmm.default: (2, 1),
 }
-"""Op -> position of the operand that holds the weight when it is a parameter."""
+"""Op -> positions of the operands that may be a weight, the usual one first."""
 VIEWS = {
     aten.to.dtype,
     aten.to.device,
@@ -74,16 +76,38 @@ def value(node: fx.Node) -> torch.Tensor | None:
 
 def weight_of(node: fx.Node) -> fx.Node | None:
     """The parameter that a matmul-like node multiplies with, seen through views and fake-quant."""
-    position = MATMUL_WEIGHT_ARG.get(node.target)
-    if position is None or len(node.args) <= position:
-        return None
-    operand = node.args[position]
-    while isinstance(operand, fx.Node) and operand.op == "call_function":
-        is_gracec = str(operand.target).startswith("gracec.")
-        if operand.target not in VIEWS and not is_gracec:
-            return None
-        operand = operand.args[0]
-    return operand if isinstance(operand, fx.Node) and operand.op == "get_attr" else None
+    for position in MATMULS.get(node.target, ()):
+        operand = node.args[position]
+        assert isinstance(operand, fx.Node)
+        while operand.op == "call_function" and (
+            operand.target in VIEWS or str(operand.target).startswith("gracec.")
+        ):
+            operand = operand.all_input_nodes[0]
+        if operand.op == "get_attr":
+            return operand
+    return None
+
+
+def activation_of(node: fx.Node) -> fx.Node:
+    """The other operand of a matmul-like node that has a weight."""
+    positions = MATMULS[node.target]
+    bias = {0} if len(positions) == 2 and 0 not in positions else set()
+    operands = [
+        operand
+        for position, operand in enumerate(node.args[:3])
+        if isinstance(operand, fx.Node) and position not in bias
+    ]
+    weight = weight_of(node)
+    return next((n for n in operands if n is not weight and not _holds(n, weight)), operands[0])
+
+
+def _holds(node: fx.Node, weight: fx.Node | None) -> bool:
+    """Whether a node is a view of the weight."""
+    while node.op == "call_function" and node.all_input_nodes:
+        if node.target not in VIEWS and not str(node.target).startswith("gracec."):
+            return False
+        node = node.all_input_nodes[0]
+    return node is weight
 
 
 @dataclass(frozen=True)
@@ -221,9 +245,7 @@ class AnalyzeModality(Pass):
                 part = "projector" if node in after_tower else "vision"
             else:
                 part = "text"
-            activation = node.args[1 if node.target == aten.addmm.default else 0]
-            assert isinstance(activation, fx.Node)
-            annotate(node, part=part, fused_set=sets.setdefault(activation, len(sets)))
+            annotate(node, part=part, fused_set=sets.setdefault(activation_of(node), len(sets)))
 
 
 class _Dataflow:

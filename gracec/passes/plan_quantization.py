@@ -15,17 +15,18 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from gracec.errors import GracecError
 from gracec.observers import ActivationSpec
-from gracec.passes.analyze_modality import value, weight_of
+from gracec.passes.analyze_modality import MATMULS, value, weight_of
 from gracec.passes.base import Pass, PassResult
 from gracec.program import Program, annotate, annotation
 from gracec.quant import SUPPORTED_GROUP_SIZES, QuantSpec
 from gracec.recipe import ActivationRule, Recipe
 
 aten = torch.ops.aten
+EMBEDDING = aten.embedding.default
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class PlanEntry:
 
     Attributes:
         fqns: the weight's names in the state dict, more than one when it is tied.
-        part: vision | projector | decoder | head | text | embedding | unused.
+        part: vision | projector | decoder | head | text | embedding | unused | other.
         shape: of the weight, [N, K] = (out, in) for linears.
         spec: how it is quantized, or None.
         reason: why it keeps its precision, empty when it is quantized.
@@ -104,7 +105,7 @@ def plan_of(program: Program) -> Plan:
         spec = QuantSpec(**notes["quant"]) if "quant" in notes else None
         entry = PlanEntry(
             fqns=program.fqns.get(str(weight.target), (str(weight.target),)),
-            part=notes.get("part", "embedding"),
+            part=notes.get("part", "embedding" if node.target == EMBEDDING else "other"),
             shape=tuple(tensor.shape),
             element_size=tensor.element_size(),
             spec=spec,
@@ -145,6 +146,7 @@ class PlanQuantization(Pass):
                 annotate(node, quant=None, kept="embedding: looked up, not multiplied")
         for members in sets.values():
             self._plan_set(program, recipe, members, notes)
+        self._keep_the_rest(program)
         plan = plan_of(program)
         quantized = plan.quantized
         notes.append(
@@ -162,6 +164,22 @@ class PlanQuantization(Pass):
                     raise self.refuse(f"{node.name} has {len(decided)} decisions, one is needed")
         if not plan_of(after).quantized:
             raise self.refuse("the recipe quantizes nothing in this model")
+
+    @staticmethod
+    def _keep_the_rest(program: Program) -> None:
+        """Matrices that no matmul reads: listed as well, so that the bytes add up."""
+        decided = {
+            _weight(node)
+            for node in program.graph.nodes
+            if {"quant", "kept"} & annotation(node).keys()
+        }
+        targets = {weight.target for weight in decided if weight is not None}
+        for weight in program.graph.find_nodes(op="get_attr"):
+            tensor = program.tensor(str(weight.target))
+            matrix = tensor.dim() > 1 and isinstance(tensor, nn.Parameter)
+            if matrix and weight.target not in targets and weight.users:
+                reader = next(iter(weight.users))
+                annotate(reader, kept=f"read by {reader.target}, which is no matmul")
 
     def _plan_set(
         self, program: Program, recipe: Recipe, members: list[fx.Node], notes: list[str]
@@ -257,14 +275,16 @@ class PlanQuantization(Pass):
             return "only a view of the weight is used"
         if program.tensor(str(weight.target)).dim() != 2:
             return "the weight is not a matrix"
-        if any(user.target == aten.embedding.default for user in weight.users):
+        if any(user.target == EMBEDDING for user in weight.users):
             return "tied to the token embedding"
         return ""
 
 
 def _weight(node: fx.Node) -> fx.Node | None:
     """The parameter of a matmul-like node or of an embedding."""
-    if node.target == aten.embedding.default:
+    if node.target == EMBEDDING:
         table = node.args[0]
         return table if isinstance(table, fx.Node) and table.op == "get_attr" else None
+    if node.target not in MATMULS and "kept" in annotation(node):
+        return next((n for n in node.all_input_nodes if n.op == "get_attr"), None)
     return weight_of(node)

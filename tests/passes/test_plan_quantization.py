@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gracec import ir
 from gracec.capture import capture
@@ -104,3 +104,45 @@ def test_a_tied_head_is_refused_with_its_reason(after: After) -> None:
 def test_a_recipe_that_quantizes_nothing_is_refused(after: After) -> None:
     with pytest.raises(PassError, match="quantizes nothing"):
         planned(after("analyze-modality"), decoder=None)
+
+
+class Experts(nn.Module):
+    """Stands in for a decoder MLP: a fused weight read in slices, and a stack of two experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.fused = nn.Parameter(torch.randn(128, 64, generator=generator) * 0.05)
+        self.stack = nn.Parameter(torch.randn(2, 64, 64, generator=generator) * 0.05)
+        self.gains = nn.Parameter(torch.ones(1, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = nn.functional.linear(x, self.fused[:64])
+        second = nn.functional.linear(x, self.fused[64:])
+        rows = (first * second).reshape(1, -1, 64).expand(2, -1, -1)
+        return torch.bmm(rows, self.stack).sum(0).reshape(x.shape) * self.gains
+
+
+def test_sliced_weights_and_expert_stacks_are_counted_with_their_reason() -> None:
+    model = tiny_llava()
+    model.model.language_model.layers[1].mlp = Experts().eval()
+    program = run_passes(capture(model), parse_pipeline(PIPELINE)).program
+    prefix = "model.language_model.layers.1.mlp."
+    entries = {e.fqn.removeprefix(prefix): e for e in plan_of(program).entries if prefix in e.fqn}
+    assert entries["fused"].reason == "only a view of the weight is used"
+    assert entries["stack"].reason == "aten.bmm.default is not a linear layer"
+    assert entries["gains"].reason == "read by aten.mul.Tensor, which is no matmul"
+    assert [entries[name].part for name in ("fused", "stack", "gains")] == [
+        "decoder",
+        "decoder",
+        "other",
+    ]
+    assert entries["stack"].source_bytes == 4 * 2 * 64 * 64
+    with pytest.raises(PassError, match=r"mlp\.(fused|stack): plan-quantization: "):
+        run_passes(
+            run_passes(capture(model), parse_pipeline("analyze-modality")).program,
+            [PlanQuantization(recipe=Recipe.from_dict(G32), strict=True)],
+        )
+
+
+G32 = {"name": "g32", "weights": {"decoder": {"group_size": 32}}}
