@@ -17,7 +17,7 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 # One thread a worker: the workers are the parallelism, and sums come out the same on every machine.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 $(PYTEST_ARGS)
-SOURCES := $(wildcard gracec tests examples benchmarks)
+SOURCES := $(wildcard gracec tests examples benchmarks docs)
 
 .PHONY: test test-all lint format demo install constraints clean
 
