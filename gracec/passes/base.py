@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import inspect
 import pkgutil
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, ClassVar, get_type_hints
 
 from gracec.errors import GracecError, PassError
@@ -89,16 +89,22 @@ def run_passes(
     return PassResult(program, modified, tuple(notes))
 
 
-@cache
 def all_passes() -> dict[str, type[Pass]]:
-    """Name -> class of every pass in this package."""
+    """Name -> class of every pass: those of this package, and those of any module imported so far.
+
+    A pass of one's own needs no registration: importing the module that defines it is enough.
+    """
     package = importlib.import_module("gracec.passes")
-    found: dict[str, type[Pass]] = {}
     for module in pkgutil.iter_modules(package.__path__):
-        for value in vars(importlib.import_module(f"gracec.passes.{module.name}")).values():
-            if isinstance(value, type) and issubclass(value, Pass) and value is not Pass:
-                found[value.name] = value
-    return found
+        importlib.import_module(f"gracec.passes.{module.name}")
+    found: dict[str, type[Pass]] = {}
+    pending = [Pass]
+    while pending:
+        for cls in pending.pop().__subclasses__():
+            pending.append(cls)
+            if not inspect.isabstract(cls):
+                found[cls.name] = cls
+    return dict(sorted(found.items()))
 
 
 def parse_pipeline(text: str) -> list[Pass]:

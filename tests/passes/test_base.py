@@ -46,6 +46,10 @@ def test_every_pass_has_a_name_and_is_found_under_it() -> None:
     assert all(cls.name == name for name, cls in found.items())
 
 
+def test_a_pass_defined_elsewhere_is_found_under_its_name() -> None:
+    assert parse_pipeline("mark{text=x}") == [Mark("x")]
+
+
 @dataclass(frozen=True)
 class Mark(Pass):
     text: str = ""
