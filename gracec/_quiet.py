@@ -1,13 +1,15 @@
-"""Drops two kinds of log line that libraries print on import and nobody can act on."""
+"""Drops three kinds of log line that libraries print and nobody can act on."""
 
 from __future__ import annotations
 
 import logging
 
-# torchao tries to load CUDA libraries on every machine, and registers its enums the old way.
+# torchao tries to load CUDA libraries on every machine, and registers its enums the old way; torch
+# mentions a symbol of a trace that fails, whose place gracec names itself.
 NOISE = {
     "torchao": "Failed to load",
     "torch.utils._pytree": "is an Enum subclass and is now natively supported",
+    "torch.fx.experimental.symbolic_shapes": "Unable to find user code",
 }
 
 

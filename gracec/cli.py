@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -29,6 +33,7 @@ def main() -> None:
     """Entry point: bad input is one line on standard error, never a traceback."""
     from gracec.errors import GateError, GracecError
 
+    warnings.showwarning = _show_warning
     try:
         app()
     except GateError as error:
@@ -72,6 +77,151 @@ def compile(
 
 
 @app.command()
+def inspect(
+    model: ModelPath,
+    recipe: Annotated[
+        str, typer.Option(help="What would be quantized: built-in name or YAML file.")
+    ] = "w4a16-ptq",
+    batch: Annotated[int, typer.Option(min=1, help="Prompts, for the memory plan.")] = 1,
+    images: Annotated[int, typer.Option(min=1, help="Images a prompt.")] = 1,
+    text: Annotated[int, typer.Option(min=2, help="Text tokens a prompt.")] = 128,
+    picture: Annotated[
+        Path | None, typer.Option(help="Also draw the parts: a path ending in .svg, .png or .pdf.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the parts of a model, the plan and the memory it takes, without reading a weight.
+
+    Of a gracec artifact: what was done to it, every gate and the error of every weight.
+    """
+    from gracec.report.inspection import inspect_artifact, inspect_model
+    from gracec.report.picture import draw_picture
+    from gracec.store import is_artifact
+
+    if is_artifact(model):
+        report = inspect_artifact(model)
+        if picture is not None:
+            draw_picture(inspect_model(model, _recipe_of(report)), picture)
+        if as_json:
+            _print_json({"model": str(model), "report": report.to_dict()})
+            return
+        tables = [report.coverage_table(), report.errors_table(), report.gates_table()]
+        lines = [*report.notes, report.sizes_line()]
+    else:
+        found = inspect_model(model, recipe, batch=batch, images=images, text=text)
+        if picture is not None:
+            draw_picture(found, picture)
+        if as_json:
+            _print_json(found.to_dict())
+            return
+        out.print(
+            f"{found.architecture}, {found.dtype}, {found.blocks} decoder blocks", highlight=False
+        )
+        tables = [found.partition_table(), found.plan_table()]
+        summary = f"{found.recipe} quantizes {found.coverage:.1%} of the bytes of all matrices"
+        lines = [*found.notes, summary, *found.memory.lines()]
+    for table in tables:
+        out.print(table)
+    for line in lines:
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def doctor(
+    model: Annotated[Path, typer.Argument(help="Anything that may be a model directory.")],
+    recipe: Annotated[str, typer.Option(help="The recipe that has to be open.")] = "w4a16-ptq",
+    as_json: Json = False,
+) -> None:
+    """Say what of a model can be compiled, and what blocks where. Exit code 1 if anything does."""
+    from gracec.doctor import Check, diagnose
+
+    def show(check: Check) -> None:
+        if not as_json:
+            typer.echo(check.line())
+
+    found = diagnose(model, recipe, show)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        typer.echo(found.verdict())
+    if not found.compiles:
+        raise typer.Exit(1)
+
+
+@app.command()
+def opt(
+    model: Annotated[Path, typer.Argument(help="Hugging Face model directory.")],
+    passes: Annotated[str, typer.Option(help="'pass,pass{option=value}', run in this order.")],
+    print_before: Annotated[bool, typer.Option(help="Print the captured program first.")] = False,
+    print_after_all: Annotated[bool, typer.Option(help="Print it after each pass.")] = False,
+    diff_after_all: Annotated[bool, typer.Option(help="Print what each pass changed.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--out", help="Write to this file, not to standard output.")
+    ] = None,
+) -> None:
+    """Run passes on a captured model and print its text: at the end, or after each of them."""
+    from gracec import ir
+    from gracec.capture import capture
+    from gracec.errors import GracecError
+    from gracec.models import load_model
+    from gracec.passes import Pass, PassResult, parse_pipeline, run_passes
+    from gracec.program import Program
+    from gracec.store import is_artifact
+
+    pipeline = parse_pipeline(passes)
+    if is_artifact(model):
+        raise GracecError(
+            "a gracec artifact, which is compiled already",
+            where=str(model),
+            fix="give the directory of the original model",
+        )
+
+    with _destination(output) as write:
+
+        def show(item: Pass, before: Program, result: PassResult) -> None:
+            if not (print_after_all or diff_after_all):
+                for note in result.notes:
+                    err.print(f"{item.name}: {note}", markup=False)
+                return
+            state = "modified" if result.modified else "unchanged"
+            notes = f": {'; '.join(result.notes)}" if result.notes else ""
+            write(f"// ----- after {item.name} ({state}){notes} -----")
+            if diff_after_all:
+                write(ir.diff(before, result.program))
+            if print_after_all:
+                write(ir.format(result.program))
+
+        program = capture(load_model(model))
+        if print_before:
+            write("// ----- captured -----")
+            write(ir.format(program))
+        result = run_passes(program, pipeline, show)
+        if not (print_after_all or diff_after_all):
+            if print_before:
+                write(f"// ----- after {pipeline[-1].name} -----")
+            write(ir.format(result.program))
+
+
+@app.command()
+def passes(as_json: Json = False) -> None:
+    """List the passes that `gracec opt` can run, with their options and defaults."""
+    from gracec.passes import all_passes
+
+    found: dict[str, dict[str, Any]] = {
+        name: {"does": _first_sentence(name, cls), "options": _options(cls)}
+        for name, cls in sorted(all_passes().items())
+    }
+    if as_json:
+        _print_json(found)
+        return
+    for name, entry in found.items():
+        options = " ".join(f"{key}={value}" for key, value in entry["options"].items())
+        typer.echo(f"{name}: {entry['does']}")
+        if options:
+            typer.echo(f"    {{{options}}}")
+
+
+@app.command()
 def run(
     model: ModelPath,
     image: Annotated[Path, typer.Option(help="Picture to ask about.")],
@@ -82,8 +232,9 @@ def run(
     """Ask a model one question about one picture."""
     from gracec.evaluate import answer, load_image
 
+    picture = load_image(image)
     loaded, processor = _load(model)
-    text = answer(loaded, processor, load_image(image), prompt, max_new_tokens=max_new_tokens)
+    text = answer(loaded, processor, picture, prompt, max_new_tokens=max_new_tokens)
     if as_json:
         _print_json({"model": str(model), "image": str(image), "prompt": prompt, "answer": text})
     else:
@@ -151,6 +302,60 @@ def _load(directory: Path) -> tuple[Any, Any]:
         compiled = gracec.load(directory)
         return compiled, compiled.processor
     return load_model(directory), load_processor(directory)
+
+
+def _recipe_of(report: Any) -> Any:
+    from gracec.recipe import Recipe
+
+    return Recipe.from_dict(dict(report.recipe))
+
+
+@contextmanager
+def _destination(path: Path | None) -> Iterator[Callable[[str], None]]:
+    """Plain lines, never wrapped or coloured, to standard output or to a file."""
+    from gracec.errors import GracecError
+
+    if path is None:
+        yield lambda text: typer.echo(text.rstrip("\n"))
+        return
+    try:
+        file = path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise GracecError(f"cannot be written ({error.strerror})", where=str(path)) from error
+    with file:
+        yield lambda text: print(text.rstrip("\n"), file=file, flush=True)
+
+
+def _options(pass_class: Any) -> dict[str, Any]:
+    """Name -> default of the options that can be written as text."""
+    fields = dataclasses.fields(pass_class)
+    return {f.name: f.default for f in fields if isinstance(f.default, (bool, int, float, str))}
+
+
+def _first_sentence(name: str, pass_class: Any) -> str:
+    """What the first line of a pass's file says after its name, or that of its class."""
+    for text in (sys.modules[pass_class.__module__].__doc__, pass_class.__doc__):
+        first = (text or "").strip().partition("\n")[0]
+        if first.startswith(f"{name}: "):
+            return first.removeprefix(f"{name}: ").rstrip(".")
+    return first.rstrip(".")
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning of gracec is one line; others are shown as Python does."""
+    from gracec.errors import GracecWarning
+
+    if issubclass(category, GracecWarning):
+        err.print(f"gracec: warning: {message}", markup=False)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def _print_json(value: Any) -> None:

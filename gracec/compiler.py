@@ -21,7 +21,7 @@ from gracec import gates
 from gracec._version import __version__
 from gracec.capture import capture, captured_equals_eager, family_of
 from gracec.errors import GracecError
-from gracec.models import load_model, load_processor
+from gracec.models import check_finite, load_model, load_processor, model_without_weights
 from gracec.passes import run_passes
 from gracec.passes.analyze_modality import AnalyzeModality
 from gracec.passes.apply_codes import ApplyCodes
@@ -33,7 +33,7 @@ from gracec.passes.strip import Strip
 from gracec.program import Program
 from gracec.recipe import Recipe
 from gracec.report import Report, weight_bytes
-from gracec.report.report import plan_rows
+from gracec.report.report import plan_rows, sqnr_db
 from gracec.store import Store, read_store, write_directory, write_store
 
 
@@ -61,21 +61,18 @@ def compile(
         GateError: if the result is not numerically what it should be.
     """
     recipe = Recipe.load(recipe)
-    if any(recipe.activations.values()):
-        raise GracecError(
-            "no backend runs quantized activations yet",
-            where=f"recipe {recipe.name}",
-            fix="use the passes (insert-observers, insert-fake-quant, freeze), or a w4a16 recipe",
-        )
+    check_runnable(recipe)
     if output_dir is not None and Path(output_dir).exists():
         raise GracecError(
             "the output directory exists", where=str(output_dir), fix="choose another"
         )
     if isinstance(model, (str, Path)):
+        family_of(model_without_weights(model))  # refused before gigabytes are read
         processor = processor or load_processor(model)
         model = load_model(model)
-    elif not inplace:
-        model = copy.deepcopy(model)
+    else:
+        check_finite(model)
+        model = model if inplace else copy.deepcopy(model)
     model.eval()
 
     program = capture(model)
@@ -94,19 +91,33 @@ def compile(
     reference = gates.frozen_equals_fake_quantized(prepared.program, frozen.program, inputs)
     figures["frozen_equals_fake_quantized"] = True
 
-    plan = plan_of(prepared.program)
     weights = frozen_weights(frozen.program)
+    rows = plan_rows(plan_of(prepared.program), sqnr_db(model, weights))
     notes = [*prepared.notes, *frozen.notes]
     sizes = weight_bytes(model, weights)
     del program, prepared, frozen
     lowered = _lower(model, weights, getattr(torch, recipe.deploy.dtype), strict)
     notes += lowered.notes
     figures |= _lowering_gates(model, lowered, weights, inputs, reference)
-    report = Report(recipe.to_dict(), plan_rows(plan), notes, figures, sizes)
+    report = Report(recipe.to_dict(), rows, notes, figures, sizes)
     compiled = CompiledModel(model, lowered, weights, report, processor)
     if output_dir is not None:
         compiled.save_pretrained(output_dir)
     return compiled
+
+
+def check_runnable(recipe: Recipe) -> None:
+    """Refuse a recipe that no backend can run, whatever the model.
+
+    Raises:
+        GracecError: with the reason.
+    """
+    if any(recipe.activations.values()):
+        raise GracecError(
+            "no backend runs quantized activations yet",
+            where=f"recipe {recipe.name}",
+            fix="use the passes (insert-observers, insert-fake-quant, freeze), or a w4a16 recipe",
+        )
 
 
 def load(directory: str | Path) -> CompiledModel:

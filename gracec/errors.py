@@ -24,3 +24,7 @@ class GateError(GracecError):
 
 class PassError(GracecError):
     """A pass refused a program, or left one that breaks its own postcondition."""
+
+
+class GracecWarning(UserWarning):
+    """Something a user should know that stops nothing; the command line prints it as one line."""

@@ -2,13 +2,69 @@
 
 from __future__ import annotations
 
+import difflib
+import json
+import warnings
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers import __version__ as transformers_version
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from gracec.errors import GracecError
+from gracec.checkpoint import checkpoint_files, first_not_finite, stored_dtype
+from gracec.errors import GracecError, GracecWarning
+
+
+def load_config(path: str | Path) -> PreTrainedConfig:
+    """The configuration of a vision-language model.
+
+    Raises:
+        GracecError: if the directory or the configuration is missing, unreadable, unknown to
+            transformers, or not that of a vision-language model.
+    """
+    directory = _directory(path)
+    file = directory / "config.json"
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        model_type = fields.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise GracecError(
+            f"not readable as a JSON object: {_first_line(error)}", where=str(file)
+        ) from error
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING.keys()), n=1)
+        known_to = f"transformers {transformers_version}"
+        own_code = " (it brings its own code, which is never run)" if "auto_map" in fields else ""
+        raise GracecError(
+            f"model type {model_type!r} is unknown to {known_to}{own_code}",
+            where=str(file),
+            fix=f"did you mean {near[0]!r}?" if near else "use a model that transformers knows",
+        )
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as error:
+        raise GracecError(
+            f"transformers refuses this configuration: {_first_line(error)}", where=str(file)
+        ) from error
+    assert isinstance(config, PreTrainedConfig)
+    if type(config) not in AutoModelForImageTextToText._model_mapping:
+        raise GracecError(
+            f"model type {model_type!r} is not a vision-language model",
+            where=str(directory),
+            fix="give the directory of a Hugging Face ...ForConditionalGeneration checkpoint",
+        )
+    return config
 
 
 def load_model(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -19,22 +75,68 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> PreTrained
             the CPU, which has no float16 kernels worth using.
 
     Raises:
-        GracecError: if the directory is missing or holds no loadable vision-language model.
+        GracecError: if the directory holds no vision-language model, or a checkpoint that is not
+            whole: files or tensors missing, cut short, of another shape, or not finite.
     """
-    directory = _directory(path)
+    load_config(path)
+    directory = Path(path)
+    checkpoint_files(directory)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            directory, dtype=dtype or "auto", local_files_only=True
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            directory,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
         )
     except Exception as error:
         raise GracecError(
-            f"cannot be loaded as a vision-language model: {_first_line(error)}",
-            where=str(directory),
-            fix="give the directory of a Hugging Face ...ForConditionalGeneration checkpoint",
+            f"cannot be loaded: {_first_line(error)}", where=str(directory)
+        ) from error
+    model: PreTrainedModel = loaded[0]
+    _check_keys(loaded[1], directory)
+    check_finite(model, where=str(directory))
+    if dtype is None and model.dtype == torch.float16 and model.device.type == "cpu":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float()
+    model.eval()
+    return model
+
+
+def model_without_weights(path: str | Path) -> PreTrainedModel:
+    """The same model, but every parameter is a stand-in that occupies one number.
+
+    Its shapes, dtypes and names are those of `load_model`, so it can be captured and planned before
+    any weight is read, or where none are there.
+
+    Raises:
+        GracecError: if there is no usable configuration.
+    """
+    config = load_config(path)
+    dtype = config.dtype
+    if dtype is None:
+        try:
+            dtype = stored_dtype(checkpoint_files(Path(path)))
+        except GracecError:  # a model without its checkpoint can still be looked at
+            dtype = None
+    if dtype is None or dtype == torch.float16:
+        dtype = torch.float32
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    except Exception as error:
+        raise GracecError(
+            f"no model can be built from this configuration: {_first_line(error)}",
+            where=str(Path(path) / "config.json"),
         ) from error
     assert isinstance(model, PreTrainedModel)
-    if dtype is None and model.dtype == torch.float16 and model.device.type == "cpu":
-        model = model.float()
+    model.tie_weights()
+    made: dict[int, nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        owner, _, attribute = name.rpartition(".")
+        one = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+        stand_in = made.setdefault(id(parameter), nn.Parameter(one, requires_grad=False))
+        setattr(model.get_submodule(owner), attribute, stand_in)
     model.eval()
     return model
 
@@ -54,6 +156,49 @@ def load_processor(path: str | Path) -> Any:
             where=str(directory),
             fix="save the model's processor into this directory",
         ) from error
+
+
+def check_finite(model: PreTrainedModel, *, where: str = "") -> None:
+    """Refuse a model with NaN or infinity in any weight, planned or not.
+
+    Raises:
+        GracecError: naming the first such weight.
+    """
+    name = first_not_finite(chain(model.named_parameters(), model.named_buffers()))
+    if name:
+        raise GracecError(
+            f"{name} holds NaN or infinity",
+            where=where or type(model).__name__,
+            fix="check the checkpoint",
+        )
+
+
+def _check_keys(found: Any, directory: Path) -> None:
+    """transformers draws missing weights at random and says so in a log line; that is no model."""
+    wrong = sorted(found["mismatched_keys"])
+    if wrong:
+        name, stored, expected = wrong[0]
+        raise GracecError(
+            f"{name} is {tuple(stored)} in the checkpoint, {tuple(expected)} by the configuration",
+            where=str(directory),
+            fix="config.json and the weights belong to different models",
+        )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise GracecError(
+            f"the checkpoint lacks {missing[0]}{more}",
+            where=str(directory),
+            fix="use a checkpoint of the whole model",
+        )
+    unexpected = sorted(found["unexpected_keys"])
+    if unexpected:
+        warnings.warn(
+            f"{directory}: {len(unexpected)} tensors of the checkpoint are not in the model "
+            f"and were ignored, the first is {unexpected[0]}",
+            GracecWarning,
+            stacklevel=3,
+        )
 
 
 def _directory(path: str | Path) -> Path:

@@ -71,7 +71,7 @@ class ActivationSpec:
 
 
 class Observer(nn.Module, ABC):
-    """Returns what it is given, and remembers what it needs."""
+    """Returns what it is given, and remembers what it needs until calibration is over."""
 
     kind: ClassVar[str]
 
@@ -80,9 +80,12 @@ class Observer(nn.Module, ABC):
         self.spec = spec
         self.features = features
         self.seen = 0
+        self.watching = True
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K], unchanged."""
+        if not self.watching:
+            return x
         with torch.no_grad():
             groups = self.spec.groups(self.features)
             rows = x.detach().to(torch.float32).reshape(-1, groups, self.features // groups)

@@ -1,10 +1,12 @@
-"""The operators that gracec adds to a graph: one to train with, one to freeze to, for weights and
-for activations.
+"""The operators that gracec adds to a graph: for weights and for activations, one to train with and
+one that it freezes to.
 
-`gracec::fake_quantize` is one node with a registered gradient, so that it survives re-export and
-saving as one node and keeps only the weight and the scale for backward; a composition of ATen ops
-would keep several weight-sized intermediates. `gracec::dequantize` is what it becomes when frozen.
-`gracec::fake_quantize_activation` becomes `gracec::quantize_dequantize`.
+    gracec::fake_quantize             -> gracec::dequantize
+    gracec::fake_quantize_activation  -> gracec::quantize_dequantize
+
+Each is one node with a registered gradient, so that it survives re-export and saving as one node
+and keeps only its inputs for backward; a composition of ATen ops would keep several weight-sized
+intermediates.
 """
 
 from __future__ import annotations

@@ -67,6 +67,11 @@ class QuantSpec:
     def __str__(self) -> str:
         return f"int{self.bits}/{granularity_text(self.granularity, self.group_size)}"
 
+    @property
+    def storage_bits(self) -> int:
+        """Bits that a code takes on disk: narrow codes are stored in four."""
+        return 4 if self.bits <= 4 else 8
+
     def group_of(self, columns: int) -> int:
         """Input features that share one scale in a row of this width."""
         return self.group_size if self.granularity == "per_group" else columns

@@ -1,6 +1,6 @@
 """The canonical artifact: integer codes and scales, everything else as it is, and a manifest.
 
-    DIR/gracec.safetensors   <fqn>.codes   uint8 [N, K / 2], two int4 codes a byte, low nibble first
+    DIR/gracec.safetensors   <fqn>.codes   uint8 [N, K / 2], two codes a byte, low nibble first
                                            (int8 [N, K] for 8-bit codes)
                              <fqn>.scales  bfloat16 [N, K / group_size]
                              <fqn>         every other parameter and buffer
@@ -91,7 +91,7 @@ def write_store(store: Store, directory: Path) -> None:
     """Write tensors and manifest into an existing directory."""
     tensors: dict[str, Tensor] = {}
     for fqn, weight in store.weights.items():
-        small = weight.spec.bits <= 4
+        small = weight.spec.storage_bits == 4
         tensors[f"{fqn}.codes"] = pack_nibbles(weight.codes) if small else weight.codes
         exact = torch.bfloat16 if weight.spec.scale_grid == "bf16" else torch.float32
         tensors[f"{fqn}.scales"] = weight.scales.to(exact)
@@ -108,12 +108,11 @@ def write_store(store: Store, directory: Path) -> None:
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def read_store(directory: Path) -> Store:
-    """Read an artifact back and check it against its manifest.
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of an artifact, without its tensors.
 
     Raises:
-        GracecError: if a file is missing, unreadable, of another format version or not what was
-            written.
+        GracecError: if it is missing, unreadable or of another format version.
     """
     path = directory / MANIFEST
     if not path.is_file():
@@ -122,13 +121,25 @@ def read_store(directory: Path) -> Store:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise GracecError(f"not readable as JSON: {error}", where=str(path)) from error
-    if manifest.get("format_version") != FORMAT_VERSION:
-        found = manifest.get("format_version")
+    found = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if found != FORMAT_VERSION:
         raise GracecError(
             f"format version {found}, this gracec reads {FORMAT_VERSION}",
             where=str(path),
             fix="compile the model again",
         )
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+def read_store(directory: Path) -> Store:
+    """Read an artifact back and check it against its manifest.
+
+    Raises:
+        GracecError: if a file is missing, unreadable, of another format version or not what was
+            written.
+    """
+    manifest = read_manifest(directory)
     tensors_path = directory / TENSORS
     if not tensors_path.is_file():
         raise GracecError("missing", where=str(tensors_path), fix="compile the model again")
@@ -147,7 +158,7 @@ def read_store(directory: Path) -> Store:
     for fqn, fields in manifest["weights"].items():
         spec = QuantSpec(**fields)
         codes = tensors.pop(f"{fqn}.codes")
-        codes = unpack_nibbles(codes) if spec.bits <= 4 else codes
+        codes = unpack_nibbles(codes) if spec.storage_bits == 4 else codes
         scales = tensors.pop(f"{fqn}.scales").to(torch.float32)
         weights[fqn] = FrozenWeight(codes, scales, spec)
     return Store(weights, tensors, manifest)

@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from gracec.capture import capture
+from gracec.compiler import CompiledModel, compile
 from gracec.passes import parse_pipeline, run_passes
 from gracec.program import Program
-from tests.tiny import tiny_batch, tiny_llava
+from tests.tiny import tiny_batch, tiny_llava, tiny_processor
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -65,3 +66,9 @@ def after(captured: Program) -> Callable[[str], Program]:
         return made[pipeline]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def compiled(llava: LlavaForConditionalGeneration) -> CompiledModel:
+    """`llava` compiled by w4a16-ptq. Not to be changed by a test."""
+    return compile(llava, processor=tiny_processor())

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gracec import cli, gates
+from gracec.passes import all_passes
 from tests.tiny import tiny_image, tiny_llava, tiny_processor
 
 
@@ -106,3 +107,102 @@ def test_it_is_a_program_of_its_own(workspace: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("gracec: ")
     assert "Traceback" not in done.stderr
+
+
+PIPELINE = "analyze-modality,plan-quantization,insert-fake-quant{candidates=2}"
+
+
+def test_opt_prints_the_program_at_the_end(workspace: Path) -> None:
+    done = gracec("opt", workspace / "model", "--passes", PIPELINE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("program llava f32 cpu\n")
+    assert done.stdout.count("gracec.fake_quantize(") == 14
+    assert not any(line.endswith(" ") for line in done.stdout.splitlines())
+    assert "insert-fake-quant: 14 weights fake-quantized" in done.stderr
+    again = gracec("opt", workspace / "model", "--passes", PIPELINE)
+    assert again.stdout == done.stdout
+
+
+def test_opt_prints_after_each_pass_or_what_it_changed(workspace: Path, tmp_path: Path) -> None:
+    arguments = ("opt", workspace / "model", "--passes", f"{PIPELINE},insert-fake-quant")
+    done = gracec(*arguments, "--print-before", "--print-after-all")
+    headers = [line for line in done.stdout.splitlines() if line.startswith("// -----")]
+    assert headers[0] == "// ----- captured -----"
+    assert headers[1].startswith("// ----- after analyze-modality (modified): 2 decoder blocks")
+    assert headers[3].startswith("// ----- after insert-fake-quant (modified): 14 weights")
+    assert headers[4].startswith("// ----- after insert-fake-quant (unchanged)")
+    assert done.stdout.count("program llava f32 cpu\n") == 5
+    file = tmp_path / "changes.txt"
+    done = gracec(*arguments, "--diff-after-all", "--out", file)
+    assert done.stdout == ""
+    *_, inserted, unchanged = file.read_text().split("// ----- after ")
+    added = [line for line in inserted.splitlines() if line.startswith("+")]
+    assert sum("gracec.fake_quantize(" in line for line in added) == 14
+    assert unchanged.splitlines()[1:] in ([], [""])
+
+
+def test_opt_refuses_what_it_cannot_run(workspace: Path, tmp_path: Path) -> None:
+    for model, passes, message in (
+        ("model", "freeze", "freeze: nothing is fake-quantized; run insert-fake-quant first"),
+        ("model", "frieze", "unknown pass 'frieze'; did you mean 'freeze'?"),
+        ("int4", "freeze", "a gracec artifact, which is compiled already"),
+    ):
+        done = gracec("opt", workspace / model, "--passes", passes)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert done.stdout == ""
+    unwritable = tmp_path / "missing" / "file"
+    done = gracec("opt", workspace / "model", "--passes", "strip", "--out", unwritable)
+    assert done.returncode == 2
+    assert "cannot be written" in done.stderr
+
+
+def test_passes_lists_every_pass_with_its_options() -> None:
+    done = gracec("passes")
+    lines = done.stdout.splitlines()
+    assert "freeze: turn trained weights and scales into integer codes" in lines
+    place = lines.index("insert-fake-quant: simulate the planned quantization inside the graph")
+    assert lines[place + 1] == "    {candidates=64 lowest=0.3 highest=1.2}"
+    found = json.loads(gracec("passes", "--json").stdout)
+    assert found.keys() == all_passes().keys()
+    own = [name for name, cls in all_passes().items() if cls.__module__.startswith("gracec.")]
+    assert len(own) >= 10 and all(found[name]["does"] for name in own)
+    assert found["plan-quantization"]["options"] == {"recipe": "w4a16-ptq", "strict": False}
+
+
+def test_inspect_shows_parts_plan_and_memory(workspace: Path, tmp_path: Path) -> None:
+    model, picture = workspace / "model", tmp_path / "parts.svg"
+    done = gracec("inspect", model, "--picture", picture)
+    assert done.returncode == 0, done.stderr
+    for text in ("projector", "group 128 does not divide 64", "KV cache", "highest point"):
+        assert text in done.stdout
+    assert "decoder, 2 blocks" in picture.read_text()
+    shape = ("--batch", 2, "--text", 10, "--images", 2)
+    found = json.loads(gracec("inspect", model, *shape, "--json").stdout)
+    assert found["memory"]["tokens"] == 10 + 2 * 16
+    assert found["memory"]["logits"]["float32"] == 2 * 42 * 128 * 4
+    assert found["memory"]["compile_peak"] > found["memory"]["weights"]["stored"]
+
+
+def test_inspect_shows_the_report_of_an_artifact(workspace: Path, tmp_path: Path) -> None:
+    done = gracec("inspect", workspace / "int4", "--picture", tmp_path / "parts.svg")
+    assert done.returncode == 0, done.stderr
+    for text in ("SQNR dB", "int4/g64", "matmul error", "less than bfloat16"):
+        assert text in done.stdout
+    assert "99.6% quantized" in (tmp_path / "parts.svg").read_text()
+    report = json.loads(gracec("inspect", workspace / "int4", "--json").stdout)["report"]
+    assert len([row for row in report["plan"] if row.get("sqnr_db", 0) > 10]) == 14
+
+
+def test_doctor_prints_a_line_for_each_check(workspace: Path) -> None:
+    done = gracec("doctor", workspace / "model")
+    assert done.returncode == 0, done.stdout
+    *checks, verdict = done.stdout.splitlines()
+    assert verdict == "gracec can compile it"
+    assert checks[0].startswith("ok       directory: ")
+    done = gracec("doctor", workspace / "data", "--json")
+    assert done.returncode == 1
+    found = json.loads(done.stdout)
+    assert found["compiles"] is False
+    assert found["checks"][0]["status"] == "blocked"
+    assert gracec("doctor", workspace / "model", "--recipe", "w5").returncode == 2

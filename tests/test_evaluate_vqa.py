@@ -236,7 +236,7 @@ def test_answer_is_that_of_the_evaluation(samples: list[VqaSample]) -> None:
 def test_a_prompt_whose_image_tokens_were_cut_names_the_sample(
     samples: list[VqaSample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode = vqa._encode_batch
+    encode = vqa.encode
 
     def cutting(processor: Any, questions: Sequence[str], images: Any) -> dict[str, Any]:
         encoded = encode(processor, questions, images)
@@ -246,7 +246,7 @@ def test_a_prompt_whose_image_tokens_were_cut_names_the_sample(
             ids[row, (ids[row] == 4).nonzero()[0]] = 3
         return encoded
 
-    monkeypatch.setattr(vqa, "_encode_batch", cutting)
+    monkeypatch.setattr(vqa, "encode", cutting)
     asked = [samples[0]] * 5 + [samples[1], samples[0]]
     with pytest.raises(GracecError, match="sample 5: the prompt has 15 image tokens where 16 are"):
         evaluate_vqa(Scripted(tiny_processor()), tiny_processor(), asked, batch_size=4)

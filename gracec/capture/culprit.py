@@ -18,7 +18,7 @@ _HERE = str(Path(__file__).parent / "capture.py")
 
 
 def culprit(error: BaseException, model: nn.Module) -> str:
-    """`model.vision_tower at .../modeling_clip.py:209`, or the model's class if nothing is known."""
+    """`model.vision_tower at .../modeling_clip.py:209`; the model's class if nothing is known."""
     names = {id(module): name or type(model).__name__ for name, module in model.named_modules()}
     module, source, left = type(model).__name__, "", False
     for frame, line in traceback.walk_tb(error.__traceback__):

@@ -162,7 +162,7 @@ def answer(
 ) -> str:
     """The greedy answer to one question about one image."""
     try:
-        inputs = _encode_batch(processor, [question], [image])
+        inputs = encode(processor, [question], [image])
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise GracecError(f"the processor refuses the question ({reason})") from error
@@ -307,11 +307,11 @@ def _encode(
 ) -> dict[str, Any]:
     """Prompts and pixels of a batch; an error names the first sample that fails by itself."""
     try:
-        return _encode_batch(processor, questions, images)
+        return encode(processor, questions, images)
     except ValueError as error:
         for offset, (question, image) in enumerate(zip(questions, images, strict=True)):
             try:
-                _encode_batch(processor, [question], [image])
+                encode(processor, [question], [image])
             except ValueError as own:
                 reason = str(own).splitlines()[0]
                 raise GracecError(
@@ -325,9 +325,10 @@ def _encode(
         ) from error
 
 
-def _encode_batch(
+def encode(
     processor: Any, questions: Sequence[str], images: Sequence[Image.Image]
 ) -> dict[str, Any]:
+    """What the model takes for some questions, one image each, padded on the left."""
     options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
     if getattr(processor, "chat_template", None):
         conversations = [

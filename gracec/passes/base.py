@@ -8,10 +8,11 @@ import importlib
 import inspect
 import pkgutil
 import re
+import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar, get_args, get_type_hints
 
 from gracec.errors import GracecError, PassError
 from gracec.program import Program
@@ -131,9 +132,16 @@ def _build(name: str, options: str) -> Pass:
     for option in options.split():
         key, _, value = option.partition("=")
         key = key.replace("-", "_")
+        if not _has_text_form(known.get(key, str)):
+            raise GracecError(f"option {key!r} of {name} cannot be given as text", fix="use Python")
         values[key] = _convert(value, _lookup(key, known, f"option of {name}"), f"{name}.{key}")
     built: Pass = cls(**values)
     return built
+
+
+def _has_text_form(kind: Any) -> bool:
+    union = isinstance(kind, types.UnionType)
+    return kind in (bool, int, float, str) or (union and str in get_args(kind))
 
 
 def _lookup(name: str, known: dict[str, Any], kind: str) -> Any:

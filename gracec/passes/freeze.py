@@ -60,17 +60,17 @@ class Freeze(Pass):
     def apply(self, program: Program) -> PassResult:
         fakes = list(program.nodes(FAKE_QUANTIZE))
         for fake in fakes:
-            weight, scale_param, bits, group_size, parametrization, scale_grid, _ = fake.args
+            weight, scale_param, bits, group_size, *_ = fake.args
             assert isinstance(weight, fx.Node) and isinstance(scale_param, fx.Node)
             assert isinstance(bits, int) and isinstance(group_size, int)
-            spec = quant.QuantSpec(bits, group_size, str(parametrization), str(scale_grid))
+            spec = quant.QuantSpec(**annotation(next(iter(fake.users)))["quant"])
             scales = quant.scale_from_param(
                 program.tensor(str(scale_param.target)).detach(),
                 spec.parametrization,
                 spec.scale_grid,
             )
             tensor = program.tensor(str(weight.target)).detach()
-            codes = quant.quantize(tensor, scales, spec.bits, spec.group_size)
+            codes = quant.quantize(tensor, scales, bits, group_size)
             replace_by_codes(program, fake, weight, FrozenWeight(codes, scales, spec))
         activations = list(program.nodes(FAKE_QUANTIZE_ACTIVATION))
         for node in activations:

@@ -1,9 +1,10 @@
-"""insert-taps: make the vision tokens' hidden states an output beside the logits.
+"""insert-taps: make the hidden states of one decoder block an output beside the logits.
 
     return logits -> return logits, hidden       hidden [B, T, d]: output of one decoder block
 
-The relational distillation term compares student and teacher at the penultimate block. A tap is a
-graph output and an annotation, no op: an identity op would copy what it returns.
+The relational distillation term compares student and teacher at the vision tokens of the
+penultimate block. A tap is a graph output and an annotation, no op: an identity op would copy what
+it returns.
 """
 
 from __future__ import annotations

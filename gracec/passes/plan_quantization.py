@@ -70,7 +70,7 @@ class PlanEntry:
             return self.source_bytes
         rows, columns = self.shape
         scales = self.spec.scale_shape(rows, columns)
-        return self.numel * self.spec.bits // 8 + scales[0] * scales[1] * 2
+        return self.numel * self.spec.storage_bits // 8 + scales[0] * scales[1] * 2
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,8 @@ class PlanQuantization(Pass):
             raise self.refuse(
                 "the parts of the model are unknown", fix="run analyze-modality first"
             )
+        if any(str(node.target).startswith("gracec.") for node in program.graph.nodes):
+            raise self.refuse("weights are quantized already", fix="plan before insert-fake-quant")
 
     def apply(self, program: Program) -> PassResult:
         recipe = Recipe.load(self.recipe)

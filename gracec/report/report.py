@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from gracec.passes.freeze import FrozenWeight
 from gracec.passes.plan_quantization import Plan
+from gracec.quant import QuantSpec, dequantize
+
+CHUNK_ELEMENTS = 1 << 20
+"""Weights that are compared in one go; bounds the temporary memory."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +45,17 @@ class Report:
 
     def coverage_table(self) -> Table:
         """Bytes by part of the model: quantized, kept, and why."""
-        table = Table("part", "weights", "bytes", "quantized", "kept because")
-        parts = dict.fromkeys(row["part"] for row in self.plan)
-        for part in parts:
-            rows = [row for row in self.plan if row["part"] == part]
-            total = sum(row["source_bytes"] for row in rows)
-            quantized = sum(row["source_bytes"] for row in rows if row["spec"])
-            reasons = Counter(row["reason"] for row in rows if row["reason"])
-            why = "; ".join(f"{reason} ({count})" for reason, count in reasons.items())
-            share = f"{quantized / total:.0%}" if total else "-"
-            table.add_row(part, str(len(rows)), f"{total:,}", share, why)
+        return coverage_table(self.plan)
+
+    def errors_table(self) -> Table:
+        """Signal to quantization noise of every quantized weight, the worst first."""
+        table = Table("weight", "scheme", "SQNR dB")
+        table.columns[2].justify = "right"
+        rows = [row for row in self.plan if row["spec"]]
+        for row in sorted(rows, key=_sqnr):
+            found = row.get("sqnr_db")
+            spec = QuantSpec(**row["spec"])
+            table.add_row(row["fqns"][0], str(spec), "exact" if found is None else f"{found:.1f}")
         return table
 
     def gates_table(self) -> Table:
@@ -71,8 +78,50 @@ class Report:
         )
 
 
-def plan_rows(plan: Plan) -> list[dict[str, Any]]:
-    """A plan as JSON-able rows."""
+def coverage_table(plan: Sequence[Mapping[str, Any]]) -> Table:
+    """Bytes by part of the model: quantized, kept, and why; from the rows of a plan."""
+    table = Table("part", "weights", "bytes", "quantized", "kept because")
+    parts = dict.fromkeys(row["part"] for row in plan)
+    for part in parts:
+        rows = [row for row in plan if row["part"] == part]
+        total = sum(row["source_bytes"] for row in rows)
+        quantized = sum(row["source_bytes"] for row in rows if row["spec"])
+        reasons = Counter(row["reason"] for row in rows if row["reason"])
+        why = "; ".join(f"{reason} ({count})" for reason, count in reasons.items())
+        share = f"{quantized / total:.0%}" if total else "-"
+        table.add_row(part, str(len(rows)), f"{total:,}", share, why)
+    return table
+
+
+def sqnr_db(model: PreTrainedModel, weights: Mapping[str, FrozenWeight]) -> dict[str, float | None]:
+    """FQN -> signal to quantization noise of each weight in decibel; None where there is no noise.
+
+    Args:
+        model: with the weights as they were before they were quantized.
+    """
+    found: dict[str, float | None] = {}
+    for fqn, weight in weights.items():
+        rows, columns = weight.codes.shape
+        scales = weight.scales.expand(rows, -1)  # one for all rows if it is per tensor
+        signal = noise = 0.0
+        parts = (model.get_parameter(fqn).detach(), weight.codes, scales)
+        chunks = (part.split(max(1, CHUNK_ELEMENTS // columns)) for part in parts)
+        for original, codes, scale in zip(*chunks, strict=True):
+            reference = original.to(torch.float32)
+            error = reference - dequantize(codes, scale, weight.group_size)
+            signal += reference.square().sum(dtype=torch.float64).item()
+            noise += error.square().sum(dtype=torch.float64).item()
+        found[fqn] = 10 * math.log10(signal / noise) if signal and noise else None
+    return found
+
+
+def _sqnr(row: Mapping[str, Any]) -> float:
+    found = row.get("sqnr_db")
+    return math.inf if found is None else float(found)
+
+
+def plan_rows(plan: Plan, sqnr: Mapping[str, float | None] | None = None) -> list[dict[str, Any]]:
+    """A plan as JSON-able rows, quantized weights with their `sqnr_db` where it is known."""
     return [
         {
             "fqns": list(entry.fqns),
@@ -82,6 +131,7 @@ def plan_rows(plan: Plan) -> list[dict[str, Any]]:
             "reason": entry.reason,
             "source_bytes": entry.source_bytes,
             "planned_bytes": entry.planned_bytes,
+            **({"sqnr_db": sqnr[entry.fqn]} if sqnr and entry.fqn in sqnr else {}),
         }
         for entry in plan.entries
     ]
@@ -95,7 +145,7 @@ def weight_bytes(model: PreTrainedModel, weights: Mapping[str, FrozenWeight]) ->
     shapes: dict[str, Tensor] = dict(model.named_parameters())
     total = sum(parameter.numel() for parameter in shapes.values())
     quantized = sum(weight.codes.numel() for weight in weights.values())
-    codes = sum(weight.codes.numel() * weight.spec.bits // 8 for weight in weights.values())
+    codes = sum(weight.codes.numel() * weight.spec.storage_bits // 8 for weight in weights.values())
     scales = sum(weight.scales.numel() * 2 for weight in weights.values())
     return {
         "float32": total * 4,

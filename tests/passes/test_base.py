@@ -30,6 +30,8 @@ def test_a_pipeline_parses_from_text() -> None:
         ("analyse-modality", "unknown pass 'analyse-modality'; did you mean 'analyze-modality'?"),
         ("insert-fake-quant{candidate=8}", "did you mean 'candidates'?"),
         ("insert-fake-quant{candidates=many}", "insert-fake-quant.candidates: 'many' is not a int"),
+        ("apply-codes{weights=x}", "option 'weights' of apply-codes cannot be given as text"),
+        ("insert-observers{samples=x}", "option 'samples' of insert-observers cannot be given"),
         ("freeze{", "cannot read the pipeline"),
         ("", "cannot read the pipeline"),
     ],

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import gracec
 from gracec import ir
+from gracec.capture import capture
 from gracec.errors import GracecError, PassError
 from gracec.passes import parse_pipeline, run_passes
 from gracec.passes.freeze import Freeze
@@ -13,6 +15,7 @@ from gracec.passes.insert_observers import InsertObservers, observer_nodes
 from gracec.passes.plan_quantization import PlanQuantization
 from gracec.program import Program
 from gracec.recipe import Recipe
+from tests.tiny import tiny_llava
 
 Golden = Callable[[str, str], None]
 After = Callable[[str], Program]
@@ -101,6 +104,27 @@ def test_scales_train_and_freeze_like_those_of_weights(
     assert not any(target.endswith("input_scale") for target in frozen.fqns)
 
 
+def test_running_an_observed_program_does_not_move_its_scales(
+    observed: Program, batch: dict[str, Tensor]
+) -> None:
+    def scales() -> list[Tensor]:
+        modules = [observed.graph_module.get_submodule(n.target) for n in observer_nodes(observed)]
+        return [module.scales_and_zero_points()[0] for module in modules]
+
+    before = scales()
+    observed(**{**batch, "pixel_values": 100 * batch["pixel_values"]})
+    assert all(torch.equal(a, b) for a, b in zip(before, scales(), strict=True))
+
+
+def test_whole_channels_of_any_width_freeze(batch: dict[str, Tensor]) -> None:
+    model = tiny_llava(vision_hidden_size=48, vision_intermediate_size=80)
+    start = run_passes(
+        capture(model), parse_pipeline("analyze-modality,plan-quantization{recipe=w8a8}")
+    ).program
+    fake = run_passes(start, [InsertObservers((batch,)), InsertFakeQuant()]).program
+    assert torch.equal(Freeze().run(fake).program(**batch)[0], fake(**batch)[0])
+
+
 def test_codes_stay_on_the_grid_in_the_frozen_graph(
     observed: Program, batch: dict[str, Tensor]
 ) -> None:
@@ -114,8 +138,5 @@ def test_codes_stay_on_the_grid_in_the_frozen_graph(
 
 
 def test_compile_refuses_a_recipe_that_no_backend_runs() -> None:
-    import gracec
-    from tests.tiny import tiny_llava
-
     with pytest.raises(GracecError, match="recipe w4a8: no backend runs quantized activations"):
         gracec.compile(tiny_llava(), "w4a8")

@@ -45,6 +45,11 @@ def test_it_needs_the_parts(captured: Program) -> None:
         PlanQuantization().run(captured)
 
 
+def test_a_plan_comes_before_fake_quant(after: After) -> None:
+    with pytest.raises(PassError, match="weights are quantized already; plan before insert-fake"):
+        PlanQuantization().run(after(f"{PIPELINE},insert-fake-quant"))
+
+
 def test_every_weight_has_a_spec_or_a_reason_and_bytes_add_up(
     after: After, llava: torch.nn.Module
 ) -> None:

@@ -1,0 +1,223 @@
+"""Write the parts of these pages that repeat what the code says.
+
+    python docs/make_pages.py       rewrites the text between <!-- NAME: begin --> and its end mark
+
+Passes, gates, the scale grid, recipes and their fields are read from the code; a test compares.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import torch
+
+from gracec import gates, quant
+from gracec.capture.capture import GATE_SHAPES
+from gracec.passes import Pass, all_passes
+from gracec.recipe import ActivationRule, Deploy, Recipe, ScaleSearch, WeightRule, built_in_recipes
+
+DOCS = Path(__file__).resolve().parent
+TEXT_TYPES = {bool, int, float, str}
+
+MEANING = {
+    "name": "shown in reports and reasons; a file without it is called by the file's name",
+    "description": "one or two sentences for the reader",
+    "weights": "part of the model -> rule; a part that is missing or null keeps its precision",
+    "activations": "part -> rule for the inputs of its quantized linears; needs calibration data",
+    "weights.PART.bits": "width of the signed codes",
+    "weights.PART.group_size": "consecutive input features that share one scale, if per_group",
+    "weights.PART.granularity": "what has a scale of its own",
+    "weights.PART.observer": "how the first scales are found",
+    "activations.PART.bits": "width of the signed codes",
+    "activations.PART.group_size": "consecutive features that share one scale, if per_group",
+    "activations.PART.granularity": "what has a scale of its own",
+    "activations.PART.observer": "how the range is found from the calibration samples",
+    "activations.PART.percentile": "share of the values, in per cent, that `percentile` keeps",
+    "activations.PART.symmetric": "zero point 0; otherwise it is found with the range",
+    "scale_search.candidates": "points of the grid that `mse` tries for each scale",
+    "scale_search.lowest": "first point, in multiples of max abs(w) / q_max",
+    "scale_search.highest": "last point, likewise",
+    "deploy.dtype": "what the compiled model runs in",
+}
+"""Field of a recipe -> what it means. A field that is not here stops this script."""
+
+
+def passes_table() -> str:
+    """Name, rewrite, promise and options of every pass."""
+    rows = []
+    for name, cls in all_passes().items():
+        if not cls.__module__.startswith("gracec."):
+            continue  # somebody's own pass, imported beside this script
+        what = first_paragraph(sys.modules[cls.__module__].__doc__).removeprefix(f"{name}: ")
+        keeps = "yes" if cls.keeps_numerics else "no"
+        rows.append([f"`{name}`", what, keeps, ", ".join(options(cls)) or "none"])
+    return table(["pass", "what it does", "keeps the numerics", "options and defaults"], rows)
+
+
+def options(cls: type[Pass]) -> Iterator[str]:
+    """Options as they are written in a pipeline; those without a text form are marked."""
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kind = hints[field.name]
+        choices = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+        if TEXT_TYPES & set(choices):
+            default = str(field.default).lower() if kind is bool else field.default
+            yield f"`{field.name}={default}`"
+        else:
+            yield f"`{field.name}` (from Python only)"
+
+
+def gates_table() -> str:
+    """Every gate of `compile`, by its key in the report, with the bound that the code holds."""
+    bounds = {str(dtype).removeprefix("torch."): b for dtype, b in gates.MATMUL_BOUND.items()}
+    by_bound: dict[float, list[str]] = {}
+    for dtype, bound in bounds.items():
+        by_bound.setdefault(bound, []).append(dtype)
+    matmul = "; ".join(f"{bound:.0e} in {', '.join(d)}" for bound, d in by_bound.items())
+    rows = [
+        ["`captured_equals_eager`", "logits of the captured graph and of the model", "equal bits"],
+        [
+            "`frozen_equals_fake_quantized`",
+            "logits of the frozen and of the fake-quantized graph",
+            "equal bits",
+        ],
+        [
+            "`matmul_error`",
+            "each packed linear and codes times scales in float64, relative to the largest output",
+            matmul,
+        ],
+        ["`int4_kernels`", "INT4 kernels that ran in one forward and those planned", "equal"],
+        [
+            "`lowered_equals_generating`",
+            "logits of the lowered graph and of the modules that `generate` runs",
+            "equal bits",
+        ],
+        [
+            "`logits`, `logits_dense`",
+            "KL divergence from the frozen graph, of the lowered model and of dense weights with "
+            "the same values in the same dtype",
+            f"the first at most {KL_FACTOR} times the second plus {KL_SLACK:.0e} nats",
+        ],
+    ]
+    shapes = ", ".join(f"({b}, {i}, {t})" for b, i, t in GATE_SHAPES)
+    return (
+        table(["in the report", "compares", "bound"], rows)
+        + f"\n\nThe gates on a capture run on {len(GATE_SHAPES)} batches built from the "
+        f"configuration. Their (prompts, images, text tokens) are {shapes}: one prompt alone, "
+        "several images in one prompt, and left padding. `top1` in the report is the share of "
+        "positions with the same most likely token. `top1_clear` leaves out near-ties: positions "
+        f"where the two largest logits of the reference are within {gates.NEAR_TIE:.0%} of their "
+        "spread, so that rounding may decide."
+    )
+
+
+KL_FACTOR, KL_SLACK = 2, 1e-4
+"""Of `gates.lowered_is_as_good_as_dense`, which a test holds them against."""
+
+
+def scale_grid() -> str:
+    """The ends of the grid, and how many values lie between."""
+    exponent = int(torch.log2(torch.tensor(quant.SCALE_MIN)))
+    return (
+        f"The grid reaches from 2^{exponent} to {quant.SCALE_MAX:.0f}. Its values are those of "
+        "bfloat16, which have a significand of 8 bits."
+    )
+
+
+def recipes_table() -> str:
+    """The built-in recipes."""
+    rows = []
+    for name in built_in_recipes():
+        recipe = Recipe.load(name)
+        weights = [
+            f"{part}: {rule.spec()}" for part, rule in recipe.weights.items() if rule is not None
+        ]
+        activations = [
+            f"{part}: int{rule.bits}, {rule.granularity}, {rule.observer}"
+            for part, rule in recipe.activations.items()
+            if rule is not None
+        ]
+        cells = ["<br>".join(weights), "<br>".join(activations) or "floating point"]
+        rows.append([f"`{name}`", recipe.description, *cells, recipe.deploy.dtype])
+    return table(["recipe", "what it is", "weights", "activations", "runs in"], rows)
+
+
+def fields_table() -> str:
+    """Every field of a recipe."""
+    models = {
+        "": Recipe,
+        "weights.PART.": WeightRule,
+        "activations.PART.": ActivationRule,
+        "scale_search.": ScaleSearch,
+        "deploy.": Deploy,
+    }
+    rows = []
+    for prefix, model in models.items():
+        schema = model.model_json_schema()
+        for name, field in schema["properties"].items():
+            if f"{prefix}{name}" in MEANING or "$ref" not in str(field):
+                default = str(field.get("default", ""))
+                default = default.lower() if field.get("type") == "boolean" else default
+                default = f"`{default}`" if default else "none"
+                default = "needed" if name in schema.get("required", ()) else default
+                cells = [allowed(field), default, MEANING[f"{prefix}{name}"]]
+                rows.append([f"`{prefix}{name}`", *cells])
+    return table(["field", "values", "default", "meaning"], rows)
+
+
+def allowed(field: dict[str, Any]) -> str:
+    """The values a field takes, in words."""
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    if field["type"] == "object":
+        return "`PART: rule` or `PART: null`"
+    words = {"integer": "a whole number", "number": "a number", "boolean": "`true` or `false`"}
+    text = words.get(field["type"], "text")
+    low, above = field.get("minimum"), field.get("exclusiveMinimum")
+    text += f" from {low}" if low is not None else f" above {above:g}" if above is not None else ""
+    return text + (f" to {field['maximum']:g}" if "maximum" in field else "")
+
+
+BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
+    "architecture.md": {"passes": passes_table, "gates": gates_table, "grid": scale_grid},
+    "recipes.md": {"recipes": recipes_table, "fields": fields_table},
+}
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; a bar in a cell would end it."""
+    lines = [header, ["---"] * len(header), *rows]
+    escaped = [[cell.replace("|", r"\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+
+
+def first_paragraph(text: str | None) -> str:
+    return " ".join((text or "").strip().split("\n\n")[0].split())
+
+
+def rendered(page: str) -> str:
+    """A page with its generated blocks as they should be."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    for name, block in BLOCKS[page].items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        new = f"{begin}\n{block()}\n{end}"
+        text, count = pattern.subn(lambda _, new=new: new, text)
+        if count != 1:
+            raise SystemExit(f"{page} has {count} blocks named {name}, one is needed")
+    return text
+
+
+def main() -> None:
+    for page in BLOCKS:
+        (DOCS / page).write_text(rendered(page), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

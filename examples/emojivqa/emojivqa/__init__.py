@@ -1,0 +1,1 @@
+"""EmojiVQA: visual question answering on small scenes of emoji."""
