@@ -13,7 +13,7 @@ sys.path.insert(0, str(EXAMPLE))
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> Iterator[None]:
-    """Models this small gain nothing from more, and threads that share a core wait for each other."""
+    """Models this small gain nothing from more; threads that share a core wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
