@@ -272,7 +272,7 @@ def _lowering_gates(
         for fqn, tensor in packed.items():
             _set_parameter(model, fqn, tensor)
     dense = gates.logit_agreement(reference, logits, mask)
-    gates.lowered_is_as_good_as_dense(found, dense)
+    gates.lowered_is_as_good_as_dense(found, dense, reference.dtype)
     return {**figures, "logits": asdict(found), "logits_dense": asdict(dense)}
 
 

@@ -97,9 +97,16 @@ def logit_agreement(reference: Tensor, logits: Tensor, mask: Tensor) -> LogitAgr
     return LogitAgreement(kl, same.double().mean().item(), top1_clear)
 
 
-def lowered_is_as_good_as_dense(lowered: LogitAgreement, dense: LogitAgreement) -> None:
-    """Lowered logits stay as close to the reference as dense weights of the same dtype do."""
-    if not lowered.kl <= 2 * dense.kl + 1e-4:
+def lowered_is_as_good_as_dense(
+    lowered: LogitAgreement, dense: LogitAgreement, reference: torch.dtype = torch.float32
+) -> None:
+    """Lowered logits stay as close to the reference as dense weights of the same dtype do.
+
+    A 16-bit reference has rounding noise of its own, which dense weights of the same dtype share
+    and another order of summation does not, so it is allowed for.
+    """
+    noise = 1e-4 if reference == torch.float32 else 1e-2
+    if not lowered.kl <= 2 * dense.kl + noise:
         raise GateError(
             f"the lowered model's logits are off by KL {lowered.kl:.3g}, "
             f"dense weights with the same values by {dense.kl:.3g}"

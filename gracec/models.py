@@ -103,6 +103,11 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> PreTrained
     return model
 
 
+def configured_dtype(config: PreTrainedConfig) -> torch.dtype | None:
+    """The dtype that the configuration says the weights are stored in, if it says so."""
+    return config.dtype if isinstance(config.dtype, torch.dtype) else None
+
+
 def model_without_weights(path: str | Path) -> PreTrainedModel:
     """The same model, but every parameter is a stand-in that occupies one number.
 
@@ -113,7 +118,7 @@ def model_without_weights(path: str | Path) -> PreTrainedModel:
         GracecError: if there is no usable configuration.
     """
     config = load_config(path)
-    dtype = config.dtype
+    dtype = configured_dtype(config)
     if dtype is None:
         try:
             dtype = stored_dtype(checkpoint_files(Path(path)))

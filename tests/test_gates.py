@@ -64,3 +64,14 @@ def test_lowered_logits_may_not_be_worse_than_dense_ones() -> None:
     gates.lowered_is_as_good_as_dense(good, good)
     with pytest.raises(GateError, match="off by KL 0.1"):
         gates.lowered_is_as_good_as_dense(bad, good)
+
+
+def test_a_16_bit_reference_is_allowed_its_own_noise() -> None:
+    equal = gates.LogitAgreement(kl=0.0, top1=1.0, top1_clear=1.0)
+    close = gates.LogitAgreement(kl=2e-4, top1=1.0, top1_clear=1.0)
+    far = gates.LogitAgreement(kl=2e-2, top1=1.0, top1_clear=1.0)
+    gates.lowered_is_as_good_as_dense(close, equal, torch.bfloat16)
+    with pytest.raises(GateError):
+        gates.lowered_is_as_good_as_dense(close, equal)
+    with pytest.raises(GateError):
+        gates.lowered_is_as_good_as_dense(far, equal, torch.bfloat16)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from gracec.capture import capture
 from gracec.errors import GracecError
-from gracec.models import model_without_weights
+from gracec.models import configured_dtype, load_config, model_without_weights
 from gracec.passes import run_passes
 from gracec.passes.analyze_modality import AnalyzeModality
 from gracec.passes.plan_quantization import Plan, PlanQuantization, plan_of
@@ -42,9 +42,10 @@ class PartSummary:
     """One part of a model.
 
     Attributes:
-        tensors, parameters, bytes: of everything in it, biases and norms included, as stored.
+        tensors, parameters, bytes: of everything in it, biases and norms included, in the dtype it
+            is loaded in.
         weights: matrices that are multiplied with, or looked up.
-        quantized_weights, quantized_bytes: those that the plan quantizes, bytes as stored.
+        quantized_weights, quantized_bytes: those that the plan quantizes.
         planned_bytes: bytes of the part when they are.
     """
 
@@ -151,6 +152,7 @@ def inspect_model(
             batch=batch,
             images=images,
             text=text,
+            stored=configured_dtype(load_config(directory)),
         ),
     )
 

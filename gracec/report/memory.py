@@ -4,7 +4,7 @@ The model of `compile` counts what is alive at each stage of `gracec.compiler` a
 of one layer. With P parameters of e bytes each, of which Q are quantized in groups with G scales,
 and d bytes for each one that is not when deployed:
 
-    load     e P                                     the mapped file
+    load     e P                                     the mapped file; and what it is widened to
     prepare  e P + Q + 8 G + 13 bytes of a layer     scale search, freezing, the gate between both
     lower    d (P - Q) + Q + Q / 2 + ...             int8 codes, packed codes, both kinds of scales
     verify   the same + d Q, or + logits in float64  INT4 compared with dense weights
@@ -109,6 +109,7 @@ def memory_plan(
     batch: int = 1,
     images: int = 1,
     text: int = 128,
+    stored: torch.dtype | None = None,
 ) -> MemoryPlan:
     """The plan of a model, whose parameters may be stand-ins.
 
@@ -116,17 +117,19 @@ def memory_plan(
         plan: what is quantized.
         dtype: of the compiled model.
         batch, images, text: prompts, images a prompt, text tokens a prompt.
+        stored: dtype in the checkpoint, where that is not the one in memory.
     """
     quantized = [entry for entry in plan.entries if entry.spec is not None]
     parameters = list(model.parameters())
     total = sum(parameter.numel() for parameter in parameters)
-    stored = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    loaded = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    file = loaded if stored in (None, model.dtype) else total * stored.itemsize
     deployed = dtype.itemsize
     codes = sum(entry.numel for entry in quantized)
     scales = sum(_scales(entry) for entry in quantized)
     packed = sum(_packed(entry) for entry in quantized)
-    element = stored // total
-    others = stored if element == deployed else (total - codes) * deployed
+    element = loaded // total
+    others = loaded if element == deployed else (total - codes) * deployed
     compiled = (total - codes) * 2 + packed + 2 * scales
 
     frozen = codes + 4 * scales  # int8 codes, float32 scales
@@ -136,8 +139,8 @@ def memory_plan(
     logits = positions * vocabulary * element
     compared = 2 * logits + chosen * vocabulary * 8 * LOGIT_COPIES
     stages = {
-        "load": stored,
-        "prepare": stored + frozen + 4 * scales + max(2 * logits, _largest(quantized, 13)),
+        "load": loaded if file == loaded else loaded + file,
+        "prepare": loaded + frozen + 4 * scales + max(2 * logits, _largest(quantized, 13)),
         "lower": lowered + max((_unpacking(entry, deployed) for entry in quantized), default=0),
         "verify": lowered + max(codes * deployed + _largest(quantized, 8), compared),
         "save": lowered + packed + 2 * scales,
@@ -148,14 +151,14 @@ def memory_plan(
     logit_count = batch * length * vocabulary
     return MemoryPlan(
         weights={
-            "stored": stored,
+            "stored": file,
             "float32": 4 * total,
             "bfloat16": 2 * total,
             "compiled": compiled,
         },
         libraries=_resident(),
         stages=stages,
-        copy=stored,
+        copy=loaded,
         batch=batch,
         tokens=length,
         kv_cache_per_token=_kv_elements(config) * deployed,

@@ -90,12 +90,13 @@ def _title(axes: Axes, inspection: Inspection) -> None:
     axes.text(
         0.25, 4.12, f"{name}  ·  {inspection.architecture}", fontsize=14, color=INK, va="center"
     )
-    memory = inspection.memory.weights
+    loaded = size(sum(part.bytes for part in inspection.parts))
+    compiled = size(inspection.memory.weights["compiled"])
     axes.text(
         0.25,
         3.74,
-        f"{_count(total)} parameters, {size(memory['stored'])} as stored, "
-        f"{size(memory['compiled'])} with recipe {inspection.recipe}",
+        f"{_count(total)} parameters, {loaded} in {inspection.dtype}, "
+        f"{compiled} with recipe {inspection.recipe}",
         fontsize=11,
         color=QUIET,
         va="center",

@@ -11,7 +11,7 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "emojivqa"
 sys.path.insert(0, str(EXAMPLE))
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
     """Models this small gain nothing from more; threads that share a core wait for each other."""
     before = torch.get_num_threads()

@@ -68,6 +68,14 @@ def test_a_model_stored_as_it_is_deployed_stays_mapped(
     assert same - narrow > 4 * llava.num_parameters() - 2 * llava.num_parameters()
 
 
+def test_float16_is_mapped_and_widened(llava: LlavaForConditionalGeneration, plan: Plan) -> None:
+    found = memory_plan(llava, plan, torch.bfloat16, stored=torch.float16)
+    total = llava.num_parameters()
+    assert found.weights["stored"] == 2 * total
+    assert found.stages["load"] == 6 * total
+    assert found.copy == 4 * total
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_600, "1 MB"), (1_234_000_000, "1.23 GB")],
