@@ -281,7 +281,7 @@ def demo(
     output: Annotated[Path, typer.Option("--out", help="Folder for everything it writes.")] = Path(
         "out/demo"
     ),
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions to ask each model.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Questions to ask each model.")] = 2000,
     as_json: Json = False,
 ) -> None:
     """Compile the shipped student, and let teacher, student and INT4 student answer questions."""

@@ -115,7 +115,7 @@ def run_demo(
 def draw_answers(
     samples: list[VqaSample], reports: Mapping[str, VqaReport], path: Path
 ) -> list[int]:
-    """A picture of the first question of each type with every model's answer.
+    """A picture of one question of each type with every model's answer: the k-th one of type k.
 
     Returns:
         The indices of the questions shown.
@@ -123,8 +123,10 @@ def draw_answers(
     from matplotlib.figure import Figure
     from PIL import Image
 
-    shown = list({sample.type: i for i, sample in reversed(list(enumerate(samples)))}.values())
-    shown.sort()
+    of_type: dict[str, list[int]] = {}
+    for index, sample in enumerate(samples):
+        of_type.setdefault(sample.type, []).append(index)
+    shown = [group[k % len(group)] for k, group in enumerate(of_type.values())]
     figure = Figure(figsize=(2.6 * len(shown), 3.6), layout="constrained")
     for column, index in enumerate(shown):
         axes = figure.add_subplot(1, len(shown), column + 1)
