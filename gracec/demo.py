@@ -145,7 +145,7 @@ def draw_answers(
                 fontsize=9,
                 color="darkgreen" if prediction.correct else "firebrick",
             )
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")  # the answers stand below the axes
     return shown
 
 
