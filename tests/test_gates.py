@@ -52,10 +52,18 @@ def test_logit_agreement_by_hand() -> None:
     mask = torch.tensor([[1, 1, 0]])
     agreement = gates.logit_agreement(reference, found, mask)
     assert agreement.top1 == 0.5  # the second flipped, the third is padding
-    assert agreement.top1_clear == 0.5 or agreement.top1_clear == 1.0
+    assert agreement.top1_clear == 0.5  # of two tokens, one wins by the whole spread: no tie
     p = torch.softmax(reference[0, 1].double(), -1)
     q = torch.softmax(found[0, 1].double(), -1)
     assert agreement.kl == pytest.approx(float((p * (p / q).log()).sum()) / 2)
+
+
+def test_a_flipped_near_tie_counts_only_in_the_plain_figure() -> None:
+    reference = torch.tensor([[[3.0, 0.0, -5.0], [0.01, 0.0, -5.0]]])
+    found = torch.tensor([[[3.0, 0.0, -5.0], [0.0, 0.01, -5.0]]])
+    agreement = gates.logit_agreement(reference, found, torch.ones(1, 2))
+    assert agreement.top1 == 0.5
+    assert agreement.top1_clear == 1.0
 
 
 def test_lowered_logits_may_not_be_worse_than_dense_ones() -> None:
