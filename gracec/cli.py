@@ -52,10 +52,19 @@ def _before_any_command() -> None:
 @app.command()
 def compile(
     model: Annotated[Path, typer.Argument(help="Hugging Face model directory.")],
-    output: Annotated[Path, typer.Option("--out", help="Directory to write; must not exist.")],
+    output: Annotated[Path, typer.Option("--out", help="Directory to write.")],
     recipe: Annotated[
         str, typer.Option(help="Built-in name or path of a YAML file.")
     ] = "w4a16-ptq",
+    eval_data: Annotated[
+        Path | None, typer.Option(help="Folder of questions to answer before and after.")
+    ] = None,
+    formats: Annotated[
+        str, typer.Option("--format", help="For other libraries: hf, torchao, awq, or hf,awq.")
+    ] = "hf",
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace the artifact that --out is, when all is done.")
+    ] = False,
     strict: Annotated[
         bool, typer.Option(help="Refuse fallbacks instead of reporting them.")
     ] = False,
@@ -64,7 +73,15 @@ def compile(
     """Compile a model to INT4 weights and save the result."""
     import gracec
 
-    compiled = gracec.compile(model, recipe, output_dir=output, strict=strict)
+    compiled = gracec.compile(
+        model,
+        recipe,
+        eval_data=eval_data,
+        output_dir=output,
+        formats=formats,
+        overwrite=overwrite,
+        strict=strict,
+    )
     if as_json:
         _print_json({"output": str(output), "report": compiled.report.to_dict()})
         return
@@ -73,6 +90,8 @@ def compile(
     out.print(compiled.report.coverage_table())
     out.print(compiled.report.gates_table())
     out.print(compiled.report.sizes_line())
+    if compiled.report.accuracy:
+        out.print(compiled.report.accuracy_line())
     out.print(f"saved to {output}", markup=False)
 
 

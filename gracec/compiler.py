@@ -6,7 +6,8 @@ capture -> passes (analyse, plan, insert) -> freeze -> lower -> artifact
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConf
 from transformers.modeling_outputs import CausalLMOutput
 
 from gracec import gates
+from gracec._memory import trim
 from gracec._version import __version__
+from gracec.backends.base import Artifact, Format, parse_formats
+from gracec.backends.torchao import CountInt4Kernels
 from gracec.capture import capture, captured_equals_eager, family_of
-from gracec.errors import GracecError
+from gracec.errors import GateError, GracecError
+from gracec.evaluate import VqaSample, accuracy_rows, evaluate_vqa, load_samples
 from gracec.models import check_finite, load_model, load_processor, model_without_weights
 from gracec.passes import run_passes
 from gracec.passes.analyze_modality import AnalyzeModality
@@ -34,15 +39,18 @@ from gracec.program import Program
 from gracec.recipe import Recipe
 from gracec.report import Report, weight_bytes
 from gracec.report.report import plan_rows, sqnr_db
-from gracec.store import Store, read_store, write_directory, write_store
+from gracec.store import Store, check_target, read_store, write_directory, write_store
 
 
 def compile(
     model: PreTrainedModel | str | Path,
     recipe: str | Path | Recipe = "w4a16-ptq",
     *,
+    eval_data: str | Path | Sequence[VqaSample] | None = None,
     processor: Any = None,
     output_dir: str | Path | None = None,
+    formats: str | Sequence[str] = ("hf",),
+    overwrite: bool = False,
     strict: bool = False,
     inplace: bool = False,
 ) -> CompiledModel:
@@ -51,10 +59,14 @@ def compile(
     Args:
         model: a Hugging Face model, or the directory of one.
         recipe: a built-in name, the path of a YAML file, or a `Recipe`.
+        eval_data: a folder of questions, or questions, that the model answers before and after;
+            accuracies go into the report and the model card.
         processor: saved with the result; loaded from the directory when `model` is one.
-        output_dir: where to save the result; must not exist.
+        output_dir: where to save the result.
+        formats: what to save for other libraries, beside the canonical codes; () for none.
+        overwrite: let `output_dir` be an artifact already, which is replaced when all is done.
         strict: refuse what would otherwise be reported and left in the original precision.
-        inplace: allow the caller's model to be changed; saves one copy of it.
+        inplace: take the caller's model apart, so that its float weights give their memory back.
 
     Raises:
         GracecError: if the model, the recipe or the output directory does not fit.
@@ -62,18 +74,25 @@ def compile(
     """
     recipe = Recipe.load(recipe)
     check_runnable(recipe)
-    if output_dir is not None and Path(output_dir).exists():
-        raise GracecError(
-            "the output directory exists", where=str(output_dir), fix="choose another"
-        )
+    wanted = parse_formats(formats)
+    if output_dir is not None:
+        check_target(Path(output_dir), overwrite)
     if isinstance(model, (str, Path)):
+        source = Path(model).resolve().name
         family_of(model_without_weights(model))  # refused before gigabytes are read
         processor = processor or load_processor(model)
         model = load_model(model)
     else:
+        source = str(getattr(model.config, "_name_or_path", ""))
+        source = Path(source).name if Path(source).exists() else source
         check_finite(model)
-        model = model if inplace else copy.deepcopy(model)
+        model = model if inplace else share_weights(model)
     model.eval()
+    samples = load_samples(Path(eval_data)) if isinstance(eval_data, (str, Path)) else eval_data
+    if samples and processor is None:
+        raise GracecError("questions need the model's processor", fix="pass processor=")
+    subject: Any = model
+    original = evaluate_vqa(subject, processor, samples) if samples else None
 
     program = capture(model)
     figures: dict[str, Any] = {"captured_equals_eager": captured_equals_eager(program, model)}
@@ -86,23 +105,33 @@ def compile(
             InsertFakeQuant(search.candidates, search.lowest, search.highest),
         ],
     )
-    frozen = run_passes(prepared.program, [Freeze()])
     inputs = program.example_inputs
-    reference = gates.frozen_equals_fake_quantized(prepared.program, frozen.program, inputs)
+    rows = plan_rows(plan_of(prepared.program), sqnr_db(prepared.program))
+    with torch.no_grad():
+        reference = prepared.program(**inputs)[0]
+    frozen = run_passes(prepared.program, [Freeze(release=True)])
+    gates.frozen_equals_fake_quantized(reference, frozen.program, inputs)
     figures["frozen_equals_fake_quantized"] = True
 
     weights = frozen_weights(frozen.program)
-    rows = plan_rows(plan_of(prepared.program), sqnr_db(model, weights))
     notes = [*prepared.notes, *frozen.notes]
     sizes = weight_bytes(model, weights)
     del program, prepared, frozen
-    lowered = _lower(model, weights, getattr(torch, recipe.deploy.dtype), strict)
+    dtype: torch.dtype = getattr(torch, recipe.deploy.dtype)
+    report = Report(recipe.to_dict(), rows, notes, figures, sizes)
+    if output_dir is not None:  # refused before the rest of the work
+        check_formats(wanted, Artifact.of(model, weights, report, dtype=dtype))
+    lowered = _lower(model, weights, dtype, strict)
     notes += lowered.notes
     figures |= _lowering_gates(model, lowered, weights, inputs, reference)
-    report = Report(recipe.to_dict(), rows, notes, figures, sizes)
-    compiled = CompiledModel(model, lowered, weights, report, processor)
+    compiled = CompiledModel(model, lowered, weights, report, processor, source)
+    trim()
+    if samples and original:
+        data = Path(eval_data).name if isinstance(eval_data, (str, Path)) else "the given questions"
+        found = evaluate_vqa(compiled, processor, samples)
+        report.accuracy.update(accuracy_rows(original, found, data))
     if output_dir is not None:
-        compiled.save_pretrained(output_dir)
+        compiled.save_pretrained(output_dir, formats, overwrite=overwrite)
     return compiled
 
 
@@ -120,6 +149,13 @@ def check_runnable(recipe: Recipe) -> None:
         )
 
 
+def share_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of its own that reads the very same memory; what is replaced in it, stays in it."""
+    parameters = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
+    buffers = {id(buffer): buffer.detach() for buffer in model.buffers()}
+    return copy.deepcopy(model, {**parameters, **buffers})
+
+
 def load(directory: str | Path) -> CompiledModel:
     """Load what `CompiledModel.save_pretrained` wrote; the same codes, the same tokens.
 
@@ -131,10 +167,12 @@ def load(directory: str | Path) -> CompiledModel:
     report = Report(**store.manifest["report"])
     dtype = getattr(torch, report.recipe["deploy"]["dtype"])
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    if hasattr(config, "quantization_config"):  # for other libraries, which do the same from it
+        del config.quantization_config
     with init_empty_weights(include_buffers=False):  # buffers that are not saved are computed
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     tensors = dict(store.others)
-    tensors |= {fqn: _stand_in(weight.codes.shape, dtype) for fqn, weight in store.weights.items()}
+    tensors |= {fqn: _stand_in(weight.shape, dtype) for fqn, weight in store.weights.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     missing = [name for name, tensor in model.named_parameters() if tensor.is_meta]
@@ -145,7 +183,8 @@ def load(directory: str | Path) -> CompiledModel:
         model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
     model.eval()
     lowered = _lower(model, store.weights, dtype, strict=False)
-    return CompiledModel(model, lowered, store.weights, report, load_processor(directory))
+    source = store.manifest["source"]
+    return CompiledModel(model, lowered, store.weights, report, load_processor(directory), source)
 
 
 class CompiledModel:
@@ -157,9 +196,10 @@ class CompiledModel:
     Attributes:
         model: the Hugging Face model with packed INT4 weights in the place of the planned ones.
         program: the lowered graph.
-        weights: FQN -> canonical codes and scales.
+        weights: FQN -> canonical codes and scales; read from the artifact when it was loaded.
         report: what was done, with all figures.
         processor: of the original model, or None.
+        source: name of the original model.
     """
 
     def __init__(
@@ -169,9 +209,10 @@ class CompiledModel:
         weights: Mapping[str, FrozenWeight],
         report: Report,
         processor: Any = None,
+        source: str = "",
     ) -> None:
         self.model, self.program, self.weights = model, program, weights
-        self.report, self.processor = report, processor
+        self.report, self.processor, self.source = report, processor, source
 
     @property
     def device(self) -> torch.device:
@@ -196,34 +237,71 @@ class CompiledModel:
         tokens: Tensor = model.generate(**inputs)
         return tokens
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write the canonical artifact: codes, scales, configuration, processor and report.
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        formats: str | Sequence[str] = ("hf",),
+        *,
+        overwrite: bool = False,
+    ) -> tuple[str, ...]:
+        """Write the canonical artifact, which `gracec.load` reads, and formats for other libraries.
+
+        Args:
+            formats: names of formats: "hf" (compressed-tensors, for plain transformers), "torchao",
+                "awq", or a text "hf,awq"; () for none.
+            overwrite: replace an artifact that is there, in a single step.
+
+        Returns:
+            What a user should know about the formats.
 
         Raises:
-            GracecError: if the directory exists.
+            GracecError: if the directory exists, a format cannot hold the weights, or the disk does
+                not take it. Nothing half-written is left.
         """
-        others: dict[str, Tensor] = {
-            name: tensor
-            for name, tensor in self.model.named_parameters()
-            if name not in self.weights
-        }
-        buffers = self.model.state_dict()
-        others.update((n, b) for n, b in self.model.named_buffers() if n in buffers)
+        wanted = parse_formats(formats)
+        artifact = Artifact.of(
+            self.model,
+            self.weights,
+            self.report,
+            dtype=self.dtype,
+            processor=self.processor,
+            source=self.source,
+        )
+        check_formats(wanted, artifact)
         manifest = {
             "gracec": __version__,
             "torch": torch.__version__,
             "family": self.program.family,
+            "source": self.source,
             "report": self.report.to_dict(),
+            "formats": {form.name: form.folder for form in wanted},
         }
+        notes: list[str] = []
 
         def fill(target: Path) -> None:
-            self.model.config.save_pretrained(target)
-            self.model.generation_config.save_pretrained(target)
-            if self.processor is not None:
-                self.processor.save_pretrained(target)
-            write_store(Store(self.weights, others, manifest), target)
+            for form in wanted:
+                notes.extend(form.write(artifact, target / form.folder))
+            if all(form.folder for form in wanted):  # else the top level is written already
+                self.model.config.save_pretrained(target)
+                self.model.generation_config.save_pretrained(target)
+                if self.processor is not None:
+                    self.processor.save_pretrained(target)
+            write_store(Store(self.weights, artifact.others, manifest), target)
 
-        write_directory(Path(directory), fill)
+        write_directory(Path(directory), fill, overwrite=overwrite)
+        return tuple(notes)
+
+
+def check_formats(formats: Sequence[Format], artifact: Artifact) -> None:
+    """Refuse formats that cannot hold an artifact.
+
+    Raises:
+        GracecError: with the first reason.
+    """
+    for form in formats:
+        reason = form.refusal(artifact)
+        if reason:
+            raise GracecError(reason, where=f"format {form.name}", fix="choose other formats")
 
 
 def _lower(
@@ -235,9 +313,11 @@ def _lower(
     without memory meanwhile: a trace looks at shapes only.
     """
     for fqn, weight in weights.items():
-        _set_parameter(model, fqn, _stand_in(weight.codes.shape, dtype))
-    for parameter in model.parameters():  # not the buffers: rotary frequencies stay in float32
-        parameter.data = parameter.data.to(dtype)
+        _set_parameter(model, fqn, _stand_in(weight.shape, dtype))
+    # Not the buffers: rotary frequencies stay in float32. Copied in any case, since one view into
+    # a checkpoint keeps the whole file mapped.
+    for parameter in {*model.parameters()} - {model.get_parameter(fqn) for fqn in weights}:
+        parameter.data = parameter.data.to(dtype, copy=True)
     model.requires_grad_(False)
     result = run_passes(capture(model), [ApplyCodes(weights), LowerTorchao(strict), Strip()])
     for target, names in result.program.fqns.items():
@@ -259,21 +339,44 @@ def _lowering_gates(
     packed = lowered_weights(lowered)
     figures: dict[str, Any] = {
         "matmul_error": gates.matmul_error(packed, weights),
-        "int4_kernels": gates.int4_kernels_run(lowered, inputs),
+        "int4_kernels": gates.int4_kernels_run(lowered, inputs, model),
         "lowered_equals_generating": captured_equals_eager(lowered, model),
     }
     mask = inputs["attention_mask"]
     with torch.no_grad():
         found = gates.logit_agreement(reference, lowered(**inputs)[0], mask)
-        # The same values as dense weights in the same dtype, for comparison.
-        for fqn in packed:
-            _set_parameter(model, fqn, nn.Parameter(weights[fqn].dequantize(lowered.dtype)))
-        logits = model(**inputs, use_cache=False).logits
-        for fqn, tensor in packed.items():
-            _set_parameter(model, fqn, tensor)
+        with CountInt4Kernels() as kernels, _dense_weights(model, packed, weights):
+            logits = model(**inputs, use_cache=False).logits
+    if kernels.count:
+        raise GateError(f"{kernels.count} INT4 kernels ran among weights that are meant as dense")
     dense = gates.logit_agreement(reference, logits, mask)
     gates.lowered_is_as_good_as_dense(found, dense, reference.dtype)
     return {**figures, "logits": asdict(found), "logits_dense": asdict(dense)}
+
+
+@contextmanager
+def _dense_weights(
+    model: PreTrainedModel, packed: Mapping[str, Tensor], weights: Mapping[str, FrozenWeight]
+) -> Iterator[None]:
+    """Run with the same values as dense weights, each for as long as its layer runs."""
+
+    def densify(fqn: str) -> Any:
+        dtype = packed[fqn].dtype
+        return lambda *_: _set_parameter(model, fqn, weights[fqn].dequantize(dtype))
+
+    def restore(fqn: str) -> Any:
+        return lambda *_: _set_parameter(model, fqn, packed[fqn])
+
+    handles = []
+    for fqn in packed:
+        owner = model.get_submodule(fqn.rpartition(".")[0])
+        handles.append(owner.register_forward_pre_hook(densify(fqn)))
+        handles.append(owner.register_forward_hook(restore(fqn), always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _stand_in(shape: torch.Size, dtype: torch.dtype) -> nn.Parameter:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from gracec.backends.torchao import CountInt4Kernels, Int4OpaqueTensor
+from gracec.backends.torchao import CountInt4Kernels, PackedWeight
 from gracec.errors import GateError
 from gracec.passes.freeze import FrozenWeight
 from gracec.program import Program, annotation
@@ -20,21 +20,17 @@ NEAR_TIE = 0.02
 
 
 def frozen_equals_fake_quantized(
-    fake_quantized: Program, frozen: Program, inputs: Mapping[str, Tensor]
-) -> Tensor:
-    """Frozen codes compute exactly the logits of the fake-quantized graph; returns them."""
+    expected: Tensor, frozen: Program, inputs: Mapping[str, Tensor]
+) -> None:
+    """Frozen codes compute exactly the logits [B, T, V] of the fake-quantized graph."""
     with torch.no_grad():
-        expected = fake_quantized(**inputs)[0]
         logits = frozen(**inputs)[0]
     if not torch.equal(expected, logits):
         difference = (expected.double() - logits.double()).abs().max().item()
         raise GateError(f"frozen and fake-quantized logits differ by {difference:.3g}")
-    return logits
 
 
-def matmul_error(
-    packed: Mapping[str, Int4OpaqueTensor], weights: Mapping[str, FrozenWeight]
-) -> float:
+def matmul_error(packed: Mapping[str, PackedWeight], weights: Mapping[str, FrozenWeight]) -> float:
     """Largest relative error of a packed linear against float64, over all weights.
 
     Each is run on 8 random activations; the error is relative to the largest output.
@@ -58,13 +54,22 @@ def matmul_error(
     return worst
 
 
-def int4_kernels_run(program: Program, inputs: Mapping[str, Tensor]) -> int:
-    """Count of INT4 kernels that run in one forward; it must equal the planned count."""
+def int4_kernels_run(
+    program: Program, inputs: Mapping[str, Tensor], model: nn.Module | None = None
+) -> int:
+    """Count of INT4 kernels that run in one forward; it must equal the planned count.
+
+    Args:
+        model: that generates with the same packed weights, held to the same count.
+    """
     planned = len([n for n in program.graph.nodes if annotation(n).get("kernel") == "int4"])
-    with torch.no_grad(), CountInt4Kernels() as kernels:
-        program(**inputs)
-    if kernels.count != planned:
-        raise GateError(f"{kernels.count} INT4 kernels ran, {planned} are planned")
+    for name, run in (("the lowered graph", program), ("the generating model", model)):
+        if run is None:
+            continue
+        with torch.no_grad(), CountInt4Kernels() as kernels:
+            run(**inputs)
+        if kernels.count != planned:
+            raise GateError(f"{kernels.count} INT4 kernels ran in {name}, {planned} are planned")
     return planned
 
 

@@ -47,8 +47,7 @@ def fake_quantize(
     that were clipped, and for the scale the derivative of q(w/s)*s with respect to the parameter.
     """
     scales = quant.scale_from_param(scale_param, parametrization, scale_grid)
-    codes = quant.quantize(weight, scales, bits, group_size)
-    return quant.dequantize(codes, scales, group_size, _DTYPES[output_dtype])
+    return quant.fake_quantize(weight, scales, bits, group_size, _DTYPES[output_dtype])
 
 
 @fake_quantize.register_fake
@@ -75,15 +74,20 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     bits, group_size, parametrization, scale_grid = ctx.options
     lowest, highest = quant.code_range(bits)
     scales = quant.scale_from_param(scale_param, parametrization, scale_grid)
-    grouped_shape = (weight.shape[0], weight.shape[1] // group_size, group_size)
-    s = scales.unsqueeze(-1)
-    grad = grad_output.to(torch.float32).reshape(grouped_shape)
-    ratio = weight.to(torch.float32).reshape(grouped_shape) / s
-    codes = torch.round(ratio)
-    inside = (codes >= lowest) & (codes <= highest)
-    grad_weight = (grad * inside).reshape(weight.shape).to(weight.dtype)
-    step = torch.where(inside, codes - ratio, codes.clamp(lowest, highest))
-    grad_scale = (grad * step).sum(-1).sum_to_size(scales.shape)
+    grad_weight = torch.empty_like(weight)
+    per_group = (len(weight), weight.shape[1] // group_size)
+    grad_scale = torch.empty(per_group, dtype=torch.float32, device=weight.device)
+    parts = quant.row_chunks(weight, scales, grad_output, grad_weight, grad_scale)
+    for part, scale, grad_part, weight_target, scale_target in parts:
+        grad = quant.grouped(grad_part.to(torch.float32), group_size)
+        ratio = quant.grouped(part.to(torch.float32), group_size) / scale.unsqueeze(-1)
+        codes = torch.round(ratio)
+        clipped = codes.clamp(lowest, highest)
+        inside = codes == clipped
+        weight_target.copy_((grad * inside).reshape(part.shape))
+        step = torch.where(inside, codes - ratio, clipped)
+        torch.sum(grad * step, -1, out=scale_target)
+    grad_scale = grad_scale.sum_to_size(scales.shape)
     grad_param = _scale_gradient(grad_scale, scale_param, scales, parametrization, weight, highest)
     return grad_weight, grad_param.to(scale_param.dtype), None, None, None, None, None
 
@@ -110,13 +114,16 @@ fake_quantize.register_autograd(_backward, setup_context=_save_for_backward)
 def dequantize(
     codes: Tensor, scales: Tensor, group_size: int, output_dtype: str = "float32"
 ) -> Tensor:
-    """codes int8 [N, K] times scales float32 [N, K / group_size], as `output_dtype` [N, K]."""
+    """Codes times scales float32 [N, K / group_size], as `output_dtype` [N, K].
+
+    Codes are int8 [N, K], or uint8 [N, K / 2] with two in a byte, the low nibble first.
+    """
     return quant.dequantize(codes, scales, group_size, _DTYPES[output_dtype])
 
 
 @dequantize.register_fake
 def _(codes: Tensor, scales: Tensor, group_size: int, output_dtype: str = "float32") -> Tensor:
-    return torch.empty_like(codes, dtype=_DTYPES[output_dtype])
+    return codes.new_empty(quant.codes_shape(codes), dtype=_DTYPES[output_dtype])
 
 
 @torch.library.custom_op("gracec::fake_quantize_activation", mutates_args=())

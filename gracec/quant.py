@@ -13,6 +13,7 @@ candidates between 0.3 and 1.2 times max|w| / q_max.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,7 +26,8 @@ SCALE_MIN = 2.0**-17
 SCALE_MAX = 65280.0  # the largest bfloat16 value that float16 can hold
 SUPPORTED_BITS = (2, 3, 4, 8)
 SUPPORTED_GROUP_SIZES = (16, 32, 64, 128, 256)
-
+CHUNK_ELEMENTS = 1 << 18
+"""Weights that are looked at in one go on a processor; bounds the temporary memory."""
 
 GRANULARITIES = ("per_group", "per_channel", "per_tensor")
 
@@ -132,10 +134,11 @@ def quantize(weight: Tensor, scales: Tensor, bits: int, group_size: int) -> Tens
     Returns:
         int8 [N, K] in [-2^(b-1), 2^(b-1) - 1].
     """
-    lowest, highest = code_range(bits)
-    groups = grouped(weight.to(torch.float32), group_size)
-    codes = torch.round(groups / scales.to(torch.float32).unsqueeze(-1)).clamp_(lowest, highest)
-    return codes.reshape(weight.shape).to(torch.int8)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    parts = row_chunks(weight, scales, codes)
+    for part, scale, target in parts:
+        target.copy_(_rounded(part, scale, bits, group_size).reshape(target.shape))
+    return codes
 
 
 def dequantize(
@@ -144,14 +147,84 @@ def dequantize(
     """The weight that codes and scales stand for: the product in float32, then cast to `dtype`.
 
     Args:
-        codes: int8 [N, K].
+        codes: int8 [N, K], or as stored: uint8 [N, K / 2].
         scales: [N, K / group_size].
 
     Returns:
         [N, K] in `dtype`.
     """
-    groups = grouped(codes.to(torch.float32), group_size)
-    return (groups * scales.to(torch.float32).unsqueeze(-1)).reshape(codes.shape).to(dtype)
+    weight = torch.empty(codes_shape(codes), dtype=dtype, device=codes.device)
+    for part, scale, target in row_chunks(codes, scales, weight):
+        groups = grouped(read_codes(part).to(torch.float32), group_size)
+        target.copy_((groups * scale.to(torch.float32).unsqueeze(-1)).reshape(target.shape))
+    return weight
+
+
+def fake_quantize(
+    weight: Tensor, scales: Tensor, bits: int, group_size: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`dequantize(quantize(weight, ...), ...)` in one go, without the codes in between."""
+    result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    for part, scale, target in row_chunks(weight, scales, result):
+        rounded = _rounded(part, scale, bits, group_size)
+        rounded *= scale.to(torch.float32).unsqueeze(-1)
+        target.copy_(rounded.reshape(target.shape))
+    return result
+
+
+def _rounded(weight: Tensor, scales: Tensor, bits: int, group_size: int) -> Tensor:
+    """Codes as float32 [N, K / group_size, group_size]."""
+    lowest, highest = code_range(bits)
+    groups = grouped(weight.to(torch.float32), group_size)
+    return (groups / scales.to(torch.float32).unsqueeze(-1)).round_().clamp_(lowest, highest)
+
+
+def store_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes int8 [N, K] as they are kept: uint8 [N, K / 2] where two fit in a byte."""
+    return pack_nibbles(codes) if bits <= 4 and codes.shape[1] % 2 == 0 else codes
+
+
+def read_codes(stored: Tensor) -> Tensor:
+    """Inverse of `store_codes`: int8 [N, K]."""
+    return unpack_nibbles(stored) if stored.dtype == torch.uint8 else stored
+
+
+def codes_shape(stored: Tensor) -> torch.Size:
+    """[N, K] of codes that may be stored two in a byte."""
+    rows, columns = stored.shape
+    return torch.Size((rows, 2 * columns if stored.dtype == torch.uint8 else columns))
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """int8 codes [N, K] in [-8, 7] -> uint8 [N, K / 2], low nibble first, two's complement."""
+    packed = codes[:, 1::2].to(torch.uint8)
+    packed <<= 4
+    packed |= codes[:, 0::2].to(torch.uint8) & 0xF
+    return packed
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """Inverse of `pack_nibbles`: uint8 [N, K / 2] -> int8 [N, K]."""
+    rows, half = packed.shape
+    codes = torch.empty(rows, 2 * half, dtype=torch.int8, device=packed.device)
+    # An arithmetic shift to the right extends the sign of the nibble that a shift to the left
+    # brought to the top.
+    codes[:, 0::2] = (packed << 4).view(torch.int8) >> 4
+    codes[:, 1::2] = packed.view(torch.int8) >> 4
+    return codes
+
+
+def row_chunks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each matrix, so many at a time that temporaries stay small.
+
+    The first matrix decides how many; one with a single row goes with every part. A processor
+    works from its caches; an accelerator needs larger parts to be busy.
+    """
+    rows, columns = matrices[0].shape
+    elements = CHUNK_ELEMENTS if matrices[0].device.type == "cpu" else CHUNK_ELEMENTS << 7
+    step = max(1, elements // columns)
+    for start in range(0, rows, step):
+        yield tuple(m if len(m) == 1 else m[start : start + step] for m in matrices)
 
 
 def spread(per_group: Tensor, features: int) -> Tensor:
@@ -184,14 +257,12 @@ def search_scales(
     candidates: int = 64,
     lowest: float = 0.3,
     highest: float = 1.2,
-    chunk_elements: int = 1 << 20,
 ) -> Tensor:
     """Scales of least squared error per group, by grid search.
 
     Args:
         weight: [N, K], any float dtype; K must be a multiple of `group_size`.
         candidates: points of the grid between `lowest` and `highest` times max|w| / q_max.
-        chunk_elements: weights that are looked at in one go; bounds the temporary memory.
 
     Returns:
         float32 [N, K / group_size] on the grid of `scale_grid`.
@@ -199,31 +270,33 @@ def search_scales(
     Raises:
         GracecError: if the group does not divide K or the weight is not finite.
     """
-    _, q_max = code_range(bits)
-    q_min = -q_max - 1
-    rows, columns = weight.shape
+    grouped(weight[:0], group_size)
     factors = torch.linspace(lowest, highest, candidates, device=weight.device)
-    rows_per_chunk = max(1, chunk_elements // columns)
-    found = []
-    for chunk in weight.detach().split(rows_per_chunk):
-        groups = grouped(chunk.to(torch.float32), group_size)
-        largest = groups.abs().amax(-1)
-        if not torch.isfinite(largest).all():
-            raise GracecError("the weight holds NaN or infinity", fix="check the checkpoint")
-        base = largest / q_max
-        best_scale = round_scale(base, scale_grid)
-        best_error = torch.full_like(base, torch.inf)
-        for factor in factors:
-            scale = round_scale(base * factor, scale_grid)
-            s = scale.unsqueeze(-1)
-            # w - q*s, with one temporary the size of the chunk
-            error = torch.div(groups, s).round_().clamp_(q_min, q_max).mul_(s).sub_(groups)
-            error = error.square_().sum(-1)
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best_scale = torch.where(better, scale, best_scale)
-        found.append(best_scale)
-    return torch.cat(found).reshape(rows, columns // group_size)
+    shape = len(weight), weight.shape[1] // group_size
+    scales = torch.empty(shape, dtype=torch.float32, device=weight.device)
+    for part, target in row_chunks(weight.detach(), scales):
+        groups = part.to(torch.float32).reshape(-1, group_size)
+        target.copy_(_best_scales(groups, factors, bits, scale_grid).reshape(target.shape))
+    return scales
+
+
+def _best_scales(groups: Tensor, factors: Tensor, bits: int, scale_grid: str) -> Tensor:
+    """[G] scales of least squared error for groups [G, group_size], float32."""
+    q_min, q_max = code_range(bits)
+    largest = groups.abs().amax(-1)
+    if not torch.isfinite(largest).all():
+        raise GracecError("the weight holds NaN or infinity", fix="check the checkpoint")
+    scales = round_scale(factors.unsqueeze(1) * (largest / q_max), scale_grid)  # [candidates, G]
+    inverse = scales.reciprocal()
+    errors = torch.empty_like(scales)
+    # |q - w / s| * s in two buffers that stay in the cache: this loop is all of the time.
+    ratio, code = torch.empty_like(groups), torch.empty_like(groups)
+    for candidate in range(len(scales)):
+        torch.mul(groups, inverse[candidate].unsqueeze(1), out=ratio)
+        torch.round(ratio, out=code).clamp_(q_min, q_max).sub_(ratio)
+        torch.linalg.vector_norm(code, dim=1, out=errors[candidate])
+    best = errors.mul_(scales).argmin(0, keepdim=True)
+    return scales.gather(0, best).squeeze(0)
 
 
 def signal_to_noise_db(reference: Tensor, approximation: Tensor) -> float:

@@ -1,23 +1,31 @@
 """The canonical artifact: integer codes and scales, everything else as it is, and a manifest.
 
-    DIR/gracec.safetensors   <fqn>.codes   uint8 [N, K / 2], two codes a byte, low nibble first
-                                           (int8 [N, K] for 8-bit codes)
-                             <fqn>.scales  bfloat16 [N, K / group_size]
-                             <fqn>         every other parameter and buffer
-    DIR/gracec.json          the manifest: format version, spec of each weight, sha256, report
-    DIR/config.json ...      the Hugging Face configuration and processor
+    DIR/gracec/gracec.safetensors   <fqn>.codes   uint8 [N, K / 2], two codes a byte, low nibble
+                                                  first (int8 [N, K] for 8-bit codes, odd widths)
+                                    <fqn>.scales  bfloat16 [N, K / group_size]
+                                    <fqn>         every other parameter and buffer
+    DIR/gracec.json                 the manifest: format version, spec of each weight, sha256,
+                                    report
+    DIR/config.json ...             the Hugging Face configuration and processor
 
-Nothing half-written is left: the directory is written under a temporary name and then renamed.
+The tensors lie in a folder of their own, because some runtimes load every safetensors file that
+they find at the top level of a model directory.
+
+A directory is written under a temporary name beside its own, flushed to the disk, and then takes
+the place of the old one in a single step. Whatever interrupts that, DIR is the whole old artifact
+or the whole new one. A process that is killed leaves its temporary directory, `.DIR.*`, behind.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +39,9 @@ from gracec.errors import GracecError
 from gracec.passes.freeze import FrozenWeight
 from gracec.quant import QuantSpec
 
-TENSORS, MANIFEST = "gracec.safetensors", "gracec.json"
-FORMAT_VERSION = 1
+TENSORS, MANIFEST = "gracec/gracec.safetensors", "gracec.json"
+FORMAT_VERSION = 2
+_RENAME_EXCHANGE = 2
 
 
 @dataclass(frozen=True)
@@ -50,57 +59,142 @@ class Store:
     manifest: Mapping[str, Any]
 
 
+class StoredWeights(Mapping[str, FrozenWeight]):
+    """FQN -> codes and scales, read from the file at each access and not kept in memory."""
+
+    def __init__(self, path: Path, specs: Mapping[str, QuantSpec]) -> None:
+        self._path, self._specs = path, specs
+
+    def __getitem__(self, fqn: str) -> FrozenWeight:
+        spec = self._specs[fqn]
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                codes, scales = file.get_tensor(f"{fqn}.codes"), file.get_tensor(f"{fqn}.scales")
+        except (OSError, SafetensorError) as error:
+            raise GracecError(f"{fqn} cannot be read: {error}", where=str(self._path)) from error
+        return FrozenWeight(codes, scales.to(torch.float32), spec)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+
 def is_artifact(directory: Path) -> bool:
     """Whether a directory was written by gracec."""
     return (directory / MANIFEST).is_file()
 
 
-def pack_nibbles(codes: Tensor) -> Tensor:
-    """int8 codes [N, K] in [-8, 7] -> uint8 [N, K / 2], low nibble first, two's complement."""
-    nibbles = codes.to(torch.uint8) & 0xF
-    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
-
-
-def unpack_nibbles(packed: Tensor) -> Tensor:
-    """Inverse of `pack_nibbles`: uint8 [N, K / 2] -> int8 [N, K]."""
-    nibbles = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(1).to(torch.int8)
-    return torch.where(nibbles > 7, nibbles - 16, nibbles)
-
-
-def write_directory(directory: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a directory under a temporary name beside it, then rename it into place.
+def check_target(directory: Path, overwrite: bool = False) -> None:
+    """Refuse to write over anything but, if `overwrite`, another artifact.
 
     Raises:
-        GracecError: if the directory exists already.
+        GracecError: if the directory exists and may not be replaced.
+    """
+    if not directory.exists():
+        return
+    if not overwrite:
+        raise GracecError("the output directory exists", where=str(directory), fix="choose another")
+    if not is_artifact(directory):
+        raise GracecError(
+            "only a gracec artifact is overwritten, and this is none",
+            where=str(directory),
+            fix="choose another directory",
+        )
+
+
+def write_directory(
+    directory: Path, fill: Callable[[Path], None], *, overwrite: bool = False
+) -> None:
+    """Fill a directory under a temporary name beside it, then put it in place in a single step.
+
+    Args:
+        overwrite: replace an artifact that is there.
+
+    Raises:
+        GracecError: if the directory may not be written, or the disk does not take it.
     """
     directory = directory.absolute()
-    if directory.exists():
-        raise GracecError("the output directory exists", where=str(directory), fix="choose another")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    check_target(directory, overwrite)
     try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    except OSError as error:
+        raise _cannot_write(directory, error) from error
+    try:
+        _reached("created")
         fill(temporary)
+        _reached("filled")
         os.chmod(temporary, 0o755)
-        os.replace(temporary, directory)
-    except BaseException:
+        for path in (*temporary.rglob("*"), temporary):
+            _flush(path)
+        _reached("flushed")
+        _put_in_place(temporary, directory)
+        _reached("in place")
+        _flush(directory.parent)
+    except (OSError, SafetensorError) as error:
+        raise _cannot_write(directory, error) from error
+    finally:  # what is left here is a part of the new artifact, or the whole old one
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    _reached("cleaned")
+
+
+def _reached(point: str) -> None:
+    """A named point of the sequence; tests interrupt the process here."""
+
+
+def _put_in_place(temporary: Path, directory: Path) -> None:
+    """Rename, or exchange with the artifact that is there, which `temporary` then names."""
+    if not directory.exists():
+        os.rename(temporary, directory)
+        return
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here = -100  # AT_FDCWD; both paths are absolute
+    names = os.fsencode(temporary), os.fsencode(directory)
+    if exchange is None:
+        failed = errno.ENOSYS
+    else:
+        done = exchange(here, names[0], here, names[1], _RENAME_EXCHANGE) == 0
+        failed = 0 if done else ctypes.get_errno()
+    if failed in (errno.ENOSYS, errno.EINVAL):
+        raise OSError(failed, "this system cannot exchange two directories in one step; remove it")
+    if failed:
+        raise OSError(failed, os.strerror(failed))
+
+
+def _flush(path: Path) -> None:
+    """Have the file system write a file or a directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_write(directory: Path, error: Exception) -> GracecError:
+    reason = (isinstance(error, OSError) and error.strerror) or str(error)
+    return GracecError(
+        f"cannot be written: {reason}", where=str(directory), fix="nothing was changed there"
+    )
 
 
 def write_store(store: Store, directory: Path) -> None:
-    """Write tensors and manifest into an existing directory."""
+    """Write tensors and manifest into an existing directory; equal input gives equal bytes."""
     tensors: dict[str, Tensor] = {}
     for fqn, weight in store.weights.items():
-        small = weight.spec.storage_bits == 4
-        tensors[f"{fqn}.codes"] = pack_nibbles(weight.codes) if small else weight.codes
+        tensors[f"{fqn}.codes"] = weight.stored
         exact = torch.bfloat16 if weight.spec.scale_grid == "bf16" else torch.float32
         tensors[f"{fqn}.scales"] = weight.scales.to(exact)
     tensors.update({fqn: tensor.detach() for fqn, tensor in store.others.items()})
     tensors = {name: tensors[name].contiguous() for name in sorted(tensors)}
-    save_file(tensors, directory / TENSORS, metadata={"format": "pt"})
+    path = directory / TENSORS
+    path.parent.mkdir()
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors lets nobody but the owner read it
     manifest = {
         "format_version": FORMAT_VERSION,
-        "sha256": _sha256(directory / TENSORS),
+        "sha256": _sha256(path),
         "weights": {fqn: weight.spec.to_dict() for fqn, weight in sorted(store.weights.items())},
         **store.manifest,
     }
@@ -149,19 +243,18 @@ def read_store(directory: Path) -> Store:
             where=str(tensors_path),
             fix="copy it again or compile the model again",
         )
+    specs = {fqn: QuantSpec(**fields) for fqn, fields in manifest["weights"].items()}
+    quantized = {f"{fqn}.{suffix}" for fqn in specs for suffix in ("codes", "scales")}
     try:
         with safe_open(tensors_path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            names = set(file.keys())
+            others = {name: file.get_tensor(name) for name in sorted(names - quantized)}
     except SafetensorError as error:
         raise GracecError(f"not readable: {error}", where=str(tensors_path)) from error
-    weights = {}
-    for fqn, fields in manifest["weights"].items():
-        spec = QuantSpec(**fields)
-        codes = tensors.pop(f"{fqn}.codes")
-        codes = unpack_nibbles(codes) if spec.storage_bits == 4 else codes
-        scales = tensors.pop(f"{fqn}.scales").to(torch.float32)
-        weights[fqn] = FrozenWeight(codes, scales, spec)
-    return Store(weights, tensors, manifest)
+    missing = sorted(quantized - names)
+    if missing:
+        raise GracecError(f"{missing[0]} is missing", where=str(tensors_path))
+    return Store(StoredWeights(tensors_path, specs), others, manifest)
 
 
 def _sha256(path: Path) -> str:

@@ -3,8 +3,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
 
+import gracec
 from gracec import gates
+from gracec.capture import family_of
 from gracec.errors import GateError
 from gracec.passes.freeze import frozen_weights
 from gracec.passes.lower_torchao import lowered_weights
@@ -18,13 +21,14 @@ Q_PROJ = "model.language_model.layers.0.self_attn.q_proj.weight"
 
 
 def test_frozen_gate_catches_one_changed_code(after: After, batch: dict[str, Tensor]) -> None:
-    gates.frozen_equals_fake_quantized(after(FAKE), after(FROZEN), batch)
+    expected = after(FAKE)(**batch)[0]
+    gates.frozen_equals_fake_quantized(expected, after(FROZEN), batch)
     broken = after(FROZEN).copy()
     codes = broken.tensor(f"model.{Q_PROJ}_codes").clone()
-    codes[0, 0] = -codes[0, 0] - 1
+    codes[0, 0] ^= 1  # the lowest bit of one code
     broken.set_tensor(f"model.{Q_PROJ}_codes", codes)
     with pytest.raises(GateError, match="frozen and fake-quantized logits differ"):
-        gates.frozen_equals_fake_quantized(after(FAKE), broken, batch)
+        gates.frozen_equals_fake_quantized(expected, broken, batch)
 
 
 def test_matmul_gate_catches_codes_of_another_weight(after: After) -> None:
@@ -42,8 +46,24 @@ def test_kernel_gate_catches_a_float_weight_under_a_quantized_name(
     swapped = after(LOWERED).copy()
     dense = frozen_weights(after(FROZEN))[Q_PROJ].dequantize()
     swapped.set_tensor(f"model.{Q_PROJ}", nn.Parameter(dense))
-    with pytest.raises(GateError, match="13 INT4 kernels ran, 14 are planned"):
+    with pytest.raises(GateError, match="13 INT4 kernels ran in the lowered graph, 14 are planned"):
         gates.int4_kernels_run(swapped, batch)
+
+
+def test_kernel_gate_catches_a_float_weight_in_the_generating_model(
+    llava: LlavaForConditionalGeneration, batch: dict[str, Tensor]
+) -> None:
+    compiled = gracec.compile(llava)
+    inputs = {
+        name: tensor.bfloat16() if name == "pixel_values" else tensor
+        for name, tensor in batch.items()
+    }
+    prepared = family_of(compiled.model).prepare(compiled.model, inputs)
+    assert gates.int4_kernels_run(compiled.program, prepared, compiled.model) == 14
+    dense = nn.Parameter(compiled.weights[Q_PROJ].dequantize(torch.bfloat16))
+    compiled.model.model.language_model.layers[0].self_attn.q_proj.weight = dense
+    with pytest.raises(GateError, match="13 INT4 kernels ran in the generating model"):
+        gates.int4_kernels_run(compiled.program, prepared, compiled.model)
 
 
 def test_logit_agreement_by_hand() -> None:

@@ -60,10 +60,14 @@ def test_searched_scales_beat_the_largest_weight_rule() -> None:
     assert squared_error(searched) < 0.8 * squared_error(largest)
 
 
-def test_search_is_the_same_however_it_is_chunked_and_matches_a_plain_loop() -> None:
+def test_search_is_the_same_however_it_is_chunked_and_matches_a_plain_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     weight = random_weight(6, 64)
     whole = quant.search_scales(weight, 3, 32, candidates=16)
-    assert torch.equal(whole, quant.search_scales(weight, 3, 32, candidates=16, chunk_elements=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(quant, "CHUNK_ELEMENTS", 1)  # a row at a time
+        assert torch.equal(whole, quant.search_scales(weight, 3, 32, candidates=16))
     for row in range(6):
         for group in range(2):
             w = weight[row, group * 32 : (group + 1) * 32]
@@ -115,3 +119,17 @@ def test_signal_to_noise() -> None:
     reference = torch.ones(10)
     assert quant.signal_to_noise_db(reference, reference) == float("inf")
     assert quant.signal_to_noise_db(reference, reference * 0.9) == pytest.approx(20.0, abs=1e-4)
+
+
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 99))
+def test_nibbles_round_trip(rows: int, pairs: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-8, 8, (rows, 2 * pairs), generator=generator).to(torch.int8)
+    packed = quant.pack_nibbles(codes)
+    assert packed.shape == (rows, pairs)
+    assert torch.equal(quant.unpack_nibbles(packed), codes)
+
+
+def test_the_low_nibble_comes_first() -> None:
+    codes = torch.tensor([[1, -2]], dtype=torch.int8)
+    assert quant.pack_nibbles(codes).tolist() == [[0x01 | 0xE0]]

@@ -1,48 +1,37 @@
+import errno
 import json
+import os
+import resource
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from gracec import quant
+from gracec import quant, store
 from gracec.errors import GracecError
 from gracec.passes.freeze import FrozenWeight
 from gracec.store import (
     MANIFEST,
     TENSORS,
     Store,
-    pack_nibbles,
     read_store,
-    unpack_nibbles,
     write_directory,
     write_store,
 )
 
 
-def example() -> Store:
+def example(seed: int = 0) -> Store:
     weights = {}
     for bits in (4, 3, 8):
-        weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(bits))
+        weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(10 * seed + bits))
         scales = quant.search_scales(weight, bits, 32)
         codes = quant.quantize(weight, scales, bits, 32)
-        weights[f"layer{bits}.weight"] = FrozenWeight(codes, scales, quant.QuantSpec(bits, 32))
+        weights[f"layer{bits}.weight"] = FrozenWeight.from_codes(
+            codes, scales, quant.QuantSpec(bits, 32)
+        )
     return Store(weights, {"norm.weight": torch.arange(5.0)}, {"recipe": {"name": "test"}})
-
-
-@given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 99))
-def test_nibbles_round_trip(rows: int, pairs: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(-8, 8, (rows, 2 * pairs), generator=generator).to(torch.int8)
-    packed = pack_nibbles(codes)
-    assert packed.shape == (rows, pairs)
-    assert torch.equal(unpack_nibbles(packed), codes)
-
-
-def test_the_low_nibble_comes_first() -> None:
-    codes = torch.tensor([[1, -2]], dtype=torch.int8)
-    assert pack_nibbles(codes).tolist() == [[0x01 | 0xE0]]
 
 
 def test_what_is_written_reads_back_and_bytes_are_the_same_every_time(tmp_path: Path) -> None:
@@ -82,14 +71,131 @@ def test_a_changed_or_truncated_file_is_named(tmp_path: Path) -> None:
 def test_nothing_half_written_is_left(tmp_path: Path) -> None:
     def fail(target: Path) -> None:
         (target / "part").write_text("x")
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(GracecError, match="a: cannot be written: No space left on device"):
         write_directory(tmp_path / "a", fail)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_directory_is_refused(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_the_old_artifact_stays(tmp_path: Path) -> None:
+    """A real limit of the system, on the size of files, reached inside of safetensors."""
+    write_directory(tmp_path / "a", lambda target: write_store(example(), target))
+    before = snapshot(tmp_path / "a")
+
+    def save() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails instead
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        with pytest.raises(GracecError, match="a: cannot be written: .*File too large"):
+            write_directory(
+                tmp_path / "a", lambda target: write_store(example(), target), overwrite=True
+            )
+
+    assert in_a_child(save) == 0
+    assert snapshot(tmp_path / "a") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+POINTS = ["created", "filled", "flushed", "in place", "cleaned"]
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("kill", [True, False])
+def test_an_interrupted_save_leaves_a_whole_artifact(
+    point: str, kill: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_directory(tmp_path / "a", lambda target: write_store(example(), target))
+    write_directory(tmp_path / "new", lambda target: write_store(example(1), target))
+    old, new = snapshot(tmp_path / "a"), snapshot(tmp_path / "new")
+    passed = tmp_path / "points"
+
+    def reached(name: str) -> None:
+        with passed.open("a") as file:
+            file.write(f"{name}\n")
+        if name == point and kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if name == point:
+            raise KeyboardInterrupt
+
+    def save() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            write_directory(
+                tmp_path / "a", lambda target: write_store(example(1), target), overwrite=True
+            )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_reached", reached)
+        assert in_a_child(save) == (signal.SIGKILL if kill else 0)
+    assert passed.read_text().splitlines() == POINTS[: POINTS.index(point) + 1]
+    in_place = POINTS.index(point) >= POINTS.index("in place")
+    assert snapshot(tmp_path / "a") == (new if in_place else old)
+    assert len(read_store(tmp_path / "a").weights) == 3
+    if not kill:
+        assert {path.name for path in tmp_path.iterdir()} == {"a", "new", "points"}
+
+
+def test_saving_again_replaces_the_artifact_in_one_step(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    write_directory(target, lambda directory: write_store(example(), directory))
+    write_directory(target, lambda directory: write_store(example(1), directory), overwrite=True)
+    found = read_store(target).weights["layer4.weight"]
+    assert torch.equal(found.codes, example(1).weights["layer4.weight"].codes)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_directory_that_is_no_artifact_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.tex").write_text("years")
     with pytest.raises(GracecError, match="the output directory exists"):
         write_directory(tmp_path / "a", lambda target: None)
+    with pytest.raises(GracecError, match="only a gracec artifact is overwritten"):
+        write_directory(tmp_path / "a", lambda target: None, overwrite=True)
+    assert (tmp_path / "a" / "thesis.tex").read_text() == "years"
+
+
+def test_a_parent_that_is_a_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(GracecError, match="cannot be written: "):
+        write_directory(tmp_path / "file" / "a", lambda target: None)
+
+
+def test_weights_that_are_read_later_need_their_file(tmp_path: Path) -> None:
+    write_directory(tmp_path / "a", lambda target: write_store(example(), target))
+    weights = read_store(tmp_path / "a").weights
+    (tmp_path / "a" / TENSORS).unlink()
+    with pytest.raises(GracecError, match=r"layer4\.weight cannot be read"):
+        weights["layer4.weight"]
+
+
+def test_odd_widths_keep_a_byte_a_code(tmp_path: Path) -> None:
+    weight = torch.randn(4, 7)
+    scales = quant.search_scales(weight, 4, 7)
+    codes = quant.quantize(weight, scales, 4, 7)
+    frozen = FrozenWeight.from_codes(codes, scales, quant.QuantSpec(4, granularity="per_channel"))
+    write_directory(
+        tmp_path / "a", lambda target: write_store(Store({"w": frozen}, {}, {}), target)
+    )
+    found = read_store(tmp_path / "a").weights["w"]
+    assert found.stored.dtype == torch.int8
+    assert found.shape == (4, 7)
+    assert torch.equal(found.codes, codes)
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    """Every file of a directory and its bytes."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+def in_a_child(work: Callable[[], None]) -> int:
+    """Run in a process of its own; 0, 1 (an exception) or the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    status = os.waitpid(child, 0)[1]
+    return status if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)

@@ -257,6 +257,16 @@ def _percent(share: float | None, error: float | None = None) -> str:
     return f"{100 * share:.1f}" if error is None else f"{100 * share:.1f} ±{100 * error:.1f}"
 
 
+def accuracy_rows(original: VqaReport, compiled: VqaReport, data: str) -> dict[str, Any]:
+    """Scores of both models and their paired difference, JSON-able and without the answers."""
+    scores = {
+        name: {"overall": asdict(r.overall), "types": {t: asdict(s) for t, s in r.types.items()}}
+        for name, r in (("original", original), ("compiled", compiled))
+    }
+    difference = paired_difference(compiled, original)._asdict()
+    return {"data": data, **scores, "difference": difference}
+
+
 def _sample_keys(report: VqaReport) -> list[tuple[int, str, str]]:
     return [(one.index, one.type, one.answer) for one in report.predictions]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from gracec import quant
+from gracec._memory import trim
 from gracec.ops import dtype_name
 from gracec.passes.base import Pass, PassResult
 from gracec.passes.insert_fake_quant import FAKE_QUANTIZE, FAKE_QUANTIZE_ACTIVATION
@@ -30,26 +31,46 @@ class FrozenWeight:
     """The canonical form of a quantized weight; every backend packs from this.
 
     Attributes:
-        codes: int8 [N, K].
+        stored: the codes as they lie in graphs and files: uint8 [N, K / 2], two a byte, low nibble
+            first, or int8 [N, K] (wider codes, odd widths).
         scales: float32 [N, K / group_size], on the grid of the spec.
     """
 
-    codes: Tensor
+    stored: Tensor
     scales: Tensor
     spec: quant.QuantSpec
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, scales: Tensor, spec: quant.QuantSpec) -> FrozenWeight:
+        """From codes int8 [N, K]."""
+        return cls(quant.store_codes(codes, spec.bits), scales, spec)
+
+    @property
+    def codes(self) -> Tensor:
+        """int8 [N, K]; unpacked anew at each call."""
+        return quant.read_codes(self.stored)
+
+    @property
+    def shape(self) -> torch.Size:
+        """[N, K] of the weight."""
+        return quant.codes_shape(self.stored)
 
     @property
     def group_size(self) -> int:
         """Input features that share one scale."""
-        return self.codes.shape[1] // self.scales.shape[1]
+        return self.shape[1] // self.scales.shape[1]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K] that the codes stand for."""
-        return quant.dequantize(self.codes, self.scales, self.group_size, dtype)
+        return quant.dequantize(self.stored, self.scales, self.group_size, dtype)
 
 
 @dataclass(frozen=True)
 class Freeze(Pass):
+    """Options: `release` empties each float weight once it is frozen, in every program and model
+    that shares it, so that codes take memory only as floats give it back."""
+
+    release: bool = False
     name: ClassVar[str] = "freeze"
     keeps_numerics: ClassVar[bool] = True
 
@@ -69,9 +90,13 @@ class Freeze(Pass):
                 spec.parametrization,
                 spec.scale_grid,
             )
-            tensor = program.tensor(str(weight.target)).detach()
-            codes = quant.quantize(tensor, scales, bits, group_size)
-            replace_by_codes(program, fake, weight, FrozenWeight(codes, scales, spec))
+            tensor = program.tensor(str(weight.target))
+            codes = quant.quantize(tensor.detach(), scales, bits, group_size)
+            frozen = FrozenWeight.from_codes(codes, scales, spec)
+            replace_by_codes(program, fake, weight, frozen)
+            if self.release:
+                tensor.data = tensor.new_zeros(()).expand(tensor.shape)
+                trim()
         activations = list(program.nodes(FAKE_QUANTIZE_ACTIVATION))
         for node in activations:
             _freeze_activation(program, node)
@@ -114,7 +139,7 @@ def replace_by_codes(
     fqn = program.fqn(target)
     operands = []
     with program.graph.inserting_before(node if node is not weight else next(iter(weight.users))):
-        for suffix, tensor in (("codes", frozen.codes), ("scales", frozen.scales)):
+        for suffix, tensor in (("codes", frozen.stored), ("scales", frozen.scales)):
             path = f"{target}_{suffix}"
             if path not in program.fqns:
                 program.set_tensor(path, tensor)

@@ -16,9 +16,10 @@ from typing import ClassVar
 import torch
 from torch import fx, nn
 
+from gracec._memory import trim
 from gracec.backends import torchao
 from gracec.passes.base import Pass, PassResult
-from gracec.passes.freeze import DEQUANTIZE, drop_dead_tensors, frozen_weights
+from gracec.passes.freeze import DEQUANTIZE, FrozenWeight, drop_dead_tensors, frozen_weights
 from gracec.program import Program, annotate
 
 
@@ -45,7 +46,7 @@ class LowerTorchao(Pass):
             fqn = program.fqn(str(codes_node.target)).removesuffix(".codes")
             frozen = frozen_by_fqn[fqn]
             if target not in program.fqns:
-                shape = tuple(frozen.codes.shape)
+                shape = tuple(frozen.shape)
                 reason = torchao.refusal(shape, frozen.spec, program.dtype, program.device)
                 if reason and self.strict:
                     raise self.refuse(reason, where=fqn, fix="change the recipe or drop strict")
@@ -53,17 +54,13 @@ class LowerTorchao(Pass):
                     notes.append(f"{fqn} runs dense: {reason}")
                     weight = frozen.dequantize(program.dtype)
                 else:
-                    weight = torchao.pack(
-                        frozen.codes, frozen.scales, frozen.group_size, program.dtype
-                    )
-                    if not torch.equal(torchao.unpack(weight), frozen.dequantize(program.dtype)):
-                        raise self.refuse("the packed weight reads back differently", where=fqn)
+                    weight = self._packed(frozen, program.dtype, fqn)
                 program.set_tensor(target, nn.Parameter(weight, requires_grad=False))
                 program.fqns[target] = (fqn,)
             with program.graph.inserting_before(node):
                 lowered = program.graph.get_attr(target)
             lowered.meta = dict(node.meta)
-            packed = isinstance(program.tensor(target), torchao.Int4OpaqueTensor)
+            packed = isinstance(program.tensor(target), torchao.PackedWeight)
             for user in node.users:
                 annotate(user, kernel="int4" if packed else "dense")
                 if packed:
@@ -78,12 +75,22 @@ class LowerTorchao(Pass):
         if any(after.nodes(DEQUANTIZE)):
             raise self.refuse("a dequantize node is left")
 
+    def _packed(self, frozen: FrozenWeight, dtype: torch.dtype, fqn: str) -> torchao.PackedWeight:
+        packed = torchao.pack(frozen.codes, frozen.scales, frozen.group_size, dtype)
+        difference = torchao.read_back_difference(
+            packed, frozen.stored, frozen.scales, frozen.group_size
+        )
+        if difference:
+            raise self.refuse(f"the packed weight reads back wrong, {difference}", where=fqn)
+        trim()
+        return packed
 
-def lowered_weights(program: Program) -> dict[str, torchao.Int4OpaqueTensor]:
+
+def lowered_weights(program: Program) -> dict[str, torchao.PackedWeight]:
     """FQN -> packed weight of every linear that runs on an INT4 kernel."""
     found = {}
     for node in program.graph.find_nodes(op="get_attr"):
         tensor = program.tensor(str(node.target))
-        if isinstance(tensor, torchao.Int4OpaqueTensor):
+        if isinstance(tensor, torchao.PackedWeight):
             found[program.fqn(str(node.target))] = tensor
     return found

@@ -5,16 +5,15 @@ of one layer. With P parameters of e bytes each, of which Q are quantized in gro
 and d bytes for each one that is not when deployed:
 
     load     e P                                     the mapped file; and what it is widened to
-    prepare  e P + Q + 8 G + 13 bytes of a layer     scale search, freezing, the gate between both
-    lower    d (P - Q) + Q + Q / 2 + ...             int8 codes, packed codes, both kinds of scales
-    verify   the same + d Q, or + logits in float64  INT4 compared with dense weights
+    prepare  e P + Q / 2 + 8 G + some of a layer     scale search, freezing, the gate between both
+    lower    d (P - Q) + Q / 2 + Q / 2 + ...         codes, packed codes, both kinds of scales
+    verify   the same + 12 bytes of a layer          INT4 compared with dense weights and float64
+             or + logits in float64
     save     the same + the codes as they are written
 
-A model that is stored in the dtype it is deployed in stays mapped as a whole, so that its e P count
-to the end. A model that is given as an object is copied first (another e P) unless `inplace=True`.
-
-The C library may keep what was freed: with glibc a process was seen to hold up to a third more, and
-none of it with MALLOC_MMAP_THRESHOLD_=262144 in the environment.
+The file of a checkpoint stays mapped as a whole until its last tensor is copied, when it is
+lowered. A model that is given as an object keeps its e P to the end, unless `inplace=True` lets
+every weight give back its memory as it is frozen.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class MemoryPlan:
         weights: of all weights, by precision: stored, float32, bfloat16, compiled.
         libraries: of this process before any weight is read.
         stages: stage of `compile` -> bytes alive at its highest point, without `libraries`.
-        copy: what `compile` takes on top for a model object, unless `inplace=True`.
+        copy: what a model object keeps to the end on top, unless `inplace=True`.
         batch, tokens: of the shapes below; `tokens` a prompt, those of its images included.
         kv_cache_per_token: keys and values of one token in every block, as deployed.
         logits: of [batch, tokens, vocabulary], by dtype.
@@ -79,8 +78,7 @@ class MemoryPlan:
             f"compiling   {size(self.compile_peak)} at the highest point ({stage}), of which "
             f"libraries {size(self.libraries)}",
             f"            by stage: {stages}",
-            f"            {size(self.copy)} more for a model object without inplace=True; "
-            "glibc may keep up to a third more",
+            f"            up to {size(self.copy)} more for a model object without inplace=True",
             f"KV cache    {size(self.kv_cache_per_token)} a token, {size(self.kv_cache)} ({shape})",
             f"logits      {logits} ({shape})",
         ]
@@ -129,10 +127,10 @@ def memory_plan(
     scales = sum(_scales(entry) for entry in quantized)
     packed = sum(_packed(entry) for entry in quantized)
     element = loaded // total
-    others = loaded if element == deployed else (total - codes) * deployed
+    others = (total - codes) * deployed
     compiled = (total - codes) * 2 + packed + 2 * scales
 
-    frozen = codes + 4 * scales  # int8 codes, float32 scales
+    frozen = packed + 4 * scales  # codes as they are stored, float32 scales
     lowered = others + frozen + packed + 2 * deployed * scales  # a scale and a zero each
     positions, chosen = _gate_positions(model)
     vocabulary = model.config.get_text_config().vocab_size
@@ -140,9 +138,9 @@ def memory_plan(
     compared = 2 * logits + chosen * vocabulary * 8 * LOGIT_COPIES
     stages = {
         "load": loaded if file == loaded else loaded + file,
-        "prepare": loaded + frozen + 4 * scales + max(2 * logits, _largest(quantized, 13)),
+        "prepare": loaded + frozen + 4 * scales + max(2 * logits, _largest(quantized, 8)),
         "lower": lowered + max((_unpacking(entry, deployed) for entry in quantized), default=0),
-        "verify": lowered + max(codes * deployed + _largest(quantized, 8), compared),
+        "verify": lowered + max(_largest(quantized, 12 + deployed), compared),
         "save": lowered + packed + 2 * scales,
     }
     tokens = family_of(model).example_batch(model, batch=batch, images=batch * images, text=text)
@@ -182,7 +180,7 @@ def _scales(entry: PlanEntry) -> int:
 
 def _packed(entry: PlanEntry) -> int:
     assert entry.spec is not None
-    return entry.numel * entry.spec.bits // 8
+    return entry.numel * entry.spec.storage_bits // 8
 
 
 def _largest(quantized: list[PlanEntry], per_element: int) -> int:
@@ -190,9 +188,9 @@ def _largest(quantized: list[PlanEntry], per_element: int) -> int:
 
 
 def _unpacking(entry: PlanEntry, deployed: int) -> int:
-    """A packed weight is read back by multiplying the identity, then compared."""
+    """Codes as int8 and int32, then the activations that read a packed weight back."""
     columns = entry.shape[-1]
-    return columns * columns * deployed + entry.numel * (8 + 2 * deployed)
+    return max(5 * entry.numel, columns * columns // 16 * deployed)
 
 
 def _gate_positions(model: PreTrainedModel) -> tuple[int, int]:

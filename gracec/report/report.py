@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, fx
 from transformers import PreTrainedModel
 
+from gracec import quant
 from gracec.passes.freeze import FrozenWeight
+from gracec.passes.insert_fake_quant import FAKE_QUANTIZE
 from gracec.passes.plan_quantization import Plan
-from gracec.quant import QuantSpec, dequantize
-
-CHUNK_ELEMENTS = 1 << 20
-"""Weights that are compared in one go; bounds the temporary memory."""
+from gracec.program import Program
+from gracec.quant import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Report:
         notes: what the passes decided, skipped or refused.
         gates: name of each gate -> the figures it found.
         sizes: bytes of all weights in float32, bfloat16 and as compiled.
+        accuracy: scores of "original" and "compiled" on "data", and their paired "difference";
+            empty if it was not measured.
     """
 
     recipe: Mapping[str, Any]
@@ -38,6 +40,7 @@ class Report:
     notes: list[str]
     gates: dict[str, Any]
     sizes: dict[str, int] = field(default_factory=dict)
+    accuracy: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -77,6 +80,17 @@ class Report:
             f"compiled {compiled:,} B ({1 - compiled / source:.0%} less than bfloat16)"
         )
 
+    def accuracy_line(self) -> str:
+        """Exact match before and after, with standard errors."""
+        before, after = (self.accuracy[name]["overall"] for name in ("original", "compiled"))
+        difference = self.accuracy["difference"]
+        return (
+            f"accuracy on {before['n']} questions: original {before['accuracy']:.1%} "
+            f"±{before['standard_error']:.1%}, compiled {after['accuracy']:.1%} "
+            f"±{after['standard_error']:.1%}, difference {difference['difference']:+.1%} "
+            f"±{difference['standard_error']:.1%}"
+        )
+
 
 def coverage_table(plan: Sequence[Mapping[str, Any]]) -> Table:
     """Bytes by part of the model: quantized, kept, and why; from the rows of a plan."""
@@ -93,24 +107,26 @@ def coverage_table(plan: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def sqnr_db(model: PreTrainedModel, weights: Mapping[str, FrozenWeight]) -> dict[str, float | None]:
-    """FQN -> signal to quantization noise of each weight in decibel; None where there is no noise.
+def sqnr_db(program: Program) -> dict[str, float | None]:
+    """FQN -> signal to quantization noise in decibel of each fake-quantized weight of a program.
 
-    Args:
-        model: with the weights as they were before they were quantized.
+    None where there is no noise.
     """
     found: dict[str, float | None] = {}
-    for fqn, weight in weights.items():
-        rows, columns = weight.codes.shape
-        scales = weight.scales.expand(rows, -1)  # one for all rows if it is per tensor
+    for node in program.nodes(FAKE_QUANTIZE):
+        weight_node, scale_node, bits, group_size, parametrization, scale_grid, _ = node.args
+        assert isinstance(weight_node, fx.Node) and isinstance(scale_node, fx.Node)
+        assert isinstance(bits, int) and isinstance(group_size, int)
+        weight = program.tensor(str(weight_node.target)).detach()
+        scale_param = program.tensor(str(scale_node.target)).detach()
+        scales = quant.scale_from_param(scale_param, str(parametrization), str(scale_grid))
         signal = noise = 0.0
-        parts = (model.get_parameter(fqn).detach(), weight.codes, scales)
-        chunks = (part.split(max(1, CHUNK_ELEMENTS // columns)) for part in parts)
-        for original, codes, scale in zip(*chunks, strict=True):
-            reference = original.to(torch.float32)
-            error = reference - dequantize(codes, scale, weight.group_size)
+        for part, scale in quant.row_chunks(weight, scales):
+            quantized = quant.fake_quantize(part, scale, bits, group_size)
+            reference = part.to(torch.float32)
             signal += reference.square().sum(dtype=torch.float64).item()
-            noise += error.square().sum(dtype=torch.float64).item()
+            noise += (reference - quantized).square().sum(dtype=torch.float64).item()
+        fqn = program.fqn(str(weight_node.target))
         found[fqn] = 10 * math.log10(signal / noise) if signal and noise else None
     return found
 
@@ -144,8 +160,8 @@ def weight_bytes(model: PreTrainedModel, weights: Mapping[str, FrozenWeight]) ->
     """
     shapes: dict[str, Tensor] = dict(model.named_parameters())
     total = sum(parameter.numel() for parameter in shapes.values())
-    quantized = sum(weight.codes.numel() for weight in weights.values())
-    codes = sum(weight.codes.numel() * weight.spec.storage_bits // 8 for weight in weights.values())
+    quantized = sum(weight.shape.numel() for weight in weights.values())
+    codes = sum(weight.shape.numel() * weight.spec.storage_bits // 8 for weight in weights.values())
     scales = sum(weight.scales.numel() * 2 for weight in weights.values())
     return {
         "float32": total * 4,

@@ -8,6 +8,7 @@ from transformers import LlavaForConditionalGeneration
 from gracec.compiler import CompiledModel
 from gracec.errors import GracecError
 from gracec.report.inspection import Inspection, inspect_artifact, inspect_model
+from gracec.store import FORMAT_VERSION, TENSORS
 from tests.tiny import tiny_llava
 
 
@@ -83,8 +84,8 @@ def test_the_tables_name_every_part(found: Inspection) -> None:
 
 def test_an_artifact_shows_its_report(compiled: CompiledModel, tmp_path: Path) -> None:
     compiled.save_pretrained(tmp_path / "int4")
-    (tmp_path / "int4" / "gracec.safetensors").unlink()  # the manifest is enough
+    (tmp_path / "int4" / TENSORS).unlink()  # the manifest is enough
     assert inspect_artifact(tmp_path / "int4").to_dict() == compiled.report.to_dict()
-    (tmp_path / "int4" / "gracec.json").write_text('{"format_version": 1}')
+    (tmp_path / "int4" / "gracec.json").write_text(f'{{"format_version": {FORMAT_VERSION}}}')
     with pytest.raises(GracecError, match="the manifest holds no report"):
         inspect_artifact(tmp_path / "int4")

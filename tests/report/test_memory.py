@@ -49,23 +49,15 @@ def test_the_stages_follow_the_stated_model(
     total, codes = llava.num_parameters(), 73728
     scales = sum(e.numel // e.spec.group_size for e in plan.entries if e.spec is not None)
     assert found.stages["load"] == found.copy == 4 * total
-    lowered = 2 * (total - codes) + codes + codes // 2 + 4 * scales + 4 * scales
+    lowered = 2 * (total - codes) + codes // 2 + codes // 2 + 4 * scales + 4 * scales
     largest = 128 * 64
-    assert found.stages["lower"] == lowered + 128 * 128 * 2 + largest * 12
+    assert found.stages["lower"] == lowered + largest * 5
     example = _example(llava)
     positions, chosen = example["input_ids"].numel(), int(example["attention_mask"].sum())
     compared = 2 * positions * 128 * 4 + chosen * 128 * 8 * 7
-    assert found.stages["verify"] == lowered + max(codes * 2 + 8 * largest, compared)
+    assert found.stages["verify"] == lowered + max(14 * largest, compared)
     assert found.compile_peak == found.libraries + max(found.stages.values())
     assert found.libraries > 100_000_000  # torch is loaded
-
-
-def test_a_model_stored_as_it_is_deployed_stays_mapped(
-    llava: LlavaForConditionalGeneration, plan: Plan
-) -> None:
-    narrow = memory_plan(llava, plan, torch.bfloat16).stages["lower"]
-    same = memory_plan(llava, plan, torch.float32).stages["lower"]
-    assert same - narrow > 4 * llava.num_parameters() - 2 * llava.num_parameters()
 
 
 def test_float16_is_mapped_and_widened(llava: LlavaForConditionalGeneration, plan: Plan) -> None:

@@ -8,10 +8,17 @@ from rich.console import Console
 from transformers import LlavaForConditionalGeneration
 
 import gracec
+from gracec import quant
+from gracec.capture import capture
 from gracec.compiler import CompiledModel
-from gracec.passes.freeze import FrozenWeight
-from gracec.quant import QuantSpec, quantize, search_scales, signal_to_noise_db
-from gracec.report import report as report_module
+from gracec.passes import parse_pipeline, run_passes
+from gracec.passes.analyze_modality import AnalyzeModality
+from gracec.passes.freeze import Freeze, frozen_weights
+from gracec.passes.insert_fake_quant import InsertFakeQuant
+from gracec.passes.plan_quantization import PlanQuantization
+from gracec.program import Program
+from gracec.quant import signal_to_noise_db
+from gracec.recipe import Recipe
 from gracec.report.report import sqnr_db
 from tests.tiny import tiny_llava
 
@@ -40,28 +47,27 @@ def test_the_worst_weight_comes_first(compiled: CompiledModel) -> None:
 
 @pytest.mark.parametrize("granularity", ["per_group", "per_channel", "per_tensor"])
 def test_chunks_add_up_at_every_granularity(
-    granularity: str, monkeypatch: pytest.MonkeyPatch
+    granularity: str, captured: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, fqn = tiny_llava(), "model.language_model.layers.0.mlp.up_proj.weight"
-    original = model.get_parameter(fqn).detach()
-    spec = QuantSpec(group_size=32, granularity=granularity)
-    rows, columns = spec.scale_shape(*original.shape)
-    scales = search_scales(original, 4, 32, candidates=4)[:rows, :columns]
-    scales = scales.expand(rows, columns).contiguous()
-    codes = quantize(original, scales.expand(original.shape[0], -1), 4, spec.group_of(64))
-    weight = FrozenWeight(codes, scales, spec)
-    exact = signal_to_noise_db(original, weight.dequantize())
-    monkeypatch.setattr(report_module, "CHUNK_ELEMENTS", 1000)
-    assert sqnr_db(model, {fqn: weight})[fqn] == pytest.approx(exact, abs=1e-3)
+    rule = {"bits": 4, "group_size": 32, "granularity": granularity}
+    recipe = Recipe.model_validate({"name": "test", "weights": {"decoder": rule}})
+    passes = [AnalyzeModality(), PlanQuantization(recipe=recipe), InsertFakeQuant(candidates=4)]
+    program = run_passes(captured, passes).program
+    weights = frozen_weights(run_passes(program, [Freeze()]).program)
+    monkeypatch.setattr(quant, "CHUNK_ELEMENTS", 1000)
+    found = sqnr_db(program)
+    assert found.keys() == weights.keys() and len(found) == 14
+    for fqn, weight in weights.items():
+        exact = signal_to_noise_db(captured.tensor(f"model.{fqn}").detach(), weight.dequantize())
+        assert found[fqn] == pytest.approx(exact, abs=1e-3)
 
 
 def test_a_weight_without_noise_has_no_figure() -> None:
     model, fqn = tiny_llava(), "model.language_model.layers.0.mlp.up_proj.weight"
-    codes = torch.ones(128, 64, dtype=torch.int8)
-    weight = FrozenWeight(codes, torch.full((128, 2), 0.5), QuantSpec(group_size=32))
-    with torch.no_grad():
-        model.get_parameter(fqn).fill_(0.5)
-    assert sqnr_db(model, {fqn: weight}) == {fqn: None}
+    torch.nn.init.zeros_(model.get_parameter(fqn))
+    text = "analyze-modality,plan-quantization,insert-fake-quant"
+    found = sqnr_db(run_passes(capture(model), parse_pipeline(text)).program)
+    assert [name for name, figure in found.items() if figure is None] == [fqn]
 
 
 def test_the_figures_are_saved(compiled: CompiledModel, tmp_path: Path) -> None:

@@ -1,0 +1,87 @@
+"""Write benchmarks/README.md, the scoreboard, from the results that are committed.
+
+    python benchmarks/scoreboard.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from measure import RESULTS
+
+PAGE = RESULTS.parent / "README.md"
+TARGETS = {
+    "scale_search": "A 7B model in minutes on two cores; at most 1.5 layers of memory on top.",
+    "compile_memory": "A peak of at most 2 times the bfloat16 weights.",
+    "head_and_loss": "A peak that depends on the chunk and not on the number of positions.",
+}
+"""What each benchmark is held against; a target that is missed stays here with its figure."""
+
+INTRODUCTION = """# Scoreboard
+
+What was measured, on which machine, and the command that measures it again. `load` is the load
+average when a benchmark began: 0 is a quiet machine. No test fails on a time or on a size; targets
+are written beside the figures, reached or not.
+
+This page is written by `python benchmarks/scoreboard.py` from `benchmarks/results/`.
+"""
+
+
+def section(name: str, result: Mapping[str, Any]) -> str:
+    """One benchmark: what, where, how, the target and its tables."""
+    place = result["environment"]
+    where = f"{place['cpu']}, {place['cores']} cores, torch {place['torch']}"
+    if place.get("load_at_start") is not None:
+        where += f", load {place['load_at_start']}"
+    target = f"\nTarget: {TARGETS[name]}\n" if name in TARGETS else ""
+    tables = "\n\n".join(table(rows) for rows in same_fields(result["rows"]))
+    return f"## {result['what']}\n\n    {result['command']}\n\n{where}.\n{target}\n{tables}\n"
+
+
+def same_fields(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Rows in the order given, those with equal fields together."""
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row), []).append(row)
+    return list(groups.values())
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a Markdown table; a row alone is turned, a field a line."""
+    if len(rows) == 1 and len(rows[0]) > 6:
+        lines = [["figure", "value"], ["---", "---:"]]
+        lines += [[label(field), text(value)] for field, value in rows[0].items()]
+    else:
+        lines = [[label(field) for field in rows[0]], ["---:"] * len(rows[0])]
+        lines += [[text(value) for value in row.values()] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def label(field: str) -> str:
+    return field.replace("_mib", ", MiB").replace("_", " ")
+
+
+def text(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        return ", ".join(text(part) for part in value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def scoreboard() -> str:
+    """The whole page."""
+    results = {path.stem: json.loads(path.read_text("utf-8")) for path in RESULTS.glob("*.json")}
+    return "\n".join([INTRODUCTION, *(section(name, results[name]) for name in sorted(results))])
+
+
+def main() -> None:
+    PAGE.write_text(scoreboard(), encoding="utf-8")
+    print(Path(PAGE.name))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The model card: README.md of a directory that others load."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+import yaml
+from huggingface_hub import ModelCardData
+from transformers import __version__ as transformers_version
+
+from gracec._version import __version__
+from gracec.recipe import built_in_recipes
+from gracec.report.report import Report
+
+
+def model_card(
+    report: Report, *, source: str, form: str, needs: str, tested: str, weights: str
+) -> str:
+    """What a directory holds, how it was made and checked, how good it is and how to load it.
+
+    Args:
+        source: name of the model that was compiled; may be empty.
+        form: name of the format.
+        needs: package that is needed beside transformers.
+        tested: a sentence on where such directories were run.
+        weights: what is quantized and how, in half a sentence.
+    """
+    base = source if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else None  # else the Hub refuses it
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation="quantized" if base else None,
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["gracec", "quantized", needs],
+    )
+    recipe = str(report.recipe.get("name", "recipe"))
+    argument = recipe if recipe in built_in_recipes() else f"{recipe}.yaml"
+    model = source or "MODEL"
+    sections = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {source.rpartition('/')[2] or 'Model'}, {recipe}",
+        f"`{model}`, compiled by gracec {__version__}: {weights}.",
+        "## Load it\n\n"
+        f"    pip install transformers {needs}\n\n"
+        "```python\n"
+        "from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
+        "model = AutoModelForImageTextToText.from_pretrained(DIR)\n"
+        "processor = AutoProcessor.from_pretrained(DIR)\n"
+        "```",
+        "## Data and accuracy\n\n" + _accuracy(report),
+        f"## What was checked\n\nWhen this directory was written, every quantized weight was read "
+        f"back and compared with codes times scales: equal bits. {tested} "
+        f"Written with transformers {transformers_version}, torch {torch.__version__}.",
+        "## Coverage\n\n"
+        + _table(("part", "weights", "quantized", "kept because"), _parts(report)),
+        "## Sizes and gates\n\n" + _table(("figure", "value"), _figures(report)),
+        "## Recipe\n\n```yaml\n"
+        + yaml.safe_dump(dict(report.recipe), sort_keys=False)
+        + "```\n\n"
+        + f"    gracec compile {model} --recipe {argument} --format {form} --out DIR",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _accuracy(report: Report) -> str:
+    """What it was made with, and how many questions it answers like the expected answer."""
+    made = "No data was used to quantize it."
+    found = report.accuracy
+    if not found:
+        return f"{made} Its accuracy was not measured; `gracec eval DIR --data DATA` does."
+    names = ["original", "compiled"]
+    rows = []
+    for kind in ("overall", *found["compiled"]["types"]):
+        scores = [
+            found[name]["overall"] if kind == "overall" else found[name]["types"][kind]
+            for name in names
+        ]
+        figures = [f"{s['accuracy']:.1%} ±{s['standard_error']:.1%}" for s in scores]
+        blind = scores[1]["blind_accuracy"]
+        controls = ["-" if blind is None else f"{blind:.1%}", f"{scores[1]['majority']:.1%}"]
+        rows.append((kind, str(scores[1]["n"]), *figures, *controls))
+    head = ("questions", "n", *names, "without the image", "commonest answer")
+    difference = found["difference"]
+    return (
+        f"{made} Exact match on {found['data']}, ± standard error:\n\n{_table(head, rows)}\n\n"
+        f"Compiled against original on the same questions: {difference['difference']:+.1%} "
+        f"±{difference['standard_error']:.1%}."
+    )
+
+
+def _parts(report: Report) -> list[tuple[str, ...]]:
+    """One row a part of the model: number of weights, share of bytes quantized, why not more."""
+    rows: list[tuple[str, ...]] = []
+    for part in dict.fromkeys(row["part"] for row in report.plan):
+        entries = [row for row in report.plan if row["part"] == part]
+        total = sum(row["source_bytes"] for row in entries)
+        quantized = sum(row["source_bytes"] for row in entries if row["spec"])
+        reasons = dict.fromkeys(row["reason"] for row in entries if row["reason"])
+        share = f"{quantized / total:.0%}" if total else "-"
+        rows.append((part, str(len(entries)), share, "; ".join(reasons)))
+    return rows
+
+
+def _figures(report: Report) -> list[tuple[str, ...]]:
+    """Bytes of the weights, then every gate with what it found."""
+    rows: list[tuple[str, ...]] = [
+        (f"bytes, {kind}", f"{size:,}") for kind, size in report.sizes.items()
+    ]
+    for gate, figure in report.gates.items():
+        found = figure if isinstance(figure, Mapping) else {"": figure}
+        for name, value in found.items():
+            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+            rows.append((f"{gate} {name}".strip().replace("_", " "), text))
+    return rows
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

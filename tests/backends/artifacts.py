@@ -1,0 +1,97 @@
+"""Artifacts for the tests of formats: of a compiled model, or made of random codes in no time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration, PreTrainedModel
+
+from gracec import quant
+from gracec.backends.base import Artifact
+from gracec.compiler import CompiledModel
+from gracec.passes.freeze import FrozenWeight
+from gracec.quant import QuantSpec
+from gracec.report import Report
+from tests.tiny import tiny_llava, tiny_processor
+
+DECODER = "model.language_model.layers"
+ATTENTION = tuple(f"self_attn.{name}_proj.weight" for name in "qkvo")
+MLP = tuple(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
+
+
+def artifact_of(compiled: CompiledModel) -> Artifact:
+    """What `CompiledModel` hands to a format."""
+    return Artifact.of(
+        compiled.model,
+        compiled.weights,
+        compiled.report,
+        dtype=compiled.dtype,
+        processor=compiled.processor,
+        source="maker/model",
+    )
+
+
+def decoder_specs(spec: QuantSpec, layers: int = 2) -> dict[str, QuantSpec]:
+    """Every linear weight of the decoder with this spec."""
+    names = [f"{DECODER}.{layer}.{name}" for layer in range(layers) for name in (*ATTENTION, *MLP)]
+    return dict.fromkeys(names, spec)
+
+
+def random_weight(shape: tuple[int, int], spec: QuantSpec, seed: int) -> FrozenWeight:
+    """Codes in the whole range of the spec, scales on the grid, small enough to run a model."""
+    generator = torch.Generator().manual_seed(seed)
+    lowest, highest = quant.code_range(spec.bits)
+    codes = torch.randint(lowest, highest + 1, shape, generator=generator).to(torch.int8)
+    scales = torch.rand(spec.scale_shape(*shape), generator=generator) + 0.5
+    scales = quant.round_scale(scales * 0.1 / highest, "bf16")
+    return FrozenWeight.from_codes(codes, scales, spec)
+
+
+def random_artifact(
+    specs: Mapping[str, QuantSpec],
+    *,
+    model: LlavaForConditionalGeneration | None = None,
+    tie: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+) -> Artifact:
+    """The artifact of a tiny model in which the weights of `specs` are random codes."""
+    model = tiny_llava(seed, dtype, tie=tie) if model is None else model
+    weights = {
+        fqn: random_weight(tuple(model.get_parameter(fqn).shape), spec, seed + number)
+        for number, (fqn, spec) in enumerate(specs.items())
+    }
+    report = Report({"name": "test", "weights": {}}, [], [], {"gate": True}, {"bfloat16": 1})
+    return Artifact.of(
+        model, weights, report, dtype=dtype, processor=tiny_processor(), source="maker/model"
+    )
+
+
+def dense_model(artifact: Artifact, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The plain model whose weights are codes times scales, in the artifact's dtype."""
+    dtype = dtype or artifact.dtype
+    model: PreTrainedModel = AutoModelForImageTextToText.from_config(artifact.config, dtype=dtype)
+    tensors = {name: tensor.to(dtype) for name, tensor in artifact.others.items()}
+    tensors |= {fqn: weight.dequantize(dtype) for fqn, weight in artifact.weights.items()}
+    found = model.load_state_dict(tensors, strict=False)
+    assert not found.unexpected_keys
+    assert set(found.missing_keys) <= set(model.all_tied_weights_keys)
+    model.tie_weights()
+    return model.eval()
+
+
+def logits_of(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """Of a batch whose pixels are cast to the dtype of the model."""
+    inputs = {**batch, "pixel_values": batch["pixel_values"].to(model.dtype)}
+    with torch.no_grad():
+        logits: Tensor = model(**inputs).logits
+    return logits
+
+
+def tokens_of(model: PreTrainedModel, batch: Mapping[str, Tensor], new: int = 6) -> Tensor:
+    """Generated greedily."""
+    inputs = {**batch, "pixel_values": batch["pixel_values"].to(model.dtype)}
+    tokens: Tensor = model.generate(**inputs, max_new_tokens=new, do_sample=False)
+    return tokens
