@@ -20,7 +20,16 @@ import torch
 from gracec import gates, quant
 from gracec.capture.capture import GATE_SHAPES
 from gracec.passes import Pass, all_passes
-from gracec.recipe import ActivationRule, Deploy, Recipe, ScaleSearch, WeightRule, built_in_recipes
+from gracec.recipe import (
+    ActivationRule,
+    Deploy,
+    Distillation,
+    Recipe,
+    ScaleSearch,
+    Training,
+    WeightRule,
+    built_in_recipes,
+)
 
 DOCS = Path(__file__).resolve().parent
 TEXT_TYPES = {bool, int, float, str}
@@ -44,6 +53,42 @@ MEANING = {
     "scale_search.lowest": "first point, in multiples of max abs(w) / q_max",
     "scale_search.highest": "last point, likewise",
     "deploy.dtype": "what the compiled model runs in",
+    "training": "how weights and scales are trained; null or missing: post-training quantization",
+    "training.steps": "optimizer steps; null: `epochs` times the data",
+    "training.epochs": "how often the data is gone through, where `steps` is null",
+    "training.batch_size": "samples of an optimizer step, over all ranks",
+    "training.micro_batch_size": "samples in memory at once, on each rank",
+    "training.lr": "highest learning rate of weights",
+    "training.scale_lr": "highest learning rate of quantization scales",
+    "training.weight_decay": "of matrices; vectors and scales have none",
+    "training.warmup": "share of the steps in which the rates rise; then a cosine to zero",
+    "training.clip": "largest norm of the gradient",
+    "training.precision": "of the matmuls; weights, scales and optimizer stay in float32",
+    "training.frozen": "parts that are not trained",
+    "training.seed": "of the data order and the held-out part",
+    "training.max_length": "tokens of the longest sample; null: as long as they are",
+    "training.held_out": "share of the data that chooses the best state, without `eval_data`",
+    "training.evaluate_every": "optimizer steps between two looks at the held-out part",
+    "training.checkpoint_every": "optimizer steps between two checkpoints",
+    "training.max_skipped": "steps in a row whose loss may be NaN or infinite",
+    "training.compile": "run the student through torch.compile",
+    "training.activation_checkpointing": "share of the activations that is kept; needs `compile`",
+    "training.cross_entropy": "weight of the labels",
+    "training.distillation.kind": "decoupled, classical, or off",
+    "training.distillation.temperature": "T of distillation",
+    "training.distillation.alpha": "weight of the target class in `gdkd`",
+    "training.distillation.beta_dkd": "weight of the other classes in `gdkd`",
+    "training.distillation.gate": "weigh positions by the teacher's confidence",
+    "training.distillation.omega": "weight of the relational term at the visual tokens; 0: off",
+    "training.distillation.omega_warmup": "steps in which it rises; at most half of the run",
+    "training.distillation.controller": "rule for β, the weight of distillation",
+    "training.distillation.tau": "target of the smoothed loss in nats; `auto` finds it",
+    "training.distillation.eta": "rate of the rule; not used by `tau: auto`",
+    "training.distillation.beta_cap": "nats that a full capacity is worth to `epoch-lagrangian`",
+    "training.distillation.beta": "first β of `dual-ascent`, and β of `fixed`",
+    "training.distillation.beta_min": "lower bound of β",
+    "training.distillation.beta_max": "upper bound of β",
+    "training.distillation.ema_decay": "how slowly the smoothed loss follows",
 }
 """Field of a recipe -> what it means. A field that is not here stops this script."""
 
@@ -143,7 +188,7 @@ def recipes_table() -> str:
             for part, rule in recipe.activations.items()
             if rule is not None
         ]
-        cells = ["<br>".join(weights), "<br>".join(activations) or "floating point"]
+        cells = ["<br>".join(weights) or "kept", "<br>".join(activations) or "floating point"]
         rows.append([f"`{name}`", recipe.description, *cells, recipe.deploy.dtype])
     return table(["recipe", "what it is", "weights", "activations", "runs in"], rows)
 
@@ -155,6 +200,8 @@ def fields_table() -> str:
         "weights.PART.": WeightRule,
         "activations.PART.": ActivationRule,
         "scale_search.": ScaleSearch,
+        "training.": Training,
+        "training.distillation.": Distillation,
         "deploy.": Deploy,
     }
     rows = []
@@ -164,6 +211,7 @@ def fields_table() -> str:
             if f"{prefix}{name}" in MEANING or "$ref" not in str(field):
                 default = str(field.get("default", ""))
                 default = default.lower() if field.get("type") == "boolean" else default
+                default = "null" if default == "None" else default
                 default = f"`{default}`" if default else "none"
                 default = "needed" if name in schema.get("required", ()) else default
                 cells = [allowed(field), default, MEANING[f"{prefix}{name}"]]
@@ -173,6 +221,16 @@ def fields_table() -> str:
 
 def allowed(field: dict[str, Any]) -> str:
     """The values a field takes, in words."""
+    if "anyOf" in field:
+        choices = [choice for choice in field["anyOf"] if choice.get("type") != "null"]
+        null = [] if len(choices) == len(field["anyOf"]) else ["`null`"]
+        return " or ".join([*(allowed(choice) for choice in choices), *null])
+    if "$ref" in field:
+        return "a mapping of the fields below"
+    if "const" in field:
+        return f"`{field['const']}`"
+    if field.get("type") == "array":
+        return f"a list of {allowed(field['items'])}"
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
     if field["type"] == "object":
@@ -181,7 +239,10 @@ def allowed(field: dict[str, Any]) -> str:
     text = words.get(field["type"], "text")
     low, above = field.get("minimum"), field.get("exclusiveMinimum")
     text += f" from {low}" if low is not None else f" above {above:g}" if above is not None else ""
-    return text + (f" to {field['maximum']:g}" if "maximum" in field else "")
+    high, below = field.get("maximum"), field.get("exclusiveMaximum")
+    if high is not None:
+        return f"{text} to {high:g}"
+    return text if below is None else f"{text} and below {below:g}"
 
 
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {

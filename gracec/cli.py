@@ -53,12 +53,15 @@ def _before_any_command() -> None:
 def compile(
     model: Annotated[Path, typer.Argument(help="Hugging Face model directory.")],
     output: Annotated[Path, typer.Option("--out", help="Directory to write.")],
-    recipe: Annotated[
-        str, typer.Option(help="Built-in name or path of a YAML file.")
-    ] = "w4a16-ptq",
-    eval_data: Annotated[
-        Path | None, typer.Option(help="Folder of questions to answer before and after.")
+    recipe: Annotated[str, typer.Option(help="Built-in name or path of a YAML file.")] = "w4a16",
+    teacher: Annotated[Path | None, typer.Option(help="Model directory to distil from.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Training data: conversations, a dataset or questions.")
     ] = None,
+    eval_data: Annotated[
+        Path | None, typer.Option(help="Chooses the best state; questions are scored as well.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with an interrupted training.")] = False,
     formats: Annotated[
         str, typer.Option("--format", help="For other libraries: hf, torchao, awq, or hf,awq.")
     ] = "hf",
@@ -76,7 +79,10 @@ def compile(
     compiled = gracec.compile(
         model,
         recipe,
+        teacher=teacher,
+        train_data=data,
         eval_data=eval_data,
+        resume=resume,
         output_dir=output,
         formats=formats,
         overwrite=overwrite,

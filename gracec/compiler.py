@@ -6,6 +6,7 @@ capture -> passes (analyse, plan, insert) -> freeze -> lower -> artifact
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -25,7 +26,8 @@ from gracec.backends.base import Artifact, Format, parse_formats
 from gracec.backends.torchao import CountInt4Kernels
 from gracec.capture import capture, captured_equals_eager, family_of
 from gracec.errors import GateError, GracecError
-from gracec.evaluate import VqaSample, accuracy_rows, evaluate_vqa, load_samples
+from gracec.evaluate import VqaSample, accuracy_rows, evaluate_vqa, load_image, load_samples
+from gracec.evaluate.data import SAMPLES_FILE
 from gracec.models import check_finite, load_model, load_processor, model_without_weights
 from gracec.passes import run_passes
 from gracec.passes.analyze_modality import AnalyzeModality
@@ -36,40 +38,53 @@ from gracec.passes.lower_torchao import LowerTorchao, lowered_weights
 from gracec.passes.plan_quantization import PlanQuantization, plan_of
 from gracec.passes.strip import Strip
 from gracec.program import Program
-from gracec.recipe import Recipe
+from gracec.recipe import Recipe, Training
 from gracec.report import Report, weight_bytes
 from gracec.report.report import plan_rows, sqnr_db
 from gracec.store import Store, check_target, read_store, write_directory, write_store
+from gracec.training.run import check_tokenizers, rank, train_student
 
 
 def compile(
     model: PreTrainedModel | str | Path,
-    recipe: str | Path | Recipe = "w4a16-ptq",
+    recipe: str | Path | Recipe = "w4a16",
     *,
-    eval_data: str | Path | Sequence[VqaSample] | None = None,
+    teacher: PreTrainedModel | str | Path | None = None,
+    train_data: Any = None,
+    eval_data: Any = None,
     processor: Any = None,
     output_dir: str | Path | None = None,
     formats: str | Sequence[str] = ("hf",),
+    resume: bool = False,
     overwrite: bool = False,
     strict: bool = False,
     inplace: bool = False,
+    progress: bool = True,
 ) -> CompiledModel:
     """Compile a vision-language model to INT4 weights.
 
     Args:
         model: a Hugging Face model, or the directory of one.
         recipe: a built-in name, the path of a YAML file, or a `Recipe`.
-        eval_data: a folder of questions, or questions, that the model answers before and after;
-            accuracies go into the report and the model card.
+        teacher: what a training recipe distils from: a model of the same family and tokenizer, of
+            any width. Without one, a frozen copy of the original teaches.
+        train_data: LLaVA conversations, a `datasets` folder or a folder of questions; see
+            `gracec.training.data`. Without it a training recipe falls back to post-training
+            quantization and says so; in strict mode that is an error.
+        eval_data: chooses the best state of a training, instead of a part of `train_data`. A folder
+            of questions is also answered before and after, and the accuracies go into the report.
         processor: saved with the result; loaded from the directory when `model` is one.
-        output_dir: where to save the result.
+        output_dir: where to save the result. A training keeps its checkpoints beside it, in
+            `<output_dir>.training`, until it is done.
         formats: what to save for other libraries, beside the canonical codes; () for none.
+        resume: go on with a training that was interrupted.
         overwrite: let `output_dir` be an artifact already, which is replaced when all is done.
         strict: refuse what would otherwise be reported and left in the original precision.
         inplace: take the caller's model apart, so that its float weights give their memory back.
+        progress: show a training on standard error.
 
     Raises:
-        GracecError: if the model, the recipe or the output directory does not fit.
+        GracecError: if the model, the recipe, the data or the output directory does not fit.
         GateError: if the result is not numerically what it should be.
     """
     recipe = Recipe.load(recipe)
@@ -77,6 +92,8 @@ def compile(
     wanted = parse_formats(formats)
     if output_dir is not None:
         check_target(Path(output_dir), overwrite)
+    notes = _check_training(recipe, train_data, teacher, resume, output_dir, strict)
+    training = recipe.training if train_data is not None else None
     if isinstance(model, (str, Path)):
         source = Path(model).resolve().name
         family_of(model_without_weights(model))  # refused before gigabytes are read
@@ -88,11 +105,14 @@ def compile(
         check_finite(model)
         model = model if inplace else share_weights(model)
     model.eval()
-    samples = load_samples(Path(eval_data)) if isinstance(eval_data, (str, Path)) else eval_data
+    samples, data_name = _questions(eval_data)
     if samples and processor is None:
         raise GracecError("questions need the model's processor", fix="pass processor=")
     subject: Any = model
     original = evaluate_vqa(subject, processor, samples) if samples else None
+    if training is not None:
+        teacher = _teacher(teacher, model, processor) if needs_teacher(training) else None
+        model = own_weights(model)
 
     program = capture(model)
     figures: dict[str, Any] = {"captured_equals_eager": captured_equals_eager(program, model)}
@@ -105,21 +125,42 @@ def compile(
             InsertFakeQuant(search.candidates, search.lowest, search.highest),
         ],
     )
+    notes += prepared.notes
+    curve: dict[str, Any] = {}
+    if training is not None:
+        trained = train_student(
+            prepared.program,
+            model,
+            teacher if isinstance(teacher, PreTrainedModel) else None,
+            recipe,
+            processor,
+            train_data,
+            _as_records(eval_data),
+            directory=None if output_dir is None else Path(f"{output_dir}.training"),
+            resume=resume,
+            strict=strict,
+            progress=progress,
+        )
+        curve = trained.to_dict()
+        notes += [f"training: {note}" for note in trained.notes]
+        teacher = None
     inputs = program.example_inputs
     rows = plan_rows(plan_of(prepared.program), sqnr_db(prepared.program))
     with torch.no_grad():
         reference = prepared.program(**inputs)[0]
-    frozen = run_passes(prepared.program, [Freeze(release=True)])
-    gates.frozen_equals_fake_quantized(reference, frozen.program, inputs)
-    figures["frozen_equals_fake_quantized"] = True
-
-    weights = frozen_weights(frozen.program)
-    notes = [*prepared.notes, *frozen.notes]
+    weights: dict[str, FrozenWeight] = {}
+    if plan_of(prepared.program).quantized:
+        frozen = run_passes(prepared.program, [Freeze(release=True)])
+        gates.frozen_equals_fake_quantized(reference, frozen.program, inputs)
+        figures["frozen_equals_fake_quantized"] = True
+        weights = frozen_weights(frozen.program)
+        notes += frozen.notes
+        del frozen
     sizes = weight_bytes(model, weights)
-    del program, prepared, frozen
+    del program, prepared
     dtype: torch.dtype = getattr(torch, recipe.deploy.dtype)
-    report = Report(recipe.to_dict(), rows, notes, figures, sizes)
-    if output_dir is not None:  # refused before the rest of the work
+    report = Report(recipe.to_dict(), rows, notes, figures, sizes, training=curve)
+    if output_dir is not None and weights:  # refused before the rest of the work
         check_formats(wanted, Artifact.of(model, weights, report, dtype=dtype))
     lowered = _lower(model, weights, dtype, strict)
     notes += lowered.notes
@@ -127,12 +168,94 @@ def compile(
     compiled = CompiledModel(model, lowered, weights, report, processor, source)
     trim()
     if samples and original:
-        data = Path(eval_data).name if isinstance(eval_data, (str, Path)) else "the given questions"
         found = evaluate_vqa(compiled, processor, samples)
-        report.accuracy.update(accuracy_rows(original, found, data))
-    if output_dir is not None:
+        report.accuracy.update(accuracy_rows(original, found, data_name))
+    if output_dir is not None and rank() == 0:
         compiled.save_pretrained(output_dir, formats, overwrite=overwrite)
+        if curve:
+            shutil.rmtree(f"{output_dir}.training")
     return compiled
+
+
+def _check_training(
+    recipe: Recipe,
+    train_data: Any,
+    teacher: Any,
+    resume: bool,
+    output_dir: str | Path | None,
+    strict: bool,
+) -> list[str]:
+    """Notes on what a recipe cannot do with what is given.
+
+    Raises:
+        GracecError: if something was given that would be ignored.
+    """
+    if recipe.training is None:
+        ignored = {"train_data": train_data, "teacher": teacher, "resume": resume or None}
+        given = [name for name, value in ignored.items() if value is not None]
+        if given:
+            raise GracecError(
+                f"the recipe does not train, so {given[0]} would be ignored",
+                where=f"recipe {recipe.name}",
+                fix="use a training recipe: w4a16",
+            )
+        return []
+    if resume and output_dir is None:
+        raise GracecError("there is nothing to resume without output_dir")
+    if train_data is not None:
+        if teacher is None and needs_teacher(recipe.training):
+            return ["no teacher was given: a frozen copy of the original teaches"]
+        return []
+    if not any(recipe.weights.values()):
+        raise GracecError("the recipe only trains, and there is no train_data", where=recipe.name)
+    note = "no training data: post-training quantization instead"
+    if strict or teacher is not None:
+        raise GracecError(note, where=f"recipe {recipe.name}", fix="give train_data, or w4a16-ptq")
+    return [note]
+
+
+def needs_teacher(training: Training) -> bool:
+    """Whether a training distils."""
+    return training.distillation.needs_teacher
+
+
+def _teacher(
+    teacher: PreTrainedModel | str | Path | None, model: PreTrainedModel, processor: Any
+) -> PreTrainedModel:
+    """The teacher, loaded; by default the original itself, which training does not touch."""
+    if isinstance(teacher, (str, Path)):
+        check_tokenizers(processor, load_processor(teacher))
+        teacher = load_model(teacher)
+    found = model if teacher is None else teacher
+    found.eval()
+    return found
+
+
+def _questions(eval_data: Any) -> tuple[list[VqaSample], str]:
+    """Questions that can be answered before and after, and the name of the data."""
+    if isinstance(eval_data, (str, Path)) and (Path(eval_data) / SAMPLES_FILE).is_file():
+        return load_samples(Path(eval_data)), Path(eval_data).name
+    if isinstance(eval_data, Sequence) and not isinstance(eval_data, str):
+        return [s for s in eval_data if isinstance(s, VqaSample)], "the given questions"
+    return [], ""
+
+
+def _as_records(eval_data: Any) -> Any:
+    """Questions as conversations, anything else as it is."""
+    if isinstance(eval_data, (str, Path)) or not eval_data:
+        return eval_data
+    return [
+        {
+            "image": load_image(sample.image),
+            "conversations": [
+                {"from": "human", "value": f"<image>\n{sample.question}"},
+                {"from": "gpt", "value": sample.answer},
+            ],
+        }
+        if isinstance(sample, VqaSample)
+        else sample
+        for sample in eval_data
+    ]
 
 
 def check_runnable(recipe: Recipe) -> None:
@@ -154,6 +277,14 @@ def share_weights(model: PreTrainedModel) -> PreTrainedModel:
     parameters = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
     buffers = {id(buffer): buffer.detach() for buffer in model.buffers()}
     return copy.deepcopy(model, {**parameters, **buffers})
+
+
+def own_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy to be trained: weights of its own, in float32."""
+    owned = share_weights(model)
+    for parameter in owned.parameters():
+        parameter.data = parameter.data.to(torch.float32, copy=True)
+    return owned
 
 
 def load(directory: str | Path) -> CompiledModel:
@@ -258,7 +389,7 @@ class CompiledModel:
             GracecError: if the directory exists, a format cannot hold the weights, or the disk does
                 not take it. Nothing half-written is left.
         """
-        wanted = parse_formats(formats)
+        wanted = parse_formats(formats) if self.weights else []
         artifact = Artifact.of(
             self.model,
             self.weights,
@@ -282,7 +413,10 @@ class CompiledModel:
             for form in wanted:
                 notes.extend(form.write(artifact, target / form.folder))
             if all(form.folder for form in wanted):  # else the top level is written already
-                self.model.config.save_pretrained(target)
+                if self.weights:
+                    self.model.config.save_pretrained(target)
+                else:  # nothing is quantized: an ordinary model, which everything loads
+                    self.model.save_pretrained(target)
                 self.model.generation_config.save_pretrained(target)
                 if self.processor is not None:
                     self.processor.save_pretrained(target)
@@ -319,7 +453,8 @@ def _lower(
     for parameter in {*model.parameters()} - {model.get_parameter(fqn) for fqn in weights}:
         parameter.data = parameter.data.to(dtype, copy=True)
     model.requires_grad_(False)
-    result = run_passes(capture(model), [ApplyCodes(weights), LowerTorchao(strict), Strip()])
+    quantized = [ApplyCodes(weights), LowerTorchao(strict)] if weights else []
+    result = run_passes(capture(model), [*quantized, Strip()])
     for target, names in result.program.fqns.items():
         if names[0] in weights:
             _set_parameter(model, names[0], result.program.tensor(target))

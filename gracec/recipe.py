@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gracec.errors import GracecError
 from gracec.quant import QuantSpec
@@ -64,6 +64,94 @@ class Deploy(_Strict):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
+class Distillation(_Strict):
+    """The terms that a teacher adds to cross-entropy; see `gracec.objective`.
+
+    Attributes:
+        kind: "gdkd" (decoupled), "kl" (classical) or "none".
+        gate: weigh positions by the teacher's confidence.
+        omega: weight of the relational term at the visual tokens; 0 switches it off.
+        omega_warmup: optimizer steps over which omega rises from 0; in short runs at most half of
+            the run.
+        controller: rule for the weight β of distillation.
+        tau: target of the smoothed loss of the `dual-ascent` rule, in nats; "auto" finds it.
+        beta: first β of `dual-ascent`; β of `fixed`.
+        eta: rate of the rule; not used by tau: auto.
+        beta_cap: nats that a full capacity is worth to `epoch-lagrangian`.
+    """
+
+    kind: Literal["gdkd", "kl", "none"] = "gdkd"
+    temperature: float = Field(2.0, gt=0)
+    alpha: float = Field(1.0, ge=0)
+    beta_dkd: float = Field(4.0, ge=0)
+    gate: bool = True
+    omega: float = Field(3.0, ge=0)
+    omega_warmup: int = Field(400, ge=0)
+    controller: Literal["dual-ascent", "epoch-lagrangian", "fixed"] = "dual-ascent"
+    tau: float | Literal["auto"] = 3.0
+    eta: float = Field(0.003, gt=0)
+    beta_cap: float = Field(3.0, ge=0)
+    beta: float = Field(0.5, ge=0)
+    beta_min: float = Field(0.1, ge=0)
+    beta_max: float = Field(1.0, gt=0)
+    ema_decay: float = Field(0.99, ge=0, lt=1)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.kind != "none" or self.omega > 0
+
+
+class Training(_Strict):
+    """Quantization-aware training: AdamW, a linear warm-up and a cosine to zero.
+
+    Attributes:
+        steps: optimizer steps; where it is null, `epochs` times the data.
+        batch_size: samples of an optimizer step, over all ranks.
+        micro_batch_size: samples that are in memory at once, on each rank.
+        lr, scale_lr: highest learning rates of weights and of quantization scales.
+        weight_decay: of weights; scales have none.
+        warmup: share of the steps.
+        clip: largest norm of the gradient.
+        precision: of the matmuls; weights, scales and their optimizer stay in float32.
+        frozen: parts that are not trained.
+        held_out: share of the data that chooses the best checkpoint, where no eval_data is given.
+        evaluate_every: optimizer steps between two looks at the held-out part.
+        checkpoint_every: optimizer steps between two checkpoints.
+        max_skipped: steps in a row whose loss may be NaN or infinite before training stops.
+        compile: run the graphs through torch.compile.
+        activation_checkpointing: share of the activations that may be kept; the others are computed
+            again. Needs compile.
+    """
+
+    steps: int | None = Field(None, ge=1)
+    epochs: float = Field(1.0, gt=0)
+    batch_size: int = Field(16, ge=1)
+    micro_batch_size: int = Field(8, ge=1)
+    lr: float = Field(1e-5, ge=0)
+    scale_lr: float = Field(2e-4, ge=0)
+    weight_decay: float = Field(1e-3, ge=0)
+    warmup: float = Field(0.03, ge=0, lt=1)
+    clip: float = Field(1.0, gt=0)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    frozen: list[Literal["vision", "projector", "decoder", "head"]] = ["vision"]
+    seed: int = 0
+    max_length: int | None = Field(None, ge=8)
+    held_out: float = Field(0.1, gt=0, lt=1)
+    evaluate_every: int = Field(50, ge=1)
+    checkpoint_every: int = Field(100, ge=1)
+    max_skipped: int = Field(5, ge=1)
+    compile: bool = False
+    activation_checkpointing: float | None = Field(None, gt=0, le=1)
+    cross_entropy: float = Field(1.0, ge=0)
+    distillation: Distillation = Distillation()
+
+    @model_validator(mode="after")
+    def _check(self) -> Training:
+        if self.activation_checkpointing is not None and not self.compile:
+            raise ValueError("activation_checkpointing needs compile: true")
+        return self
+
+
 class Recipe(_Strict):
     """A recipe: fields not given keep their default, unknown fields are refused.
 
@@ -71,6 +159,7 @@ class Recipe(_Strict):
         weights: part of the model -> rule; parts that are missing or null keep their precision.
         activations: part -> rule for the inputs of its quantized linears; missing or null means
             that they stay floating point.
+        training: how to train weights and scales; null means post-training quantization.
     """
 
     name: str
@@ -78,6 +167,7 @@ class Recipe(_Strict):
     weights: dict[Part, WeightRule | None]
     activations: dict[Part, ActivationRule | None] = {}
     scale_search: ScaleSearch = ScaleSearch()
+    training: Training | None = None
     deploy: Deploy = Deploy()
 
     @classmethod
@@ -155,6 +245,9 @@ def _is_key(location: tuple[int | str, ...]) -> bool:
 
 
 def _all_keys() -> list[str]:
-    models: tuple[type[BaseModel], ...] = (Recipe, WeightRule, ActivationRule, ScaleSearch, Deploy)
+    models: tuple[type[BaseModel], ...] = (
+        *(Recipe, WeightRule, ActivationRule, ScaleSearch, Deploy),
+        *(Training, Distillation),
+    )
     keys = [name for model in models for name in model.model_fields]
     return [*keys, *Part.__args__]  # type: ignore[attr-defined]

@@ -33,6 +33,8 @@ class Report:
         sizes: bytes of all weights in float32, bfloat16 and as compiled.
         accuracy: scores of "original" and "compiled" on "data", and their paired "difference";
             empty if it was not measured.
+        training: rows of the loss terms, held-out scores and the step that was kept; empty if
+            nothing was trained.
     """
 
     recipe: Mapping[str, Any]
@@ -41,6 +43,7 @@ class Report:
     gates: dict[str, Any]
     sizes: dict[str, int] = field(default_factory=dict)
     accuracy: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""

@@ -30,6 +30,17 @@ class Family(ABC):
         """
 
     @abstractmethod
+    def image_index(
+        self, model: PreTrainedModel, inputs: Mapping[str, Tensor]
+    ) -> tuple[Tensor, list[int]]:
+        """Which image each token belongs to, from what `prepare` returned.
+
+        Returns:
+            int64 [B, T], the number of the image in the batch or -1 for text, and the number of
+            tokens of each image.
+        """
+
+    @abstractmethod
     def traced(self, model: PreTrainedModel) -> nn.Module:
         """The module to export; it holds the model as its only child, named `model`."""
 

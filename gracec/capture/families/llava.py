@@ -69,6 +69,14 @@ class Llava(Family):
             "pixel_values": pixel_values.to(model.dtype),
         }
 
+    def image_index(
+        self, model: PreTrainedModel, inputs: Mapping[str, Tensor]
+    ) -> tuple[Tensor, list[int]]:
+        ids, tokens = inputs["input_ids"], self.image_tokens(model)
+        visual = ids == model.config.image_token_id
+        number = (visual.flatten().cumsum(0) - 1).view_as(ids) // tokens
+        return number.masked_fill(~visual, -1), [tokens] * len(inputs["pixel_values"])
+
     def traced(self, model: PreTrainedModel) -> nn.Module:
         return LlavaTraced(model)
 

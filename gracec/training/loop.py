@@ -1,0 +1,444 @@
+"""The training loop: a student program learns from labels and from a teacher program.
+
+    for each optimizer step:  normalisers of all micro-batches, summed over ranks
+                              loss of each micro-batch, backward
+                              clip, AdamW, β
+
+Both are captured graphs. The student's holds fake-quantized weights, so that weights and scales
+learn what rounding does; the teacher's runs without gradients. Nothing in a graph is random, so a
+run is decided by its data order, and a checkpoint at an optimizer step resumes bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from gracec.capture import family_of
+from gracec.errors import GracecError
+from gracec.objective import Outputs, Targets, means, supervised_positions
+from gracec.passes.insert_taps import HIDDEN
+from gracec.passes.select_supervised import INDEX
+from gracec.program import Program
+from gracec.recipe import Training
+from gracec.training.checkpoint import (
+    Checkpoint,
+    Fingerprint,
+    latest_checkpoint,
+    load_checkpoint,
+    load_optimizer_state,
+    load_tensors,
+    optimizer_state,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
+from gracec.training.data import EmptyBatch, epoch_order
+from gracec.training.setup import (
+    allow_mixed_precision,
+    capacity,
+    controller_of,
+    objective_of,
+    parameter_groups,
+    rate,
+    trainable,
+)
+
+METRICS = "metrics.jsonl"
+Batch = Mapping[str, Tensor]
+Collate = Callable[[Sequence[int]], Batch]
+Log = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A program that is trained or teaches, and the model whose inputs it takes.
+
+    Attributes:
+        program: with logits at `supervised_index` and, where L_RCKA is on, `hidden`.
+        model: that it was captured from.
+    """
+
+    program: Program
+    model: PreTrainedModel
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What the program takes, in order, from what the processor and the labels say."""
+        found = family_of(self.model).prepare(self.model, batch)
+        index, _ = supervised_positions(batch["labels"])
+        values = {**found, INDEX: index}
+        return {name: values[name].to(self.model.device) for name in self.program.example_inputs}
+
+    def outputs(self, values: Tensor | Sequence[Tensor]) -> Outputs:
+        """What the program returned, by name."""
+        values = [values] if isinstance(values, Tensor) else values
+        named = dict(zip(self.program.output_names, values, strict=True))
+        return Outputs(named["logits"], named.get(HIDDEN))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Scores on data that is not trained on.
+
+    Attributes:
+        loss: cross-entropy for each answer token, in nats.
+        exact: share of samples whose every answer token is the likeliest one.
+    """
+
+    loss: float
+    exact: float
+
+
+@dataclass
+class Curve:
+    """What a run did: a row for each optimizer step, the held-out scores, and what was kept."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    held_out: list[dict[str, Any]] = field(default_factory=list)
+    best_step: int = 0
+    skipped: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "steps": len(self.rows),
+            "best_step": self.best_step,
+            "skipped": self.skipped,
+            "held_out": self.held_out,
+            "rows": self.rows,
+        }
+
+
+def train(
+    student: Learner,
+    teacher: Learner | None,
+    collate: Collate,
+    samples: int,
+    held_out: Iterable[Batch],
+    rule: Training,
+    *,
+    fingerprint: Fingerprint | None = None,
+    directory: Path | None = None,
+    resume: bool = False,
+    log: Log | None = None,
+) -> Curve:
+    """Train the student's weights and scales in place, and leave the best ones in it.
+
+    The state before the first step is a candidate too: a run never ends with worse than it began
+    with, on the held-out batches.
+
+    Args:
+        collate: a batch, with labels, of samples by number.
+        samples: how many there are.
+        held_out: batches that choose the best state; gone through more than once.
+        fingerprint: of everything that decides the run; a checkpoint of another is refused.
+        directory: for checkpoints and metrics; nothing is written without it.
+        resume: go on from the newest checkpoint there, if there is one.
+        log: called with every row of figures.
+
+    Raises:
+        GracecError: if a checkpoint does not fit, or the loss is not finite too often in a row.
+    """
+    run = _Run(student, teacher, collate, samples, rule, fingerprint, directory)
+    if resume:
+        run.resume()
+    return run.go(held_out, log or (lambda row: None))
+
+
+class _Run:
+    """One run: what it holds changes from step to step."""
+
+    def __init__(
+        self,
+        student: Learner,
+        teacher: Learner | None,
+        collate: Collate,
+        samples: int,
+        rule: Training,
+        fingerprint: Fingerprint | None,
+        directory: Path | None,
+    ) -> None:
+        if rule.distillation.needs_teacher and teacher is None:
+            raise GracecError("the recipe distils and there is no teacher")
+        self.student, self.collate, self.samples, self.rule = student, collate, samples, rule
+        self.teacher = teacher if rule.distillation.needs_teacher else None
+        self.fingerprint, self.directory = fingerprint, directory
+        self.ranked = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if self.ranked else 0
+        self.ranks = dist.get_world_size() if self.ranked else 1
+        self.steps_an_epoch = math.ceil(samples / rule.batch_size)
+        self.steps = rule.steps or max(1, round(rule.epochs * self.steps_an_epoch))
+        self.objective = objective_of(rule, self.steps)
+        self.controller = controller_of(rule, self.steps)
+        self.parameters = trainable(student.program, rule.frozen)
+        for parameter in student.program.graph_module.parameters():
+            parameter.requires_grad_(False)
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(parameter_groups(student.program, self.parameters, rule))
+        self.module = self._module()
+        self.step, self.skipped_in_a_row = 0, 0
+        self.curve = Curve()
+        self.best: dict[str, Tensor] = {}
+        self.best_score: float | None = None
+
+    def _module(self) -> Any:
+        program = self.student.program
+        if self.rule.precision == "bfloat16":
+            program = allow_mixed_precision(program)
+        module: Any = program.graph_module
+        if self.rule.compile:
+            module = torch.compile(module, dynamic=True)
+        return DistributedDataParallel(module) if self.ranked else module
+
+    def go(self, held_out: Iterable[Batch], log: Log) -> Curve:
+        """All steps that are left."""
+        budget = self.rule.activation_checkpointing
+        with functorch.patch(activation_memory_budget=budget) if budget else nullcontext():
+            return self._go(held_out, log)
+
+    def _go(self, held_out: Iterable[Batch], log: Log) -> Curve:
+        torch.manual_seed(self.rule.seed)
+        if not self.curve.held_out:
+            self._evaluate(held_out, log)
+            if self.best_score is None:
+                raise GracecError("the model's loss on the held-out data is not finite")
+        while self.step < self.steps:
+            row = self._optimizer_step()
+            self.step += 1
+            if self.step % self.steps_an_epoch == 0:
+                self.controller.end_epoch(capacity(self.student.program))
+            self._report(row, log)
+            last = self.step == self.steps
+            if last or self.step % self.rule.evaluate_every == 0:
+                self._evaluate(held_out, log)
+            if last or self.step % self.rule.checkpoint_every == 0:
+                self._save()
+        if self.best:
+            load_tensors(self.best, self.parameters)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+            parameter.requires_grad_(False)
+        self._note_the_end()
+        return self.curve
+
+    def _optimizer_step(self) -> dict[str, Any]:
+        factor = rate(self.step, self.steps, self.rule.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["highest_lr"] * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        found = self._accumulate()
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.rule.clip).item()
+        row = {
+            "step": self.step + 1,
+            "epoch": self.step // self.steps_an_epoch,
+            **found,
+            "beta": self.controller.beta,
+            "ema": getattr(self.controller, "ema", None),
+            "omega": self.objective.omega_at(self.step) if self.objective.omega else 0.0,
+            "grad_norm": norm,
+            "lr_factor": factor,
+            "saturated": self.controller.saturated,
+        }
+        if not all(math.isfinite(value) for value in (*found.values(), norm)):
+            self._skip()
+            finite = {key: v for key, v in row.items() if v is None or math.isfinite(v)}
+            return {**dict.fromkeys(row), **finite, "skipped": True}
+        self.optimizer.step()
+        self.skipped_in_a_row = 0
+        if self.objective.distillation != "none":
+            self.controller.update(found["distillation"])
+        return row
+
+    def _accumulate(self) -> dict[str, float]:
+        """Gradients of one optimizer step; the mean of each term over all samples and ranks."""
+        micro = list(self._micro_batches())
+        taught = [self._taught(batch) for batch in micro]
+        targets = [self._targets(batch) for batch in micro]
+        pairs = zip(taught, targets, strict=True)
+        normalisers = torch.stack([self.objective.normalisers(*pair) for pair in pairs]).sum(0)
+        self._add_over_ranks(normalisers)
+        totals = torch.zeros_like(normalisers)
+        device, narrow = self.student.model.device.type, self.rule.precision == "bfloat16"
+        for number, batch in enumerate(micro):
+            alone = self.ranked and number < len(micro) - 1
+            with self.module.no_sync() if alone else nullcontext():
+                with torch.autocast(device, torch.bfloat16, narrow):
+                    outputs = self.student.outputs(self.module(**self.student.inputs(batch)))
+                terms = self.objective.terms(outputs, taught[number], targets[number])
+                loss = self.objective.loss(terms, normalisers, self.controller.beta, self.step)
+                (loss * self.ranks).backward()  # DDP averages
+            totals += terms.totals
+            taught[number] = None
+        self._add_over_ranks(totals)
+        return means(totals, normalisers)
+
+    def _micro_batches(self) -> Iterator[Batch]:
+        """The samples of this step that are this rank's, a few at a time."""
+        epoch, position = divmod(self.step, self.steps_an_epoch)
+        order = epoch_order(self.samples, epoch, self.rule.seed)
+        start = position * self.rule.batch_size
+        chosen = order[start : start + self.rule.batch_size]
+        mine = chosen[self.rank :: self.ranks]
+        if not mine:
+            raise GracecError(
+                f"the last batch of an epoch has {len(chosen)} samples for {self.ranks} ranks",
+                fix="choose a batch_size that leaves each rank a sample",
+            )
+        empty = True
+        for at in range(0, len(mine), self.rule.micro_batch_size):
+            with suppress(EmptyBatch):  # its samples are broken, which the data has reported
+                yield self.collate(mine[at : at + self.rule.micro_batch_size])
+                empty = False
+        if empty:
+            raise GracecError(
+                "every sample of an optimizer step is broken", where=f"optimizer step {self.step}"
+            )
+
+    @torch.no_grad()
+    def _taught(self, batch: Batch) -> Outputs | None:
+        if self.teacher is None:
+            return None
+        return self.teacher.outputs(self.teacher.program(**self.teacher.inputs(batch)))
+
+    def _targets(self, batch: Batch) -> Targets:
+        model = self.student.model
+        _, labels = supervised_positions(batch["labels"])
+        if not self.objective.omega:
+            return Targets(labels.to(model.device))
+        index, sizes = family_of(model).image_index(model, self.student.inputs(batch))
+        return Targets(labels.to(model.device), index, sizes)
+
+    def _add_over_ranks(self, tensor: Tensor) -> None:
+        if self.ranked:
+            dist.all_reduce(tensor)
+
+    def _skip(self) -> None:
+        self.skipped_in_a_row += 1
+        self.curve.skipped += 1
+        if self.skipped_in_a_row < self.rule.max_skipped:
+            return
+        kept = latest_checkpoint(self.directory) if self.directory is not None else None
+        hint = f"; the last good checkpoint is {kept}" if kept is not None else ""
+        raise GracecError(
+            f"the loss was not finite {self.skipped_in_a_row} steps in a row",
+            where=f"optimizer step {self.step + 1}",
+            fix=f"lower the learning rate{hint}",
+        )
+
+    def _evaluate(self, held_out: Iterable[Batch], log: Log) -> None:
+        """Score the held-out part, and keep the state if it is the best so far."""
+        found = score(self.student, held_out)
+        loss = found.loss if math.isfinite(found.loss) else None
+        row = {"step": self.step, "held_out_loss": loss, "held_out_exact": found.exact}
+        self.curve.held_out.append(row)
+        log(row)
+        if loss is not None and (self.best_score is None or loss < self.best_score):
+            self.best_score, self.curve.best_step = loss, self.step
+            self.best = {n: p.detach().clone() for n, p in self.parameters.items()}
+
+    def _report(self, row: dict[str, Any], log: Log) -> None:
+        self.curve.rows.append(row)
+        if self.directory is not None and self.rank == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with (self.directory / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, sort_keys=True) + "\n")
+        log(row)
+
+    def _save(self) -> None:
+        if self.directory is None or self.fingerprint is None or self.rank:
+            return
+        checkpoint = Checkpoint(
+            step=self.step,
+            epoch=self.step // self.steps_an_epoch,
+            sample=self.step % self.steps_an_epoch * self.rule.batch_size,
+            tensors={name: p.detach() for name, p in self.parameters.items()},
+            best=self.best,
+            best_score=self.best_score,
+            optimizer=optimizer_state(self.optimizer, self.parameters),
+            controller=self.controller.state_dict(),
+            rng=rng_state(),
+            skipped_in_a_row=self.skipped_in_a_row,
+            skipped_total=self.curve.skipped,
+            extra={
+                "best_step": self.curve.best_step,
+                "held_out": self.curve.held_out,
+                "rows": self.curve.rows,
+            },
+        )
+        save_checkpoint(checkpoint, self.fingerprint, self.directory)
+
+    def resume(self) -> None:
+        """Take up the newest checkpoint, if there is one."""
+        if self.directory is None or self.fingerprint is None:
+            raise GracecError("there is nothing to resume without a directory")
+        (self.directory / METRICS).unlink(missing_ok=True)
+        path = latest_checkpoint(self.directory)
+        if path is None:
+            return
+        found = load_checkpoint(path, self.fingerprint)
+        load_tensors(found.tensors, self.parameters)
+        load_optimizer_state(self.optimizer, self.parameters, found.optimizer)
+        self.controller.load_state_dict(dict(found.controller))
+        set_rng_state(found.rng)
+        self.step, self.skipped_in_a_row = found.step, found.skipped_in_a_row
+        self.best, self.best_score = dict(found.best), found.best_score
+        self.curve = Curve(
+            rows=list(found.extra["rows"]),
+            held_out=list(found.extra["held_out"]),
+            best_step=found.extra["best_step"],
+            skipped=found.skipped_total,
+            notes=[f"resumed after optimizer step {found.step}"],
+        )
+        if self.rank == 0:
+            lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in self.curve.rows)
+            (self.directory / METRICS).write_text(lines, encoding="utf-8")
+
+    def _note_the_end(self) -> None:
+        curve = self.curve
+        first = curve.held_out[0]
+        best = next(row for row in curve.held_out if row["step"] == curve.best_step)
+        curve.notes.append(
+            f"trained {self.steps} steps; held-out loss {first['held_out_loss']:.4f} before, "
+            f"{best['held_out_loss']:.4f} after step {best['step']}, which was kept"
+        )
+        if best["step"] == 0:
+            curve.notes.append("training did not help: the weights are those from before it")
+        if curve.skipped:
+            curve.notes.append(f"{curve.skipped} steps were skipped: their loss was not finite")
+        saturated = sum(bool(row["saturated"]) for row in curve.rows)
+        if saturated and self.objective.distillation != "none":
+            share = saturated / len(curve.rows)
+            curve.notes.append(f"β stood at a bound in {share:.0%} of the steps; see tau")
+
+
+@torch.no_grad()
+def score(student: Learner, batches: Iterable[Batch]) -> HeldOut:
+    """Loss and exact matches on batches with labels."""
+    total, tokens, exact, samples = 0.0, 0, 0, 0
+    for batch in batches:
+        outputs = student.outputs(student.program(**student.inputs(batch)))
+        assert isinstance(outputs.logits, Tensor)
+        index, labels = supervised_positions(batch["labels"])
+        logits, labels = outputs.logits.float().cpu(), labels.cpu()
+        total += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        tokens += len(labels)
+        wrong = torch.zeros(len(batch["labels"]), dtype=torch.int64)
+        owner = index.cpu() // batch["labels"].shape[1]
+        wrong.index_add_(0, owner, (logits.argmax(-1) != labels).long())
+        exact += int((wrong == 0).sum())
+        samples += len(wrong)
+    return HeldOut(total / max(tokens, 1), exact / max(samples, 1))

@@ -1,0 +1,156 @@
+"""What a recipe means for a run: which parameters learn, how fast, and against which objective."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from gracec.objective import (
+    Controller,
+    DualAscentController,
+    EpochLagrangianController,
+    FixedController,
+    GraceObjective,
+    code_entropy,
+)
+from gracec.passes.insert_fake_quant import FAKE_QUANTIZE
+from gracec.program import Program, annotation
+from gracec.quant import quantize, scale_from_param
+from gracec.recipe import Training
+
+PART_OF = {"vision": "vision", "fused": "decoder", "text": "decoder"}
+"""Part of what is no matmul, by its modality: norms, embeddings, biases."""
+
+
+def objective_of(rule: Training, steps: int) -> GraceObjective:
+    """The objective of a recipe; the warm-up of ω takes at most half of the run."""
+    d = rule.distillation
+    return GraceObjective(
+        ce=rule.cross_entropy,
+        distillation=d.kind,
+        temperature=d.temperature,
+        alpha=d.alpha,
+        beta_dkd=d.beta_dkd,
+        gate=d.gate,
+        omega=d.omega,
+        omega_warmup=min(d.omega_warmup, steps // 2),
+    )
+
+
+def controller_of(rule: Training, steps: int) -> Controller:
+    """The controller of β of a recipe."""
+    d = rule.distillation
+    if d.controller == "fixed" or d.kind == "none":
+        return FixedController(d.beta)
+    if d.controller == "epoch-lagrangian":
+        return EpochLagrangianController(beta_cap=d.beta_cap, eta=d.eta)
+    return DualAscentController(
+        d.tau, d.eta, d.beta, d.beta_min, d.beta_max, d.ema_decay, steps=steps
+    )
+
+
+def rate(step: int, steps: int, warmup: float) -> float:
+    """Share of the highest learning rate: a linear warm-up, then a cosine towards zero."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def trainable(program: Program, frozen: Sequence[str]) -> dict[str, nn.Parameter]:
+    """FQN -> every parameter of the graph that learns, scales included.
+
+    "vision" is all that depends on pixels alone, without the projector; "decoder" is also the
+    embedding and the norms. A tied head learns if either of its two parts does.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for node in program.graph.find_nodes(op="get_attr"):
+        target = str(node.target)
+        parameter = program.tensor(target)
+        if isinstance(parameter, nn.Parameter) and parameter.is_floating_point():
+            parts = {_part(user) for user in _readers(node)}
+            if parts - {*frozen, "unused"}:
+                found[program.fqn(target)] = parameter
+    return dict(sorted(found.items()))
+
+
+def allow_mixed_precision(program: Program) -> Program:
+    """The program with a cast where the visual tokens join the text, for autocast.
+
+    Under autocast a matmul returns bfloat16, and the merge takes operands of one dtype only.
+    """
+    program = program.copy()
+    merge = program.node(role="merge")
+    for operand in merge.all_input_nodes:
+        traced = operand.meta["val"]
+        if traced.is_floating_point():
+            with program.graph.inserting_before(merge):
+                cast = program.graph.call_function(
+                    torch.ops.aten.to.dtype, (operand, program.dtype)
+                )
+            cast.meta = dict(operand.meta)
+            merge.replace_input_with(operand, cast)
+    program.recompile()
+    return program
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """Who computes with a parameter, behind its fake-quantization."""
+    for user in node.users:
+        if user.target == FAKE_QUANTIZE:
+            yield from user.users
+        else:
+            yield user
+
+
+def _part(node: fx.Node) -> str:
+    notes = annotation(node)
+    return str(notes.get("part") or PART_OF.get(str(notes.get("modality")), "unused"))
+
+
+def parameter_groups(
+    program: Program, parameters: Mapping[str, nn.Parameter], rule: Training
+) -> list[dict[str, Any]]:
+    """Groups of AdamW: matrices, vectors (without decay) and scales (without decay)."""
+    scales = {
+        program.fqn(str(node.args[1].target))
+        for node in program.nodes(FAKE_QUANTIZE)
+        if isinstance(node.args[1], fx.Node)
+    }
+    kinds: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "scales": []}
+    for name, parameter in parameters.items():
+        kind = "matrices" if parameter.dim() > 1 else "vectors"
+        kinds["scales" if name in scales else kind].append(parameter)
+    options = {
+        "matrices": (rule.lr, rule.weight_decay),
+        "vectors": (rule.lr, 0.0),
+        "scales": (rule.scale_lr, 0.0),
+    }
+    return [
+        {"params": kinds[kind], "lr": lr, "highest_lr": lr, "weight_decay": decay}
+        for kind, (lr, decay) in options.items()
+        if kinds[kind]
+    ]
+
+
+def capacity(program: Program) -> float:
+    """Entropy of all codes over their width, in [0, 1]; 1 where nothing is quantized."""
+    by_bits: dict[int, list[Tensor]] = {}
+    for node in program.nodes(FAKE_QUANTIZE):
+        weight, scale, bits, group_size, parametrization, grid, _ = node.args
+        assert isinstance(weight, fx.Node) and isinstance(scale, fx.Node)
+        assert isinstance(bits, int) and isinstance(group_size, int)
+        with torch.no_grad():
+            param = program.tensor(str(scale.target))
+            scales = scale_from_param(param, str(parametrization), str(grid))
+            codes = quantize(program.tensor(str(weight.target)), scales, bits, group_size)
+        by_bits.setdefault(bits, []).append(codes)
+    counts = {bits: sum(part.numel() for part in parts) for bits, parts in by_bits.items()}
+    if not counts:
+        return 1.0
+    entropies = {bits: code_entropy(parts, bits) for bits, parts in by_bits.items()}
+    return sum(entropies[bits] * count for bits, count in counts.items()) / sum(counts.values())

@@ -1,0 +1,281 @@
+"""The loop on tiny captured programs: it learns, adds up, resumes to the bit and stops in time."""
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
+
+from gracec.capture import capture
+from gracec.errors import GracecError
+from gracec.passes import parse_pipeline, run_passes
+from gracec.program import Program
+from gracec.recipe import Training
+from gracec.training.checkpoint import Fingerprint, latest_checkpoint
+from gracec.training.loop import Batch, Curve, Learner, score, train
+from tests.tiny import IMAGE, IMAGE_TOKENS, PAD, tiny_image, tiny_llava, tiny_processor
+
+FAKE = "analyze-modality,plan-quantization,insert-fake-quant{candidates=8}"
+STUDENT = f"{FAKE},insert-taps,select-supervised"
+TEACHER = "analyze-modality,insert-taps,select-supervised"
+SAMPLES = 12
+FAST = {
+    "batch_size": 4,
+    "micro_batch_size": 2,
+    "lr": 3e-3,
+    "scale_lr": 1e-2,
+    "warmup": 0.0,
+    "steps": 6,
+    "evaluate_every": 3,
+    "checkpoint_every": 2,
+}
+FINGERPRINT = Fingerprint("model", "teacher", "data", "processor", "recipe")
+After = Callable[[str], Program]
+
+
+def rule(**fields: object) -> Training:
+    return Training.model_validate({**FAST, **fields})
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Learner:
+    """Wider and deeper than the student."""
+    model = tiny_llava(seed=7, hidden_size=96, num_hidden_layers=3, num_attention_heads=6)
+    return Learner(run_passes(capture(model), parse_pipeline(TEACHER)).program, model)
+
+
+@pytest.fixture
+def student(after: After, llava: LlavaForConditionalGeneration) -> Learner:
+    return Learner(with_own_tensors(after(STUDENT)), llava)
+
+
+def with_own_tensors(program: Program) -> Program:
+    """A copy that can be trained without changing the program that other tests share."""
+    own = program.copy()
+    for target in own.fqns:
+        tensor = own.tensor(target).detach().clone()
+        parameter = isinstance(program.tensor(target), nn.Parameter)
+        own.set_tensor(target, nn.Parameter(tensor) if parameter else tensor)
+    return own
+
+
+def collate(numbers: Sequence[int]) -> Batch:
+    """Prompts of different length, right-padded; the answer to each picture is two tokens."""
+    processor = tiny_processor()
+    prompts = []
+    for number in numbers:
+        words = torch.arange(20, 22 + number % 4)
+        answer = torch.tensor([40 + number % 5, 2])
+        prompts.append((torch.cat([torch.full((IMAGE_TOKENS,), IMAGE), words]), answer))
+    longest = max(len(prompt) + len(answer) for prompt, answer in prompts)
+    ids = torch.full((len(prompts), longest), PAD)
+    labels = torch.full_like(ids, -100)
+    mask = torch.zeros_like(ids)
+    for row, (prompt, answer) in enumerate(prompts):
+        end = len(prompt) + len(answer)
+        ids[row, :end] = torch.cat([prompt, answer])
+        labels[row, len(prompt) : end] = answer
+        mask[row, :end] = 1
+    images = [tiny_image(number) for number in numbers]
+    pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": pixels}
+
+
+HELD_OUT = [collate([0, 5]), collate([3])]
+
+
+def weights(learner: Learner) -> dict[str, Tensor]:
+    program = learner.program
+    return {program.fqn(t): program.tensor(t).detach().clone() for t in program.fqns}
+
+
+def go(student: Learner, teacher: Learner | None, options: Training, **more: object) -> Curve:
+    held_out = more.pop("held_out", HELD_OUT)
+    return train(student, teacher, collate, SAMPLES, held_out, options, **more)  # type: ignore[arg-type]
+
+
+def test_grace_learns_and_moves_weights_and_scales_but_not_the_image_side(
+    student: Learner, teacher: Learner
+) -> None:
+    before, teaching = weights(student), weights(teacher)
+    curve = go(student, teacher, rule(steps=15, distillation={"tau": "auto"}))
+    found = [row["held_out_loss"] for row in curve.held_out]
+    assert found[-1] < 0.8 * found[0]
+    assert {"ce", "distillation", "rcka", "beta", "ema", "omega"} <= curve.rows[0].keys()
+    assert all(0 <= row["rcka"] <= 1 and row["distillation"] > 0 for row in curve.rows)
+    after = weights(student)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert not any("vision_tower" in name for name in moved)
+    q_proj = "model.language_model.layers.0.self_attn.q_proj.weight"
+    assert {q_proj, f"{q_proj}_scale", "model.multi_modal_projector.linear_1.weight"} <= moved
+    assert all(torch.equal(teaching[name], now) for name, now in weights(teacher).items())
+
+
+def test_the_best_state_is_kept_and_the_first_is_a_candidate(
+    student: Learner, teacher: Learner
+) -> None:
+    before = weights(student)
+    curve = go(student, teacher, rule(lr=30.0, steps=4, evaluate_every=1, clip=1e9))
+    assert curve.best_step == 0
+    assert "training did not help" in " ".join(curve.notes)
+    assert all(torch.equal(before[name], now) for name, now in weights(student).items())
+
+
+def test_it_ends_with_the_state_of_the_best_step(student: Learner) -> None:
+    options = rule(steps=6, evaluate_every=1, distillation={"kind": "none", "omega": 0})
+    curve = go(student, None, options)
+    best = min(curve.held_out, key=lambda row: row["held_out_loss"] or 99)
+    assert curve.best_step == best["step"] > 0
+    assert score(student, HELD_OUT).loss == best["held_out_loss"]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_step_does_not_depend_on_how_the_batch_is_cut(
+    size: int, after: After, llava: LlavaForConditionalGeneration, teacher: Learner
+) -> None:
+    """Answers and prompts differ in length, so that plain means of micro-batches would differ."""
+    found = []
+    for micro in (2, size):
+        learner = Learner(with_own_tensors(after(STUDENT)), llava)
+        options = rule(steps=1, micro_batch_size=micro, distillation={"omega_warmup": 0})
+        row = go(learner, teacher, options).rows[0]
+        found.append(row)
+    for name in ("ce", "distillation", "rcka", "grad_norm"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-5), name
+
+
+def test_terms_can_be_switched_off(student: Learner) -> None:
+    options = rule(steps=2, distillation={"kind": "none", "omega": 0})
+    curve = go(student, None, options)
+    assert all(row["distillation"] == row["rcka"] == 0 for row in curve.rows)
+    with pytest.raises(GracecError, match="there is no teacher"):
+        go(student, None, rule())
+
+
+def test_bfloat16_matmuls_stay_near_float32(
+    after: After, llava: LlavaForConditionalGeneration, teacher: Learner
+) -> None:
+    rows = []
+    for precision in ("float32", "bfloat16"):
+        learner = Learner(with_own_tensors(after(STUDENT)), llava)
+        rows.append(go(learner, teacher, rule(steps=1, precision=precision)).rows[0])
+    assert rows[0]["ce"] == pytest.approx(rows[1]["ce"], rel=0.05)
+    assert rows[0]["ce"] != rows[1]["ce"]
+
+
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    after: After, llava: LlavaForConditionalGeneration, teacher: Learner, tmp_path: Path
+) -> None:
+    options = rule(distillation={"tau": "auto"})
+    whole = Learner(with_own_tensors(after(STUDENT)), llava)
+    expected = go(whole, teacher, options, fingerprint=FINGERPRINT, directory=tmp_path / "whole")
+    for stop in (1, 3, 5):
+        directory = tmp_path / str(stop)
+
+        def die(row: dict[str, object], stop: int = stop) -> None:
+            if row["step"] == stop and "ce" in row:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def interrupted(directory: Path = directory, die: object = die) -> None:
+            learner = Learner(with_own_tensors(after(STUDENT)), llava)
+            go(learner, teacher, options, fingerprint=FINGERPRINT, directory=directory, log=die)
+
+        assert in_a_child(interrupted) == signal.SIGKILL
+        again = Learner(with_own_tensors(after(STUDENT)), llava)
+        curve = go(
+            again, teacher, options, fingerprint=FINGERPRINT, directory=directory, resume=True
+        )
+        assert curve.to_dict() == expected.to_dict()
+        for name, tensor in weights(whole).items():
+            assert torch.equal(tensor, weights(again)[name]), name
+        files = [d / "metrics.jsonl" for d in (directory, tmp_path / "whole")]
+        assert files[0].read_text() == files[1].read_text()
+
+
+def test_a_loss_that_is_not_finite_is_skipped_counted_and_stops_the_run(
+    student: Learner, teacher: Learner, tmp_path: Path
+) -> None:
+    def poisoned(bad: set[int]) -> Callable[[Sequence[int]], Batch]:
+        calls = iter(range(1000))
+
+        def made(numbers: Sequence[int]) -> Batch:
+            batch = dict(collate(numbers))
+            if next(calls) in bad:
+                batch["pixel_values"] = batch["pixel_values"] * torch.nan
+            return batch
+
+        return made
+
+    options = rule(steps=4, max_skipped=2, checkpoint_every=1)
+    curve = train(student, teacher, poisoned({2}), SAMPLES, HELD_OUT, options)
+    assert curve.skipped == 1
+    assert curve.rows[1]["skipped"] and curve.rows[1]["ce"] is None
+    assert all(tensor.isfinite().all() for tensor in weights(student).values())
+    with pytest.raises(GracecError, match=r"not finite 2 steps in a row.*step-0000000\d"):
+        train(
+            student,
+            teacher,
+            poisoned(set(range(2, 99))),
+            SAMPLES,
+            HELD_OUT,
+            options,
+            fingerprint=FINGERPRINT,
+            directory=tmp_path,
+        )
+    assert latest_checkpoint(tmp_path) is not None
+
+
+def test_two_processes_take_the_step_of_one(
+    after: After, llava: LlavaForConditionalGeneration, teacher: Learner, tmp_path: Path
+) -> None:
+    """Unequal numbers of tokens on each rank; weights to 1e-5, the same β on both."""
+    options = rule(steps=2, batch_size=3, micro_batch_size=1, distillation={"omega_warmup": 0})
+    alone = Learner(with_own_tensors(after(STUDENT)), llava)
+    curve = go(alone, teacher, options)
+
+    def member(rank: int) -> None:
+        store = f"file://{tmp_path / 'store'}"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+        learner = Learner(with_own_tensors(after(STUDENT)), llava)
+        rows = go(learner, teacher, options).rows
+        torch.save({"rows": rows, "weights": weights(learner)}, tmp_path / f"{rank}.pt")
+        dist.destroy_process_group()
+
+    children = [start(lambda rank=rank: member(rank)) for rank in range(2)]
+    assert [wait(child) for child in children] == [0, 0]
+    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for result in results:
+        for row, expected in zip(result["rows"], curve.rows, strict=True):
+            for name in ("ce", "distillation", "rcka", "beta", "grad_norm"):
+                assert row[name] == pytest.approx(expected[name], rel=1e-5), name
+        for name, tensor in weights(alone).items():
+            assert torch.allclose(result["weights"][name], tensor, rtol=1e-4, atol=1e-5), name
+    assert [row["beta"] for row in results[0]["rows"]] == [r["beta"] for r in results[1]["rows"]]
+
+
+def start(work: Callable[[], None]) -> int:
+    """Run in a process of its own."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return child
+
+
+def wait(child: int) -> int:
+    """0, 1 (an exception) or the signal that ended it."""
+    status = os.waitpid(child, 0)[1]
+    return status if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)
+
+
+def in_a_child(work: Callable[[], None]) -> int:
+    return wait(start(work))

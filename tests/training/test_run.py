@@ -1,0 +1,205 @@
+"""gracec.compile with data: the whole way from conversations to an artifact."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
+
+import gracec
+from gracec.errors import GracecError
+from gracec.training import run
+from gracec.training.run import check_teacher, check_tokenizers
+from tests.tiny import CHAT_TEMPLATE, tiny_image, tiny_llava, tiny_processor
+from tests.training.test_loop import in_a_child
+
+TRAINING = {
+    "steps": 4,
+    "batch_size": 4,
+    "micro_batch_size": 4,
+    "lr": 3e-3,
+    "scale_lr": 1e-2,
+    "evaluate_every": 2,
+    "checkpoint_every": 1,
+    "held_out": 0.25,
+}
+# What asks for an answer is what stands before one.
+TEMPLATE = CHAT_TEMPLATE.replace("{{ 'ASSISTANT :' }}", "{{ '<s> ASSISTANT : ' }}")
+WORDS = ["red", "green", "blue", "yellow"]
+
+
+def processor() -> Any:
+    return tiny_processor(chat_template=TEMPLATE)
+
+
+def records(count: int = 12) -> list[dict[str, Any]]:
+    return [
+        {
+            "image": tiny_image(number),
+            "conversations": [
+                {"from": "human", "value": "<image>\nwhat color is this ?"},
+                {"from": "gpt", "value": WORDS[number % 4]},
+            ],
+        }
+        for number in range(count)
+    ]
+
+
+def recipe(**fields: Any) -> gracec.Recipe:
+    training = {**TRAINING, **fields.pop("training", {})}
+    whole = {"name": "test", "weights": {"decoder": {"group_size": 32}}, **fields}
+    return gracec.Recipe.from_dict({**whole, "training": training})
+
+
+@pytest.fixture(scope="module")
+def teacher() -> LlavaForConditionalGeneration:
+    return tiny_llava(seed=7, hidden_size=96, num_attention_heads=6, tie=True)
+
+
+def test_a_compilation_trains_lowers_saves_and_leaves_the_caller_alone(
+    llava: LlavaForConditionalGeneration,
+    teacher: LlavaForConditionalGeneration,
+    batch: dict[str, Tensor],
+    tmp_path: Path,
+) -> None:
+    compiled = gracec.compile(
+        llava,
+        recipe(),
+        teacher=teacher,
+        train_data=records(),
+        processor=processor(),
+        output_dir=tmp_path / "out",
+        progress=False,
+    )
+    report = compiled.report
+    assert report.gates["int4_kernels"] == 14
+    assert report.training["steps"] == 4
+    assert report.training["best_step"] == 4
+    first, *_, last = report.training["held_out"]
+    assert last["held_out_loss"] < first["held_out_loss"]
+    assert any("trained 4 steps" in note for note in report.notes)
+    fresh = tiny_llava(tie=True).state_dict()
+    assert all(torch.equal(fresh[name], t) for name, t in llava.state_dict().items())
+    untrained = gracec.compile(llava, "w4a16-ptq", processor=processor())
+    fqn = "model.language_model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(compiled.weights[fqn].dequantize(), untrained.weights[fqn].dequantize())
+    assert not (tmp_path / "out.training").exists()
+    again = gracec.load(tmp_path / "out")
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(again.generate(**batch, **options), compiled.generate(**batch, **options))
+    assert again.report.training == report.training
+
+
+def test_without_a_teacher_a_frozen_copy_of_the_original_teaches(
+    llava: LlavaForConditionalGeneration,
+) -> None:
+    compiled = gracec.compile(
+        llava, recipe(), train_data=records(), processor=processor(), progress=False
+    )
+    assert "no teacher was given: a frozen copy of the original teaches" in compiled.report.notes
+    rows = compiled.report.training["rows"]
+    assert rows[0]["distillation"] < 0.5  # quantized against itself
+    assert rows[0]["rcka"] < 0.1
+
+
+def test_without_data_it_is_post_training_quantization_and_says_so(
+    llava: LlavaForConditionalGeneration, teacher: LlavaForConditionalGeneration
+) -> None:
+    note = "no training data: post-training quantization instead"
+    assert note in gracec.compile(llava).report.notes
+    for more in ({"strict": True}, {"teacher": teacher}):
+        with pytest.raises(GracecError, match=note):
+            gracec.compile(llava, "w4a16", **more)
+    with pytest.raises(GracecError, match="the recipe only trains, and there is no train_data"):
+        gracec.compile(llava, "bf16-sft")
+
+
+@pytest.mark.parametrize("argument", ["train_data", "teacher", "resume"])
+def test_nothing_that_is_given_is_ignored(
+    argument: str, llava: LlavaForConditionalGeneration
+) -> None:
+    with pytest.raises(GracecError, match=f"so {argument} would be ignored"):
+        gracec.compile(llava, "w4a16-ptq", **{argument: True})
+
+
+def test_a_control_is_trained_and_not_quantized(
+    llava: LlavaForConditionalGeneration, batch: dict[str, Tensor], tmp_path: Path
+) -> None:
+    compiled = gracec.compile(
+        llava,
+        recipe(weights={}, training={"distillation": {"kind": "none", "omega": 0}}),
+        train_data=records(),
+        processor=processor(),
+        output_dir=tmp_path / "out",
+        progress=False,
+    )
+    assert not compiled.weights
+    assert compiled.report.training["best_step"] > 0
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    inputs = {n: t.bfloat16() if t.is_floating_point() else t for n, t in batch.items()}
+    with torch.no_grad():
+        expected = plain(**inputs).logits
+    assert torch.equal(compiled(**batch).logits, expected)
+    assert torch.equal(gracec.load(tmp_path / "out")(**batch).logits, expected)
+
+
+def test_a_killed_compilation_resumes_to_the_same_codes(
+    llava: LlavaForConditionalGeneration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {
+        "recipe": recipe(training={"distillation": {"kind": "none", "omega": 0}}),
+        "train_data": records(),
+        "processor": processor(),
+        "progress": False,
+        "formats": (),
+    }
+    whole = gracec.compile(llava, output_dir=tmp_path / "whole", **options)
+    train = run.train
+
+    def killed(*arguments: Any, **more: Any) -> Any:
+        def die(row: dict[str, Any]) -> None:
+            if row["step"] == 3 and "ce" in row:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return train(*arguments, **{**more, "log": die})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "train", killed)
+        ended = in_a_child(lambda: gracec.compile(llava, output_dir=tmp_path / "out", **options))
+    assert ended == signal.SIGKILL
+    assert (tmp_path / "out.training").is_dir() and not (tmp_path / "out").exists()
+    with pytest.raises(GracecError, match="an earlier training was interrupted here"):
+        gracec.compile(llava, output_dir=tmp_path / "out", **options)
+    again = gracec.compile(llava, output_dir=tmp_path / "out", resume=True, **options)
+    assert any("resumed after optimizer step 2" in note for note in again.report.notes)
+    assert again.report.training == whole.report.training
+    for fqn, weight in whole.weights.items():
+        assert torch.equal(weight.stored, again.weights[fqn].stored)
+        assert torch.equal(weight.scales, again.weights[fqn].scales)
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        ({"vocab_size": 160}, "the vocabulary is 128 for the student and 160 for the teacher"),
+        ({"vision_patch_size": 16}, "the number of visual tokens is 16 .* and 4"),
+        ({"image_token_index": 7}, "the image token is 4 .* and 7"),
+    ],
+)
+def test_a_teacher_that_speaks_otherwise_is_refused(
+    other: dict[str, Any], reason: str, llava: LlavaForConditionalGeneration
+) -> None:
+    with pytest.raises(GracecError, match=reason):
+        check_teacher(llava, tiny_llava(**other))
+
+
+def test_tokenizers_must_agree() -> None:
+    check_tokenizers(processor(), processor())
+    other = processor()
+    other.tokenizer.add_tokens(["w999"])
+    with pytest.raises(GracecError, match="different tokenizers: 'w999' differs"):
+        check_tokenizers(processor(), other)

@@ -1,0 +1,77 @@
+from collections.abc import Callable
+
+import pytest
+
+from gracec.objective import DualAscentController, EpochLagrangianController, FixedController
+from gracec.program import Program
+from gracec.recipe import Training
+from gracec.training.setup import (
+    capacity,
+    controller_of,
+    objective_of,
+    parameter_groups,
+    rate,
+    trainable,
+)
+
+After = Callable[[str], Program]
+FAKE = "analyze-modality,plan-quantization,insert-fake-quant{candidates=8}"
+
+
+def test_all_but_frozen_parts_learn(after: After) -> None:
+    program = after(FAKE)
+    decoder = trainable(program, ["vision", "projector"])
+    assert all(name.startswith(("model.language_model.", "lm_head.")) for name in decoder)
+    assert "model.language_model.layers.0.mlp.up_proj.weight_scale" in decoder
+    assert "model.language_model.norm.weight" in decoder
+    projector = trainable(program, ["vision"]).keys() - decoder.keys()
+    assert projector and all(name.startswith("model.multi_modal_projector.") for name in projector)
+    vision = trainable(program, []).keys() - trainable(program, ["vision"]).keys()
+    assert vision and all(name.startswith("model.vision_tower.") for name in vision)
+
+
+def test_scales_and_vectors_have_no_weight_decay(after: After) -> None:
+    program = after(FAKE)
+    parameters = trainable(program, ["vision"])
+    rule = Training(lr=1.0, scale_lr=2.0, weight_decay=0.5)
+    groups = parameter_groups(program, parameters, rule)
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    assert sum(len(group["params"]) for group in groups) == len(parameters)
+    for group in groups:
+        for parameter in group["params"]:
+            scale = names[id(parameter)].endswith("_scale")
+            assert group["lr"] == (2.0 if scale else 1.0)
+            assert group["weight_decay"] == (0.5 if parameter.dim() > 1 and not scale else 0.0)
+
+
+def test_the_rate_rises_falls_and_never_stands_still_at_zero() -> None:
+    found = [rate(step, 100, 0.1) for step in range(100)]
+    assert found[0] == pytest.approx(0.1)
+    assert max(found) == found[9] == 1.0
+    assert found[9:] == sorted(found[9:], reverse=True)
+    assert 0 < found[-1] < 0.001
+    assert rate(0, 1, 0.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({}, DualAscentController),
+        ({"controller": "epoch-lagrangian", "eta": 0.1}, EpochLagrangianController),
+        ({"controller": "fixed", "beta": 0.2}, FixedController),
+        ({"kind": "none", "omega": 0}, FixedController),
+    ],
+)
+def test_the_controller_is_that_of_the_recipe(fields: dict[str, object], kind: type) -> None:
+    rule = Training.model_validate({"distillation": fields})
+    assert isinstance(controller_of(rule, 100), kind)
+
+
+def test_a_short_run_warms_omega_up_in_half_of_it() -> None:
+    assert objective_of(Training(), 10_000).omega_warmup == 400
+    assert objective_of(Training(), 100).omega_warmup == 50
+
+
+def test_capacity_is_high_for_spread_codes_and_one_without_any(after: After) -> None:
+    assert 0.6 < capacity(after(FAKE)) < 1
+    assert capacity(after("analyze-modality")) == 1.0
