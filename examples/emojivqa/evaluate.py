@@ -1,11 +1,12 @@
 """Exact match of a model on one split, per question type, beside what needs no image.
 
     python evaluate.py student --split validation
+    python evaluate.py teacher --split validation --against student
 
 Writes results/<model folder>_<split>.json. `chance` answers at random among the type's possible
 answers, `majority` always gives the split's most frequent one, `blind` is the model with the
 image zeroed. Questions are scored packed (see emojivqa/packing.py), which gives what greedy
-generation gives.
+generation gives. `--against` adds the difference from another model on the same questions.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from emojivqa.evaluation import exact_match
 from emojivqa.packing import arrays
 from emojivqa.questions import TYPES, evaluation_questions
 from emojivqa.scenes import CELLS
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 HERE = Path(__file__).resolve().parent
@@ -41,6 +42,13 @@ def summary(hits: Tensor) -> dict[str, float]:
     """Accuracy and its standard error, in percent, of bool [N]."""
     share = hits.double().mean().item()
     return {"accuracy": percent(share), "stderr": percent((share * (1 - share) / len(hits)) ** 0.5)}
+
+
+def difference(hits: Tensor, others: Tensor) -> dict[str, float]:
+    """Mean paired difference of two bool [N] and its standard error, in percent."""
+    change = hits.double() - others.double()
+    error = change.std(correction=0).item() / len(change) ** 0.5
+    return {"difference": percent(change.mean().item()), "stderr": percent(error)}
 
 
 def majority(split: str, scenes: int) -> dict[str, float]:
@@ -65,8 +73,12 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def evaluate(folder: Path, split: str, scenes: int) -> dict:
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+def load(folder: Path) -> nn.Module:
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+
+
+def evaluate(folder: Path, split: str, scenes: int, against: Path | None = None) -> dict:
+    model = load(folder)
     data = arrays(split, range(scenes))
     hits, _ = exact_match(model, split, data)
     blind, _ = exact_match(model, split, data, blind=True)
@@ -82,7 +94,13 @@ def evaluate(folder: Path, split: str, scenes: int) -> dict:
         for column, kind in enumerate(TYPES)
     }
     overall = {**summary(hits.flatten()), "blind": percent(blind.double().mean().item())}
-    return {"split": split, "scenes": scenes, "all": overall, "types": types}
+    results = {"split": split, "scenes": scenes, "all": overall, "types": types}
+    if against is None:
+        return results
+    others, _ = exact_match(load(against), split, data)
+    pairs = {kind: difference(hits[:, i], others[:, i]) for i, kind in enumerate(TYPES)}
+    pairs["all"] = difference(hits.flatten(), others.flatten())
+    return {**results, "against": {"model": against.resolve().name, **pairs}}
 
 
 def main() -> None:
@@ -90,9 +108,10 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="a folder that from_pretrained can load")
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--scenes", type=int, default=SCENES, help="five questions each")
+    parser.add_argument("--against", type=Path, help="another model, to compare with")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()
-    results = evaluate(args.model, args.split, args.scenes)
+    results = evaluate(args.model, args.split, args.scenes, args.against)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.model.resolve().name}_{args.split}.json"
     path.write_text(json.dumps(results, indent=1) + "\n")

@@ -69,16 +69,23 @@ made to measure compression, not to be useful.
 """
 
 
+def extras(run: dict) -> str:
+    """What a run did beyond its stage."""
+    grown = [f"decoder grown from the {run['grown_from']}'s"] if run.get("grown_from") else []
+    kept = ["fixed word vectors"] if run.get("keep_words") else []
+    return ", ".join([*grown, *kept, *(["restyled images"] if run.get("restyle") else [])])
+
+
 def runs_table(runs: list[dict]) -> str:
     lines = [
-        "| stage | steps | scenes a step | highest learning rate | align loss | answer loss |",
-        "|---|---|---|---|---|---|",
+        "| stage | steps | scenes a step | highest rate | align loss | answer loss | with |",
+        "|---|---|---|---|---|---|---|",
     ]
     for run in runs:
         loss = f"{run['answer']:.3f}" if run["stage"] != "align" else ""
         lines.append(
             f"| {run['stage']} | {run['steps']} | {run['batch']} | {run['lr']:g} "
-            f"| {run['align']:.3f} | {loss} |"
+            f"| {run['align']:.3f} | {loss} | {extras(run)} |"
         )
     return "\n".join(lines)
 

@@ -8,7 +8,8 @@ trains the decoder on packed questions while the image side stays as it is. Stag
 everything on both. A run continues from the newest weights in RUNS/<model>, whichever stage made
 them. Its learning rate warms up, stays, and falls to zero in the last part of its time or steps,
 whichever ends first. `--out` exports the model for `from_pretrained`, unless an earlier run
-exported a better one.
+exported a better one. `--grow-from` replaces the decoder by that of a narrower model, widened;
+align the image side to it with `--keep-words`.
 """
 
 import argparse
@@ -21,12 +22,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from emojivqa import losses
+from emojivqa.augment import restyle
 from emojivqa.evaluation import exact_match
+from emojivqa.grow import widen_decoder
 from emojivqa.models import SIZES, build, export, pixels
 from emojivqa.packing import Layout, cached, layout, questions_of
 from emojivqa.questions import TYPES
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
 
 RATE = {"student": 2e-3, "teacher": 1e-3}
 WARM_UP, FALL = 100, 0.3
@@ -135,6 +139,9 @@ def train(args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model = build(args.model).to(device).train()
     history = restore(model, folder)
+    if args.grow_from:
+        widen_decoder(AutoModelForImageTextToText.from_pretrained(args.grow_from).float(), model)
+    model.get_input_embeddings().requires_grad_(not args.keep_words)
     if args.compile:
         for layer in model.model.vision_tower.encoder.layers:
             layer.compile()
@@ -142,6 +149,8 @@ def train(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(groups(model, args.stage), betas=(0.9, 0.98), weight_decay=0.05)
     rng = np.random.default_rng(history["steps"])
     run = {"stage": args.stage, "batch": args.batch, "lr": peak, "steps": 0, "seconds": 0}
+    run |= {"restyle": args.restyle, "keep_words": args.keep_words}
+    run["grown_from"] = args.grow_from.name if args.grow_from else None
     history["runs"].append(run)
     start, means = time.monotonic(), Means()
     for step in range(args.steps):
@@ -152,6 +161,8 @@ def train(args: argparse.Namespace) -> None:
         for group in optimizer.param_groups:
             group["lr"] = peak * group["share"] * rate(step, progress)
         part = batch(data, rng.integers(0, args.scenes, args.batch), device)
+        if args.restyle:
+            part["pixels"] = restyle(part["pixels"])
         align, answer, seen = loss_of(model, part, args.stage, form)
         optimizer.zero_grad(set_to_none=True)
         (align + answer).backward()
@@ -189,6 +200,11 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=200, help="steps between validations")
     parser.add_argument("--compile", action="store_true", help="compile the image tower")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--restyle", action="store_true", help="augment every batch anew")
+    parser.add_argument("--grow-from", type=Path, help="start from the decoder of this model")
+    parser.add_argument(
+        "--keep-words", action="store_true", help="leave the word vectors as they are"
+    )
     parser.add_argument("--out", type=Path, help="export the model here")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
