@@ -2,8 +2,8 @@
 
     python benchmarks/scale_search.py       writes benchmarks/results/scale_search.json
 
-The billion weights are those of a decoder with the shapes below, each searched once. Memory is
-what the resident set of the process grows by while a weight is worked on, the result included.
+The billion weights have the shapes below; one thread searches each once.
+Memory is what the resident set grows by while a weight is worked on, the result included.
 """
 
 from __future__ import annotations
@@ -86,10 +86,7 @@ def main() -> None:
         print(json.dumps(memory(options.step)))
         return
     load = os.getloadavg()[0]
-    rows = [
-        in_a_process(__file__, {"threads": threads, "weights": options.weights})
-        for threads in (1, 2)
-    ]
+    rows = [in_a_process(__file__, {"threads": 1, "weights": options.weights})]
     rows += [
         in_a_process(__file__, {"step": s}) for s in ("search_scales", "quantize", "dequantize")
     ]

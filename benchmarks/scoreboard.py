@@ -1,6 +1,6 @@
 """Write benchmarks/README.md, the scoreboard, from the results that are committed.
 
-    python benchmarks/scoreboard.py
+python benchmarks/scoreboard.py
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ PAGE = RESULTS.parent / "README.md"
 TARGETS = {
     "scale_search": "A 7B model in minutes on two cores; at most 1.5 layers of memory on top.",
     "compile_memory": "A peak of at most 2 times the bfloat16 weights.",
+    "qat_step": "QAT at most 1.15 times the fine-tuning step of the same model.",
     "head_and_loss": "A peak that depends on the chunk and not on the number of positions.",
 }
 """What each benchmark is held against; a target that is missed stays here with its figure."""

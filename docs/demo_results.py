@@ -46,14 +46,17 @@ def render(result: dict[str, Any]) -> str:
         cells = [row[0].ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         table.append("  ".join(cells).rstrip())
-    change = result["int4_minus_full_precision"]
+    changes = result["minus_full_precision"].items()
     sizes = result["weight_bytes"]
     lines = [
         "```",
         *table,
         "",
-        f"INT4 against full precision, same questions: {100 * change['difference']:+.1f} "
-        f"±{100 * change['standard_error']:.1f} points",
+        *(
+            f"{name} against the student in full precision, same questions: "
+            f"{100 * change['difference']:+.1f} ±{100 * change['standard_error']:.1f} points"
+            for name, change in changes
+        ),
         f"weights: float32 {kib(sizes['float32'])}, bfloat16 {kib(sizes['bfloat16'])}, "
         f"INT4 {kib(sizes['compiled'])}",
         "```",

@@ -1,7 +1,8 @@
-"""The demo: compile a shipped student and let three models answer questions about real pictures.
+"""The demo: compile a shipped student twice, with and without training, and ask every model.
 
-An example is a directory with `teacher/`, `student/` (Hugging Face directories) and a script
-`make_dataset.py --split test --out DIR [--limit N]` that writes the questions.
+An example is a directory with `teacher/`, `student/` (Hugging Face directories), a training recipe
+`grace.yaml` and a script `make_dataset.py --split train|test --out DIR [--limit N]` that writes
+questions about pictures.
 """
 
 from __future__ import annotations
@@ -25,54 +26,65 @@ from gracec.evaluate.vqa import paired_difference
 from gracec.models import load_model, load_processor
 
 BATCH_SIZE = 64
+TRAINING_QUESTIONS = 2500
+PTQ, GRACE = "INT4 PTQ", "INT4 GRACE"
 
 
 def run_demo(
     example: Path, output: Path, *, limit: int | None = None, console: Console
 ) -> dict[str, Any]:
-    """Compile the student, ask teacher, student and INT4 student, show and save what they say.
+    """Compile the student, ask teacher, student and both INT4 students, show and save the answers.
 
-    Writes `output/data` (the questions), `output/student-int4` (the artifact),
-    `output/answers.png` and `output/result.json`, replacing those of an earlier run.
+    Writes `output/train` and `output/data` (questions), `output/student-ptq` and
+    `output/student-grace` (the artifacts), `output/answers.png` and `output/result.json`, replacing
+    those of an earlier run.
 
     Returns:
-        JSON-able: sizes, accuracy by type with standard errors and controls, seconds.
+        JSON-able: sizes, accuracy by type with standard errors and controls, the training's
+        held-out scores, seconds.
 
     Raises:
         GracecError: if the directory is not an example.
     """
     started = time.perf_counter()
-    for name in ("teacher", "student", "make_dataset.py"):
+    for name in ("teacher", "student", "grace.yaml", "make_dataset.py"):
         if not (example / name).exists():
             raise GracecError(
                 f"{name} is missing",
                 where=str(example),
                 fix="run it in a checkout of gracec, or give --example DIR",
             )
-    data, artifact = output / "data", output / "student-int4"
-    for old in (data, artifact):
+    data, train = output / "data", output / "train"
+    artifacts = {PTQ: output / "student-ptq", GRACE: output / "student-grace"}
+    for old in (data, train, *artifacts.values(), Path(f"{artifacts[GRACE]}.training")):
         shutil.rmtree(old, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(example / "make_dataset.py"), "--split", "test"]
-    done = subprocess.run(
-        [*command, "--out", str(data)], capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        last_line = done.stderr.strip().rpartition("\n")[2]
-        raise GracecError(f"the questions cannot be written: {last_line}", where=command[1])
+    _write_questions(example, "test", data)
+    _write_questions(example, "train", train, TRAINING_QUESTIONS)
     samples = load_samples(data, limit)
 
-    console.rule("compile")
-    compiled = gracec.compile(example / "student", "w4a16-ptq", output_dir=artifact)
+    console.rule("post-training quantization")
+    compiled = gracec.compile(example / "student", "w4a16-ptq", output_dir=artifacts[PTQ])
     console.print(compiled.report.coverage_table())
     console.print(compiled.report.gates_table())
     console.print(compiled.report.sizes_line(), highlight=False)
+    console.rule("training with a teacher")
+    trained = gracec.compile(
+        example / "student",
+        example / "grace.yaml",
+        teacher=example / "teacher",
+        train_data=train,
+        output_dir=artifacts[GRACE],
+    )
+    for note in trained.report.notes:
+        if note.startswith("training: "):
+            console.print(note, highlight=False, markup=False)
 
     console.rule(f"{len(samples)} questions")
     models: dict[str, tuple[Any, Path]] = {
         "teacher fp32": (load_model(example / "teacher", torch.float32), example / "teacher"),
         "student fp32": (load_model(example / "student", torch.float32), example / "student"),
-        "student INT4": (gracec.load(artifact), artifact),
+        **{name: (gracec.load(artifact), artifact) for name, artifact in artifacts.items()},
     }
     reports: dict[str, VqaReport] = {}
     for name, (model, directory) in models.items():
@@ -81,12 +93,16 @@ def run_demo(
         accuracy, error = reports[name].overall.accuracy, reports[name].overall.standard_error
         console.print(f"{name}: {accuracy:.1%} ± {error:.1%}", highlight=False)
     console.print(format_table(reports))
-    change = paired_difference(reports["student INT4"], reports["student fp32"])
-    console.print(
-        f"INT4 against full precision, same questions: {100 * change.difference:+.1f} "
-        f"± {100 * change.standard_error:.1f} points",
-        highlight=False,
-    )
+    changes = {
+        name: paired_difference(reports[name], reports["student fp32"])._asdict()
+        for name in artifacts
+    }
+    for name, change in changes.items():
+        console.print(
+            f"{name} against the student in full precision, same questions: "
+            f"{100 * change['difference']:+.1f} ± {100 * change['standard_error']:.1f} points",
+            highlight=False,
+        )
 
     picture = output / "answers.png"
     shown = draw_answers(samples, reports, picture)
@@ -105,11 +121,22 @@ def run_demo(
         "questions": len(samples),
         "seconds": round(seconds, 1),
         "weight_bytes": compiled.report.sizes,
-        "int4_minus_full_precision": change._asdict(),
+        "minus_full_precision": changes,
+        "held_out": trained.report.training["held_out"],
         "models": {name: _without_predictions(report) for name, report in reports.items()},
     }
     (output / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
+
+
+def _write_questions(example: Path, split: str, folder: Path, limit: int | None = None) -> None:
+    """Have the example's script write one split."""
+    command = [sys.executable, str(example / "make_dataset.py"), "--split", split]
+    command += ["--out", str(folder)] + ([] if limit is None else ["--limit", str(limit)])
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last_line = done.stderr.strip().rpartition("\n")[2]
+        raise GracecError(f"the questions cannot be written: {last_line}", where=command[1])
 
 
 def draw_answers(

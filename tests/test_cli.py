@@ -69,9 +69,32 @@ def test_eval_gives_every_control(workspace: Path) -> None:
     assert "majority" in table.stdout
 
 
+def test_compile_trains_with_a_teacher_and_replaces_an_artifact(workspace: Path) -> None:
+    recipe = workspace / "grace.yaml"
+    training = "training: {steps: 2, batch_size: 2, held_out: 0.34, lr: 0.003}"
+    recipe.write_text(f"weights: {{decoder: {{group_size: 32}}}}\n{training}\n")
+    teach = ("--recipe", recipe, "--teacher", workspace / "model", "--data", workspace / "data")
+    out = ("--out", workspace / "trained", "--format", "hf,torchao")
+    done = gracec("compile", workspace / "model", *teach, *out, "--eval-data", workspace / "data")
+    assert done.returncode == 0, done.stderr
+    assert "training: trained 2 steps" in done.stdout
+    assert "accuracy on 3 questions: original" in done.stdout
+    assert "step 0/2 held out: loss" in done.stderr
+    card = (workspace / "trained" / "README.md").read_text()
+    assert "Exact match on data" in card
+    assert (workspace / "trained" / "torchao" / "model.safetensors").is_file()
+    again = gracec("compile", workspace / "model", "--out", workspace / "trained", "--overwrite")
+    assert again.returncode == 0, again.stderr
+    assert not (workspace / "trained" / "torchao").exists()
+    assert not [path for path in workspace.iterdir() if path.name.startswith(".")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("compile", "{root}/model", "--out", "x", "--format", "hff"), "did you mean 'hf'"),
+        (("compile", "{root}/model", "--out", "{root}/data", "--overwrite"), "this is none"),
+        (("compile", "{root}/model", "--out", "x", "--data", "{root}/no"), "{root}/no"),
         (("compile", "missing", "--out", "x"), "missing: no such model directory"),
         (("compile", "{root}/data", "--out", "x"), "no config.json, so this is no model"),
         (("compile", "{root}/model", "--out", "{root}/int4"), "the output directory exists"),
@@ -88,7 +111,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert done.returncode == 2, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("gracec: ")]
     assert len(lines) == 1
-    assert message in lines[0]
+    assert message.format(root=workspace) in lines[0]
     assert "Traceback" not in done.stderr
 
 

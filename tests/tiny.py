@@ -46,7 +46,7 @@ CHAT_TEMPLATE = (
     "{{ '<image> ' if part['type'] == 'image' else part['text'] + ' ' }}"
     "{% endfor %}{{ '</s> ' if message['role'] == 'assistant' else '' }}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT :' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<s> ASSISTANT : ' }}{% endif %}"
 )
 
 DEFAULT_PROMPTS = ("what is this ?", "where is the small red circle in the picture ?")

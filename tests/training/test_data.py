@@ -60,7 +60,7 @@ from tests.tiny import (
 
 STUDENT = Path(__file__).resolve().parents[2] / "examples/emojivqa/student"
 # Each turn begins with <s>; the tests' usual template asks for an answer without it.
-TEMPLATE = CHAT_TEMPLATE.replace("{{ 'ASSISTANT :' }}", "{{ '<s> ASSISTANT :' }}")
+TEMPLATE = CHAT_TEMPLATE
 ENDLESS = TEMPLATE.replace("{{ '</s> ' if message['role'] == 'assistant' else '' }}", "")
 MARKED = (
     "{% for message in messages %}{{ message['role'] | upper + ' : ' }}"
@@ -777,7 +777,7 @@ def test_the_model_can_be_trained_on_a_batch() -> None:
 
 def test_a_prompt_that_the_conversation_does_not_begin_with_is_an_error() -> None:
     with pytest.raises(GracecError, match="a.jsonl:1: the conversation does not begin with the pr"):
-        collator(CHAT_TEMPLATE)([ONE])
+        collator(CHAT_TEMPLATE.replace("{{ '<s> ASSISTANT : ' }}", "{{ 'ASSISTANT :' }}"))([ONE])
 
 
 def test_a_turn_that_is_written_otherwise_later_is_an_error() -> None:

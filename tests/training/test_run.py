@@ -14,7 +14,7 @@ import gracec
 from gracec.errors import GracecError
 from gracec.training import run
 from gracec.training.run import check_teacher, check_tokenizers
-from tests.tiny import CHAT_TEMPLATE, tiny_image, tiny_llava, tiny_processor
+from tests.tiny import tiny_image, tiny_llava, tiny_processor
 from tests.training.test_loop import in_a_child
 
 TRAINING = {
@@ -27,13 +27,7 @@ TRAINING = {
     "checkpoint_every": 1,
     "held_out": 0.25,
 }
-# What asks for an answer is what stands before one.
-TEMPLATE = CHAT_TEMPLATE.replace("{{ 'ASSISTANT :' }}", "{{ '<s> ASSISTANT : ' }}")
 WORDS = ["red", "green", "blue", "yellow"]
-
-
-def processor() -> Any:
-    return tiny_processor(chat_template=TEMPLATE)
 
 
 def records(count: int = 12) -> list[dict[str, Any]]:
@@ -71,7 +65,7 @@ def test_a_compilation_trains_lowers_saves_and_leaves_the_caller_alone(
         recipe(),
         teacher=teacher,
         train_data=records(),
-        processor=processor(),
+        processor=tiny_processor(),
         output_dir=tmp_path / "out",
         progress=False,
     )
@@ -84,7 +78,7 @@ def test_a_compilation_trains_lowers_saves_and_leaves_the_caller_alone(
     assert any("trained 4 steps" in note for note in report.notes)
     fresh = tiny_llava(tie=True).state_dict()
     assert all(torch.equal(fresh[name], t) for name, t in llava.state_dict().items())
-    untrained = gracec.compile(llava, "w4a16-ptq", processor=processor())
+    untrained = gracec.compile(llava, "w4a16-ptq", processor=tiny_processor())
     fqn = "model.language_model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(compiled.weights[fqn].dequantize(), untrained.weights[fqn].dequantize())
     assert not (tmp_path / "out.training").exists()
@@ -98,7 +92,7 @@ def test_without_a_teacher_a_frozen_copy_of_the_original_teaches(
     llava: LlavaForConditionalGeneration,
 ) -> None:
     compiled = gracec.compile(
-        llava, recipe(), train_data=records(), processor=processor(), progress=False
+        llava, recipe(), train_data=records(), processor=tiny_processor(), progress=False
     )
     assert "no teacher was given: a frozen copy of the original teaches" in compiled.report.notes
     rows = compiled.report.training["rows"]
@@ -133,7 +127,7 @@ def test_a_control_is_trained_and_not_quantized(
         llava,
         recipe(weights={}, training={"distillation": {"kind": "none", "omega": 0}}),
         train_data=records(),
-        processor=processor(),
+        processor=tiny_processor(),
         output_dir=tmp_path / "out",
         progress=False,
     )
@@ -153,7 +147,7 @@ def test_a_killed_compilation_resumes_to_the_same_codes(
     options: dict[str, Any] = {
         "recipe": recipe(training={"distillation": {"kind": "none", "omega": 0}}),
         "train_data": records(),
-        "processor": processor(),
+        "processor": tiny_processor(),
         "progress": False,
         "formats": (),
     }
@@ -198,8 +192,8 @@ def test_a_teacher_that_speaks_otherwise_is_refused(
 
 
 def test_tokenizers_must_agree() -> None:
-    check_tokenizers(processor(), processor())
-    other = processor()
+    check_tokenizers(tiny_processor(), tiny_processor())
+    other = tiny_processor()
     other.tokenizer.add_tokens(["w999"])
     with pytest.raises(GracecError, match="different tokenizers: 'w999' differs"):
-        check_tokenizers(processor(), other)
+        check_tokenizers(tiny_processor(), other)
