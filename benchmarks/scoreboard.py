@@ -76,7 +76,13 @@ def text(value: Any) -> str:
 def scoreboard() -> str:
     """The whole page."""
     results = {path.stem: json.loads(path.read_text("utf-8")) for path in RESULTS.glob("*.json")}
-    return "\n".join([INTRODUCTION, *(section(name, results[name]) for name in sorted(results))])
+    sections = [section(name, results[name]) for name in sorted(results)]
+    missing = [name for name in TARGETS if name not in results]
+    sections += [
+        f"## Not measured yet\n\n    python benchmarks/{name}.py\n\nTarget: {TARGETS[name]}\n"
+        for name in missing
+    ]
+    return "\n".join([INTRODUCTION, *sections])
 
 
 def main() -> None:
