@@ -173,6 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compiled", action="store_true", help="also through torch.compile")
     parser.add_argument("--work", choices=VARIANTS, help="be the process of this variant")
     options = parser.parse_args()
     if options.work:
@@ -180,13 +181,16 @@ def main() -> None:
         return
     load = os.getloadavg()[0]
     processes, facts = {}, {}
-    for name in VARIANTS:
+    variants = [
+        name for name, (_, inductor) in VARIANTS.items() if options.compiled or not inductor
+    ]
+    for name in variants:
         command = [sys.executable, __file__, f"--work={name}", f"--threads={options.threads}"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         processes[name] = subprocess.Popen(command, **pipes)
         facts[name] = json.loads(processes[name].stdout.readline())
         processes[name].send_signal(signal.SIGSTOP)
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(options.rounds):
         for name, process in processes.items():
             process.send_signal(signal.SIGCONT)
@@ -211,7 +215,8 @@ def main() -> None:
             }
         )
     what = f"an optimizer step, INT4 g{GROUP_SIZE}, random LLaVA, batch of {BATCH['batch']}"
-    write_result("qat_step", what, rows, load=load)
+    arguments = "--compiled" if options.compiled else ""
+    write_result("qat_step", what, rows, arguments=arguments, load=load)
 
 
 if __name__ == "__main__":
