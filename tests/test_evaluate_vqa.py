@@ -118,7 +118,7 @@ def test_prompts_are_templated_left_padded_and_greedy(samples: list[VqaSample]) 
     seeing, blind = model.calls
     longest = processor.tokenizer.decode(seeing["input_ids"][1])
     images = " ".join(["<image>"] * IMAGE_TOKENS)
-    assert longest == f"<s> USER : {images} {QUESTIONS[1]} ASSISTANT :"
+    assert longest == f"<s> USER : {images} {QUESTIONS[1]} <s> ASSISTANT :"
     assert seeing["attention_mask"][0].tolist()[:2] == [0, 0]
     assert bool((seeing["attention_mask"][:, -1] == 1).all())
     options = {name: seeing[name] for name in ("max_new_tokens", "do_sample", "num_beams")}

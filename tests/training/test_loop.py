@@ -279,3 +279,17 @@ def wait(child: int) -> int:
 
 def in_a_child(work: Callable[[], None]) -> int:
     return wait(start(work))
+
+
+@pytest.mark.slow
+def test_a_compiled_run_with_activation_checkpointing_takes_the_same_steps(
+    after: After, llava: LlavaForConditionalGeneration, teacher: Learner
+) -> None:
+    rows = []
+    for fields in ({}, {"compile": True, "activation_checkpointing": 0.3}):
+        learner = Learner(with_own_tensors(after(STUDENT)), llava)
+        options = rule(steps=2, distillation={"omega_warmup": 0}, **fields)
+        rows.append(go(learner, teacher, options).rows)
+    for eager, compiled in zip(*rows, strict=True):
+        for name in ("ce", "distillation", "rcka", "grad_norm"):
+            assert compiled[name] == pytest.approx(eager[name], rel=1e-3), name
