@@ -38,7 +38,7 @@ from gracec.passes.lower_torchao import LowerTorchao, lowered_weights
 from gracec.passes.plan_quantization import PlanQuantization, plan_of
 from gracec.passes.strip import Strip
 from gracec.program import Program
-from gracec.recipe import Recipe, Training
+from gracec.recipe import Recipe
 from gracec.report import Report, weight_bytes
 from gracec.report.report import plan_rows, sqnr_db
 from gracec.store import Store, check_target, read_store, write_directory, write_store
@@ -106,12 +106,19 @@ def compile(
         model = model if inplace else share_weights(model)
     model.eval()
     samples, data_name = _questions(eval_data)
+    if eval_data is not None and training is None and not samples:
+        raise GracecError(
+            "eval_data holds no questions, and nothing is trained, so it would be ignored",
+            where=str(eval_data) if isinstance(eval_data, (str, Path)) else "eval_data",
+            fix=f"give a folder with {SAMPLES_FILE}",
+        )
     if samples and processor is None:
         raise GracecError("questions need the model's processor", fix="pass processor=")
     subject: Any = model
     original = evaluate_vqa(subject, processor, samples) if samples else None
     if training is not None:
-        teacher = _teacher(teacher, model, processor) if needs_teacher(training) else None
+        distils = training.distillation.needs_teacher
+        teacher = _teacher(teacher, model, processor) if distils else None
         model = own_weights(model)
 
     program = capture(model)
@@ -160,7 +167,7 @@ def compile(
     del program, prepared
     dtype: torch.dtype = getattr(torch, recipe.deploy.dtype)
     report = Report(recipe.to_dict(), rows, notes, figures, sizes, training=curve)
-    if output_dir is not None and weights:  # refused before the rest of the work
+    if output_dir is not None:  # refused before the rest of the work
         check_formats(wanted, Artifact.of(model, weights, report, dtype=dtype))
     lowered = _lower(model, weights, dtype, strict)
     notes += lowered.notes
@@ -171,7 +178,7 @@ def compile(
         found = evaluate_vqa(compiled, processor, samples)
         report.accuracy.update(accuracy_rows(original, found, data_name))
     if output_dir is not None and rank() == 0:
-        compiled.save_pretrained(output_dir, formats, overwrite=overwrite)
+        notes += compiled.save_pretrained(output_dir, formats, overwrite=overwrite)
         if curve:
             shutil.rmtree(f"{output_dir}.training")
     return compiled
@@ -203,20 +210,15 @@ def _check_training(
     if resume and output_dir is None:
         raise GracecError("there is nothing to resume without output_dir")
     if train_data is not None:
-        if teacher is None and needs_teacher(recipe.training):
+        if teacher is None and recipe.training.distillation.needs_teacher:
             return ["no teacher was given: a frozen copy of the original teaches"]
         return []
     if not any(recipe.weights.values()):
         raise GracecError("the recipe only trains, and there is no train_data", where=recipe.name)
     note = "no training data: post-training quantization instead"
-    if strict or teacher is not None:
+    if strict or teacher is not None or resume:
         raise GracecError(note, where=f"recipe {recipe.name}", fix="give train_data, or w4a16-ptq")
     return [note]
-
-
-def needs_teacher(training: Training) -> bool:
-    """Whether a training distils."""
-    return training.distillation.needs_teacher
 
 
 def _teacher(
@@ -247,10 +249,8 @@ def _as_records(eval_data: Any) -> Any:
     return [
         {
             "image": load_image(sample.image),
-            "conversations": [
-                {"from": "human", "value": f"<image>\n{sample.question}"},
-                {"from": "gpt", "value": sample.answer},
-            ],
+            "question": sample.question,
+            "answer": sample.answer,
         }
         if isinstance(sample, VqaSample)
         else sample
@@ -389,7 +389,7 @@ class CompiledModel:
             GracecError: if the directory exists, a format cannot hold the weights, or the disk does
                 not take it. Nothing half-written is left.
         """
-        wanted = parse_formats(formats) if self.weights else []
+        wanted = parse_formats(formats)
         artifact = Artifact.of(
             self.model,
             self.weights,
@@ -410,13 +410,15 @@ class CompiledModel:
         notes: list[str] = []
 
         def fill(target: Path) -> None:
-            for form in wanted:
+            plain = not self.weights and any(not form.folder for form in wanted)
+            for form in [] if plain else wanted:
                 notes.extend(form.write(artifact, target / form.folder))
-            if all(form.folder for form in wanted):  # else the top level is written already
-                if self.weights:
-                    self.model.config.save_pretrained(target)
-                else:  # nothing is quantized: an ordinary model, which everything loads
+            if plain or all(form.folder for form in wanted):  # else the top level is written
+                if plain:  # nothing is quantized: an ordinary model, which everything loads
                     self.model.save_pretrained(target)
+                    notes.append("nothing is quantized: an ordinary Hugging Face model")
+                else:
+                    self.model.config.save_pretrained(target)
                 self.model.generation_config.save_pretrained(target)
                 if self.processor is not None:
                     self.processor.save_pretrained(target)
@@ -429,11 +431,13 @@ class CompiledModel:
 def check_formats(formats: Sequence[Format], artifact: Artifact) -> None:
     """Refuse formats that cannot hold an artifact.
 
+    Where nothing is quantized, "hf" is an ordinary model, which needs no format.
+
     Raises:
         GracecError: with the first reason.
     """
     for form in formats:
-        reason = form.refusal(artifact)
+        reason = form.refusal(artifact) if artifact.weights or form.folder else ""
         if reason:
             raise GracecError(reason, where=f"format {form.name}", fix="choose other formats")
 

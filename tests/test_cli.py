@@ -78,6 +78,7 @@ def test_compile_trains_with_a_teacher_and_replaces_an_artifact(workspace: Path)
     done = gracec("compile", workspace / "model", *teach, *out, "--eval-data", workspace / "data")
     assert done.returncode == 0, done.stderr
     assert "training: trained 2 steps" in done.stdout
+    assert "torchao: a code takes 8 bits on disk" in done.stdout
     assert "accuracy on 3 questions: original" in done.stdout
     assert "step 0/2 held out: loss" in done.stderr
     card = (workspace / "trained" / "README.md").read_text()

@@ -37,6 +37,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 
 from gracec.errors import GateError, GracecError
+from gracec.ops import dtype_name
 from gracec.passes.freeze import FrozenWeight
 from gracec.report import Report
 from gracec.report.card import model_card
@@ -344,11 +345,6 @@ def _path_patterns(path: str) -> Iterator[str]:
 def per_channel_scales(weight: FrozenWeight) -> Tensor:
     """Scales [N, K / group_size]; one scale for the whole weight is repeated for each channel."""
     return weight.scales.expand(weight.shape[0], -1)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """ "bfloat16" for torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _prefixes(name: str) -> list[str]:

@@ -101,15 +101,24 @@ def test_without_a_teacher_a_frozen_copy_of_the_original_teaches(
 
 
 def test_without_data_it_is_post_training_quantization_and_says_so(
-    llava: LlavaForConditionalGeneration, teacher: LlavaForConditionalGeneration
+    llava: LlavaForConditionalGeneration, teacher: LlavaForConditionalGeneration, tmp_path: Path
 ) -> None:
     note = "no training data: post-training quantization instead"
     assert note in gracec.compile(llava).report.notes
-    for more in ({"strict": True}, {"teacher": teacher}):
+    resume = {"resume": True, "output_dir": tmp_path / "out"}
+    for more in ({"strict": True}, {"teacher": teacher}, resume):
         with pytest.raises(GracecError, match=note):
             gracec.compile(llava, "w4a16", **more)
     with pytest.raises(GracecError, match="the recipe only trains, and there is no train_data"):
         gracec.compile(llava, "bf16-sft")
+
+
+def test_eval_data_that_nothing_would_use_is_refused(
+    llava: LlavaForConditionalGeneration, tmp_path: Path
+) -> None:
+    (tmp_path / "train.jsonl").write_text("{}")
+    with pytest.raises(GracecError, match="eval_data holds no questions, and nothing is trained"):
+        gracec.compile(llava, "w4a16-ptq", eval_data=tmp_path)
 
 
 @pytest.mark.parametrize("argument", ["train_data", "teacher", "resume"])
@@ -132,6 +141,10 @@ def test_a_control_is_trained_and_not_quantized(
         progress=False,
     )
     assert not compiled.weights
+    assert "nothing is quantized: an ordinary Hugging Face model" in compiled.report.notes
+    with pytest.raises(GracecError, match="format awq: no weight is quantized"):
+        compiled.save_pretrained(tmp_path / "awq", "awq")
+    assert not (tmp_path / "awq").exists()
     assert compiled.report.training["best_step"] > 0
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     inputs = {n: t.bfloat16() if t.is_floating_point() else t for n, t in batch.items()}
