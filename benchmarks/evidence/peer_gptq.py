@@ -7,12 +7,13 @@
 PEER is an environment of its own: peer_requirements.txt says how to make it. Nothing here imports
 gracec.
 
-What is quantized: the attention and MLP linears of the language model, 28 of them, and nothing
-else. The student is loaded in float32 and calibrated on images, questions and answers through its
-own processor and chat template. DIR is an ordinary Hugging Face directory in float32 whose
-quantized linears hold the values after dequantization, so that one evaluator scores it with the
-arithmetic it uses for any other model, and peer.json says how it was made. Each written weight is
-checked to lie on its grid: integers of `bits` bits times one scale per group.
+What is quantized: the attention and MLP linears of the language model, 28 of them, with
+`--projector` the two linears of the projector too, and nothing else. The student is loaded in
+float32 and calibrated on images, questions and answers through its own processor and chat template.
+DIR is an ordinary Hugging Face directory in float32 whose quantized linears hold the values after
+dequantization, so that one evaluator scores it with the arithmetic it uses for any other model, and
+peer.json says how it was made. Each written weight is checked to lie on its grid: integers of
+`bits` bits times one scale per group.
 
 The scheme is llm-compressor's preset W<bits>A16: symmetric, signed, rounding into
 [-2^(bits-1), 2^(bits-1) - 1], with a scale of the largest magnitude over (2^bits - 1) / 2. Such
@@ -52,7 +53,8 @@ LINEARS = re.compile(
 AWQ_CHANGES = re.compile(
     r"model\.language_model\.layers\.\d+\.(input|post_attention)_layernorm\.weight"
 )
-EXPECTED = 28
+PROJECTOR = re.compile(r"model\.multi_modal_projector\.linear_[12]")
+EXPECTED, WITH_PROJECTOR = 28, 30
 BLOCK = "LlamaDecoderLayer"
 BITS = range(2, 9)
 METHODS = ("gptq", "awq", "rtn")
@@ -135,7 +137,8 @@ def recipe(
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
 
-    scheme = preset_name_to_scheme(f"W{bits}A16", ["re:.*language_model\\.layers.*_proj$"])
+    targets = [r"re:.*language_model\.layers.*_proj$", r"re:.*multi_modal_projector\.linear_[12]$"]
+    scheme = preset_name_to_scheme(f"W{bits}A16", targets)
     weights = scheme.weights.model_copy(update={"group_size": group_size})
     if not weights.symmetric or str(weights.strategy) != "group":
         raise SystemExit(f"the peer's preset W{bits}A16 is not symmetric and per group")
@@ -235,14 +238,15 @@ def run(args: argparse.Namespace) -> None:
     expected = sorted(
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and LINEARS.fullmatch(name)
+        if isinstance(module, nn.Linear)
+        and (LINEARS.fullmatch(name) or (args.projector and PROJECTOR.fullmatch(name)))
     )
-    if len(expected) != EXPECTED:
-        raise SystemExit(f"{len(expected)} linears in the language model, not {EXPECTED}")
+    if len(expected) != (WITH_PROJECTOR if args.projector else EXPECTED):
+        raise SystemExit(f"{len(expected)} linears to quantize are not as many as expected")
 
     questions = chosen(args.data, args.samples, args.seed)
     batches = encoded(processor, args.data, questions)
-    tower = r"re:.*(vision_tower|multi_modal_projector).*"
+    tower = r"re:.*vision_tower.*" if args.projector else r"re:.*(vision_tower|multi_modal_pro).*"
     modifiers = recipe(args.method, args.bits, args.group_size, args.actorder, args.observer, tower)
     patched = without_pinning() if args.method == "awq" else []
     began = time.perf_counter()
@@ -365,6 +369,7 @@ def main() -> None:
     parser.add_argument("--actorder", choices=("static", "none"), default="static", help="of GPTQ")
     parser.add_argument("--observer", help="of the weights (default: the peer's)")
     parser.add_argument("--samples", type=int, default=256, help="questions to calibrate on")
+    parser.add_argument("--projector", action="store_true", help="quantize the projector too")
     parser.add_argument("--model", type=Path, default=STUDENT)
     parser.add_argument("--data", type=Path, required=True, help="as make_dataset.py writes it")
     parser.add_argument("--out", type=Path, required=True)
