@@ -497,10 +497,12 @@ STRESS_ROWS = {
     "w4p-ptq": "4 bits, no training",
     "w3-ptq": "3 bits, no training",
     "w2-ptq": "2 bits, no training",
-    "peer-gptq-w2": "2 bits, GPTQ of llm-compressor, the same weights",
     "w2-qat": "2 bits, cross-entropy QAT",
     "w2-kl": "2 bits, cross-entropy and plain KL",
     "w2-grace": "2 bits, GRACE",
+    "w2d-ptq": "2 bits, decoder alone, no training",
+    "peer-gptq-w2d": "2 bits, decoder alone, GPTQ of llm-compressor",
+    "w2d-grace": "2 bits, decoder alone, GRACE",
 }
 LITTLE_ROWS = {
     "w2-ptq": "no training",

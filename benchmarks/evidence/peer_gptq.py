@@ -7,13 +7,12 @@
 PEER is an environment of its own: peer_requirements.txt says how to make it. Nothing here imports
 gracec.
 
-What is quantized: the attention and MLP linears of the language model, 28 of them, with
-`--projector` the two linears of the projector too, and nothing else. The student is loaded in
-float32 and calibrated on images, questions and answers through its own processor and chat template.
-DIR is an ordinary Hugging Face directory in float32 whose quantized linears hold the values after
-dequantization, so that one evaluator scores it with the arithmetic it uses for any other model, and
-peer.json says how it was made. Each written weight is checked to lie on its grid: integers of
-`bits` bits times one scale per group.
+What is quantized: the attention and MLP linears of the language model, 28 of them, and nothing
+else. The student is loaded in float32 and calibrated on images, questions and answers through its
+own processor and chat template. DIR is an ordinary Hugging Face directory in float32 whose
+quantized linears hold the values after dequantization, so that one evaluator scores it with the
+arithmetic it uses for any other model, and peer.json says how it was made. Each written weight is
+checked to lie on its grid: integers of `bits` bits times one scale per group.
 
 The scheme is llm-compressor's preset W<bits>A16: symmetric, signed, rounding into
 [-2^(bits-1), 2^(bits-1) - 1], with a scale of the largest magnitude over (2^bits - 1) / 2. Such
@@ -53,8 +52,7 @@ LINEARS = re.compile(
 AWQ_CHANGES = re.compile(
     r"model\.language_model\.layers\.\d+\.(input|post_attention)_layernorm\.weight"
 )
-PROJECTOR = re.compile(r"model\.multi_modal_projector\.linear_[12]")
-EXPECTED, WITH_PROJECTOR = 28, 30
+EXPECTED = 28
 BLOCK = "LlamaDecoderLayer"
 BITS = range(2, 9)
 METHODS = ("gptq", "awq", "rtn")
@@ -137,8 +135,7 @@ def recipe(
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
 
-    targets = [r"re:.*language_model\.layers.*_proj$", r"re:.*multi_modal_projector\.linear_[12]$"]
-    scheme = preset_name_to_scheme(f"W{bits}A16", targets)
+    scheme = preset_name_to_scheme(f"W{bits}A16", ["re:.*language_model\\.layers.*_proj$"])
     weights = scheme.weights.model_copy(update={"group_size": group_size})
     if not weights.symmetric or str(weights.strategy) != "group":
         raise SystemExit(f"the peer's preset W{bits}A16 is not symmetric and per group")
@@ -238,15 +235,14 @@ def run(args: argparse.Namespace) -> None:
     expected = sorted(
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and (LINEARS.fullmatch(name) or (args.projector and PROJECTOR.fullmatch(name)))
+        if isinstance(module, nn.Linear) and LINEARS.fullmatch(name)
     )
-    if len(expected) != (WITH_PROJECTOR if args.projector else EXPECTED):
-        raise SystemExit(f"{len(expected)} linears to quantize are not as many as expected")
+    if len(expected) != EXPECTED:
+        raise SystemExit(f"{len(expected)} linears in the language model, not {EXPECTED}")
 
     questions = chosen(args.data, args.samples, args.seed)
     batches = encoded(processor, args.data, questions)
-    tower = r"re:.*vision_tower.*" if args.projector else r"re:.*(vision_tower|multi_modal_pro).*"
+    tower = r"re:.*(vision_tower|multi_modal_projector).*"
     modifiers = recipe(args.method, args.bits, args.group_size, args.actorder, args.observer, tower)
     patched = without_pinning() if args.method == "awq" else []
     began = time.perf_counter()
@@ -369,7 +365,6 @@ def main() -> None:
     parser.add_argument("--actorder", choices=("static", "none"), default="static", help="of GPTQ")
     parser.add_argument("--observer", help="of the weights (default: the peer's)")
     parser.add_argument("--samples", type=int, default=256, help="questions to calibrate on")
-    parser.add_argument("--projector", action="store_true", help="quantize the projector too")
     parser.add_argument("--model", type=Path, default=STUDENT)
     parser.add_argument("--data", type=Path, required=True, help="as make_dataset.py writes it")
     parser.add_argument("--out", type=Path, required=True)
