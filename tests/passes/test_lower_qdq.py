@@ -1,0 +1,161 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from gracec import ir
+from gracec.backends.onnx import kernel
+from gracec.capture import capture
+from gracec.errors import GracecError, PassError
+from gracec.passes import parse_pipeline, run_passes
+from gracec.passes.freeze import FrozenWeight, frozen_weights
+from gracec.passes.lower_qdq import DEQUANTIZE_LINEAR, LowerQdq, lowered_weights
+from gracec.passes.plan_quantization import PlanQuantization
+from gracec.program import Program
+from gracec.quant import QuantSpec
+from gracec.recipe import Recipe
+from tests.backends.artifacts import random_weight
+from tests.tiny import tiny_llava
+
+Golden = Callable[[str, str], None]
+After = Callable[[str], Program]
+FROZEN = "analyze-modality,plan-quantization,insert-fake-quant,freeze"
+OPS = ("qdq", "matmulnbits")
+
+
+def pipeline(ops: str) -> str:
+    return f"{FROZEN},lower-qdq{{ops={ops}}}"
+
+
+@pytest.mark.parametrize("ops", OPS)
+def test_golden(after: After, golden: Golden, ops: str) -> None:
+    golden(f"lower-qdq/llava-{ops}.txt", ir.diff(after(FROZEN), after(pipeline(ops))) + "\n")
+
+
+@pytest.mark.parametrize("ops", OPS)
+def test_the_lowered_graph_computes_what_the_frozen_one_does(
+    after: After, batch: dict[str, Tensor], ops: str
+) -> None:
+    expected, found = after(FROZEN)(**batch)[0], after(pipeline(ops))(**batch)[0]
+    torch.testing.assert_close(found, expected)
+    assert set(lowered_weights(after(pipeline(ops)))) == set(frozen_weights(after(FROZEN)))
+
+
+@pytest.mark.parametrize("ops", OPS)
+def test_idempotent(after: After, ops: str) -> None:
+    assert not LowerQdq(ops).run(after(pipeline(ops))).modified
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(QuantSpec(bits, 32) for bits in (2, 3, 4, 8)),
+        *(QuantSpec(4, size) for size in (16, 64, 128)),
+        QuantSpec(4, granularity="per_channel"),
+        QuantSpec(8, granularity="per_tensor"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rows", [6, 7])
+def test_operands_are_codes_times_scales(spec: QuantSpec, rows: int) -> None:
+    weight = random_weight((rows, 384), spec, 0)
+    block = kernel.block_size(weight)
+    codes, scales = kernel.qdq_operands(weight)
+    found = torch.ops.gracec.dequantize_linear(codes, scales, block)
+    assert torch.equal(found.t(), weight.dequantize())
+    codes, scales = kernel.matmulnbits_operands(weight)
+    bits = kernel.kernel_bits(weight, "matmulnbits")
+    identity = torch.eye(384)
+    product = torch.ops.gracec.matmul_nbits(identity, codes, scales, bits, block, 1)
+    assert torch.equal(product.t(), weight.dequantize())
+
+
+def test_what_a_code_takes() -> None:
+    def bits(width: int, rows: int = 8) -> list[int]:
+        weight = random_weight((rows, 32), QuantSpec(width, 32), 0)
+        return [kernel.kernel_bits(weight, ops) for ops in OPS]
+
+    assert [bits(width) for width in (2, 3, 4, 8)] == [[4, 2], [4, 4], [4, 4], [8, 8]]
+    assert bits(4, rows=7) == [8, 4]
+
+
+def test_blocks() -> None:
+    def block(columns: int) -> int:
+        spec = QuantSpec(4, granularity="per_channel")
+        return kernel.block_size(random_weight((8, columns), spec, 0))
+
+    assert [block(columns) for columns in (512, 384, 48, 24)] == [256, 128, 16, 0]
+
+
+def test_a_bias_is_added_after(batch: dict[str, Tensor]) -> None:
+    recipe = Recipe.from_dict({"name": "v", "weights": {"vision": {"group_size": 32}}})
+    program = _frozen(recipe)
+    for ops in OPS:
+        lowered = LowerQdq(ops).run(program).program
+        assert len(lowered_weights(lowered)) == len(frozen_weights(program)) > 0
+        torch.testing.assert_close(lowered(**batch)[0], program(**batch)[0])
+
+
+def test_a_weight_that_the_kernel_does_not_take_runs_dense_and_is_named(
+    after: After, batch: dict[str, Tensor]
+) -> None:
+    model = tiny_llava(intermediate_size=72)
+    rule = {"bits": 4, "granularity": "per_channel"}
+    program = _frozen(Recipe.from_dict({"name": "c", "weights": {"decoder": rule}}), model)
+    result = LowerQdq().run(program)
+    dense = [note for note in result.notes if "runs dense: the kernel takes blocks of 16" in note]
+    assert len(dense) == 2
+    assert all("down_proj" in note for note in dense)
+    torch.testing.assert_close(result.program(**batch)[0], program(**batch)[0])
+    with pytest.raises(PassError, match="a scale has 72 features; change the recipe"):
+        LowerQdq(strict=True).run(program)
+
+
+def test_two_linears_of_one_weight_share_nothing(after: After, batch: dict[str, Tensor]) -> None:
+    program = after(FROZEN).copy()
+    dequantized = next(node for node in program.graph.nodes if "dequantize" in str(node.target))
+    (linear,) = dequantized.users
+    with program.graph.inserting_before(linear):
+        twin = program.graph.node_copy(linear)
+        total = program.graph.call_function(torch.ops.aten.add.Tensor, (linear, twin))
+    total.meta = dict(linear.meta)
+    linear.append(total)
+    linear.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    program.recompile()
+    lowered = LowerQdq().run(program).program
+    assert len(lowered_weights(lowered)) == 15
+    operands = [node.args[0] for node in lowered.nodes(DEQUANTIZE_LINEAR)]
+    assert len(set(operands)) == 15
+    torch.testing.assert_close(lowered(**batch)[0], program(**batch)[0])
+
+
+def test_it_needs_codes_in_float32(captured: Program, after: After) -> None:
+    with pytest.raises(PassError, match="run freeze first"):
+        LowerQdq().run(captured)
+    program = after(FROZEN).copy()
+    program.dtype = torch.bfloat16
+    with pytest.raises(PassError, match="computes in torch.bfloat16; capture in float32"):
+        LowerQdq().run(program)
+
+
+def test_unknown_options(after: After) -> None:
+    with pytest.raises(GracecError, match="unknown ops 'int4'; use qdq or matmulnbits"):
+        LowerQdq("int4").run(after(FROZEN))
+    with pytest.raises(GracecError, match="unknown mode 'exact'; use faithful or fast"):
+        LowerQdq(mode="exact").run(after(FROZEN))
+
+
+def _frozen(recipe: Recipe, model: torch.nn.Module | None = None) -> Program:
+    captured = capture(model or tiny_llava())  # type: ignore[arg-type]
+    analyzed = run_passes(captured, parse_pipeline("analyze-modality")).program
+    planned = PlanQuantization(recipe=recipe).run(analyzed).program
+    return run_passes(planned, parse_pipeline("insert-fake-quant,freeze")).program
+
+
+def test_narrow_weights_take_two_bits() -> None:
+    weight = FrozenWeight.from_codes(
+        torch.tensor([[-2, -1, 0, 1] * 4], dtype=torch.int8), torch.ones(1, 1), QuantSpec(2, 16)
+    )
+    codes, _ = kernel.matmulnbits_operands(weight)
+    assert codes.flatten().tolist() == [0b11100100] * 4
