@@ -7,17 +7,17 @@ weights, and each weight has to be in exactly one graph.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.export import Dim
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from gracec.capture.capture import gate_batches, trace
-from gracec.capture.families import Family, family_of
+from gracec.capture.families import Family, families, family_of
 from gracec.capture.serving_graph import (
     BATCH,
     CACHE,
@@ -29,6 +29,7 @@ from gracec.capture.serving_graph import (
     Shape,
 )
 from gracec.errors import GateError
+from gracec.greedy import prompt_logits
 from gracec.passes import run_passes
 from gracec.passes.apply_codes import LINEAR, ApplyCodes
 from gracec.passes.freeze import FrozenWeight, frozen_weights
@@ -176,7 +177,7 @@ def code_hash(weight: FrozenWeight) -> str:
 
 
 def composed_equals_training(
-    serving: Serving, training: Program, family: Family, model: PreTrainedModel
+    serving: Serving, training: Program, model: PreTrainedModel
 ) -> float:
     """Gate: vision, embedding and decoder together compute the logits of the training graph.
 
@@ -190,16 +191,19 @@ def composed_equals_training(
         The largest difference of a logit, relative to the largest logit.
     """
     worst = 0.0
-    for batch in gate_batches(family, model):
-        inputs = family.prepare(model, batch)
+    runtime = ServingRuntime(serving, model.config)
+    for batch in gate_batches(family_of(model), model):
+        inputs = family_of(model).prepare(model, batch)
         with torch.no_grad():
-            expected = training(**inputs)[0]
+            expected = training(**inputs)[0].double()
+        # Positions count padding, as in the training graph.
+        positions = runtime.family.positions(torch.ones_like(inputs["attention_mask"]))
         length = expected.shape[1]
-        for cut in (0, length // 2):
-            parts = [part for part in (slice(0, cut), slice(cut, length)) if part.stop > part.start]
-            found = torch.cat(list(_decode(serving, family, model, inputs, parts)), dim=1)
-            difference = (expected.double() - found.double()).abs().max()
-            worst = max(worst, (difference / expected.double().abs().max()).item())
+        halves = slice(0, length // 2), slice(length // 2, length)
+        for parts in ((slice(0, length),), halves):
+            found = prompt_logits(runtime, inputs, parts, positions).double()
+            difference = (expected - found).abs().max() / expected.abs().max()
+            worst = max(worst, difference.item())
     if not worst <= COMPOSED_BOUND:
         raise GateError(
             f"the serving graphs are off by {worst:.3g} from the training graph, "
@@ -208,34 +212,46 @@ def composed_equals_training(
     return worst
 
 
-def _decode(
-    serving: Serving,
-    family: Family,
-    model: PreTrainedModel,
-    inputs: Mapping[str, Tensor],
-    parts: Sequence[slice],
-) -> Iterator[Tensor]:
-    """Logits of each part of the prompt. Positions count padding, as in the training graph."""
-    vision = serving[VISION]
-    (features,) = vision.run({name: inputs[name] for name in vision.inputs}).values()
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    (embeds,) = serving[EMBEDDING].run({"input_ids": ids}).values()
-    embeds = family.merge(model.config, ids, embeds, features)
-    positions = family.positions(torch.ones_like(mask))
-    decoder = serving[DECODER]
-    past = empty_cache(decoder.inputs, len(ids), embeds.dtype, embeds.device)
-    for part in parts:
+class ServingRuntime:
+    """Serving graphs run by torch; a cache is a dictionary of tensors."""
+
+    def __init__(self, serving: Serving, config: PreTrainedConfig) -> None:
+        self.serving, self.config = serving, config
+
+    @property
+    def family(self) -> Family:
+        return families()[self.config.model_type]
+
+    def encode(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        (features,) = self.serving[VISION].run(inputs).values()
+        return features
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        (embeds,) = self.serving[EMBEDDING].run({"input_ids": input_ids}).values()
+        return embeds
+
+    def decode(
+        self,
+        embeds: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        keep: int,
+        past: Any = None,
+    ) -> tuple[Tensor, Any]:
+        decoder = self.serving[DECODER]
+        if past is None:
+            past = empty_cache(decoder.inputs, len(embeds), embeds.dtype, embeds.device)
         outputs = decoder.run(
             {
-                "inputs_embeds": embeds[:, part],
-                "attention_mask": mask[:, : part.stop],
-                "position_ids": positions[..., part],
-                "num_logits_to_keep": torch.tensor(0),
+                "inputs_embeds": embeds,
+                "attention_mask": attention_mask,
+                "position_ids": position_ids,
+                "num_logits_to_keep": torch.tensor(keep),
                 **past,
             }
         )
-        yield outputs.pop("logits")
-        past = dict(zip(past, outputs.values(), strict=True))
+        logits = outputs.pop("logits")
+        return logits, dict(zip(past, outputs.values(), strict=True))
 
 
 def empty_cache(
@@ -244,7 +260,11 @@ def empty_cache(
     """A cache of no positions for a decoder with these inputs."""
     sizes = {BATCH: batch, PAST: 0}
     return {
-        name: torch.empty([sizes.get(size, size) for size in shape], dtype=dtype, device=device)
+        name: torch.empty(
+            [sizes[size] if isinstance(size, str) else size for size in shape],
+            dtype=dtype,
+            device=device,
+        )
         for name, shape in inputs.items()
         if name.startswith(f"{CACHE}.")
     }

@@ -56,20 +56,20 @@ def test_names_and_symbols(serving: Serving) -> None:
 def test_together_they_are_the_training_graph(
     llava: LlavaForConditionalGeneration, serving: Serving, captured: Program
 ) -> None:
-    assert composed_equals_training(serving, captured, family_of(llava), llava) <= 1e-6
+    assert composed_equals_training(serving, captured, llava) <= 1e-6
 
 
 def test_with_the_codes_of_the_training_graph(
     llava: LlavaForConditionalGeneration, frozen_serving: Serving, after: After
 ) -> None:
-    assert composed_equals_training(frozen_serving, after(FROZEN), family_of(llava), llava) <= 1e-6
+    assert composed_equals_training(frozen_serving, after(FROZEN), llava) <= 1e-6
 
 
 def test_other_weights_are_found(
     llava: LlavaForConditionalGeneration, serving: Serving, after: After
 ) -> None:
     with pytest.raises(GateError, match="off by .* from the training graph"):
-        composed_equals_training(serving, after(FROZEN), family_of(llava), llava)
+        composed_equals_training(serving, after(FROZEN), llava)
 
 
 def test_some_logits_are_the_last_ones(serving: Serving) -> None:
