@@ -24,6 +24,7 @@ from gracec.recipe import (
     ActivationRule,
     Deploy,
     Distillation,
+    Expectation,
     Recipe,
     ScaleSearch,
     Training,
@@ -43,6 +44,8 @@ MEANING = {
     "weights.PART.group_size": "consecutive input features that share one scale, if per_group",
     "weights.PART.granularity": "what has a scale of its own",
     "weights.PART.observer": "how the first scales are found",
+    "weights.PART.parametrization": "what is trained: the logarithm of a scale, or the scale with "
+    "the gradient scale of LSQ, which takes a smaller `scale_lr`",
     "activations.PART.bits": "width of the signed codes",
     "activations.PART.group_size": "consecutive features that share one scale, if per_group",
     "activations.PART.granularity": "what has a scale of its own",
@@ -52,6 +55,10 @@ MEANING = {
     "scale_search.candidates": "points of the grid that `mse` tries for each scale",
     "scale_search.lowest": "first point, in multiples of max abs(w) / q_max",
     "scale_search.highest": "last point, likewise",
+    "expect": "the accuracy gate; null: none",
+    "expect.metric": "share of exact answers on `eval_data`, or that less the original model's",
+    "expect.at_least": "lowest value that passes: `0.8`; `-0.01` for one point lost",
+    "expect.type": "only questions of this type; null: all",
     "deploy.dtype": "what the compiled model runs in",
     "training": "how weights and scales are trained; null or missing: post-training quantization",
     "training.steps": "optimizer steps; null: `epochs` times the data",
@@ -68,6 +75,7 @@ MEANING = {
     "training.seed": "of the data order and the held-out part",
     "training.max_length": "tokens of the longest sample; null: as long as they are",
     "training.held_out": "share of the data that chooses the best state, without `eval_data`",
+    "training.keep": "which state is kept: the best on the held-out part, or the last",
     "training.evaluate_every": "optimizer steps between two looks at the held-out part",
     "training.checkpoint_every": "optimizer steps between two checkpoints",
     "training.max_skipped": "steps in a row whose loss may be NaN or infinite",
@@ -202,6 +210,7 @@ def fields_table() -> str:
         "scale_search.": ScaleSearch,
         "training.": Training,
         "training.distillation.": Distillation,
+        "expect.": Expectation,
         "deploy.": Deploy,
     }
     rows = []

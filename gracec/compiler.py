@@ -38,7 +38,7 @@ from gracec.passes.lower_torchao import LowerTorchao, lowered_weights
 from gracec.passes.plan_quantization import PlanQuantization, plan_of
 from gracec.passes.strip import Strip
 from gracec.program import Program
-from gracec.recipe import Recipe
+from gracec.recipe import Recipe, nearest
 from gracec.report import Report, weight_bytes
 from gracec.report.report import plan_rows, sqnr_db
 from gracec.store import Store, check_target, read_store, write_directory, write_store
@@ -85,7 +85,8 @@ def compile(
 
     Raises:
         GracecError: if the model, the recipe, the data or the output directory does not fit.
-        GateError: if the result is not numerically what it should be.
+        GateError: if the result is not numerically what it should be, or not as accurate as the
+            recipe expects; then it is kept as `<output_dir>.failed`.
     """
     recipe = Recipe.load(recipe)
     check_runnable(recipe)
@@ -112,6 +113,7 @@ def compile(
             where=str(eval_data) if isinstance(eval_data, (str, Path)) else "eval_data",
             fix=f"give a folder with {SAMPLES_FILE}",
         )
+    _check_expectation(recipe, samples)
     if samples and processor is None:
         raise GracecError("questions need the model's processor", fix="pass processor=")
     subject: Any = model
@@ -177,10 +179,20 @@ def compile(
     if samples and original:
         found = evaluate_vqa(compiled, processor, samples)
         report.accuracy.update(accuracy_rows(original, found, data_name))
+    failure = None
+    if recipe.expect is not None:
+        try:
+            gates.accuracy_is_as_expected(report.accuracy, recipe.expect)
+        except GateError as error:
+            failure = error
     if output_dir is not None and rank() == 0:
-        notes += compiled.save_pretrained(output_dir, formats, overwrite=overwrite)
+        target = f"{output_dir}.failed" if failure else output_dir
+        notes += compiled.save_pretrained(target, formats, overwrite=overwrite or bool(failure))
         if curve:
             shutil.rmtree(f"{output_dir}.training")
+    if failure is not None:
+        kept = "" if output_dir is None else f"; kept as {output_dir}.failed"
+        raise GateError(f"{failure}{kept}") from failure
     return compiled
 
 
@@ -240,6 +252,26 @@ def _questions(eval_data: Any) -> tuple[list[VqaSample], str]:
     if isinstance(eval_data, Sequence) and not isinstance(eval_data, str):
         return [s for s in eval_data if isinstance(s, VqaSample)], "the given questions"
     return [], ""
+
+
+def _check_expectation(recipe: Recipe, samples: Sequence[VqaSample]) -> None:
+    """Refuse an accuracy gate that has nothing to measure, before anything is trained."""
+    if recipe.expect is None:
+        return
+    where = f"recipe {recipe.name}"
+    if not samples:
+        raise GracecError(
+            "expect: there are no questions to measure an accuracy on",
+            where=where,
+            fix=f"give eval_data (--eval-data), a folder with {SAMPLES_FILE}",
+        )
+    types = list(dict.fromkeys(sample.type for sample in samples))
+    if recipe.expect.type not in (None, *types):
+        raise GracecError(
+            f"expect.type: no question is of type {recipe.expect.type!r}",
+            where=where,
+            fix=nearest(str(recipe.expect.type), types),
+        )
 
 
 def _as_records(eval_data: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from gracec.backends.torchao import CountInt4Kernels, PackedWeight
 from gracec.errors import GateError
 from gracec.passes.freeze import FrozenWeight
 from gracec.program import Program, annotation
+from gracec.recipe import Expectation
 
 MATMUL_BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 NEAR_TIE = 0.02
@@ -100,6 +102,30 @@ def logit_agreement(reference: Tensor, logits: Tensor, mask: Tensor) -> LogitAgr
     clear = (top2[:, 0] - top2[:, 1]) > NEAR_TIE * spread
     top1_clear = same[clear].double().mean().item() if clear.any() else 1.0
     return LogitAgreement(kl, same.double().mean().item(), top1_clear)
+
+
+def accuracy_is_as_expected(accuracy: Mapping[str, Any], expect: Expectation) -> None:
+    """A compiled model answers as well as its recipe expects.
+
+    Args:
+        accuracy: of a report, with the scores of "original" and "compiled".
+
+    Raises:
+        GateError: if it is too low.
+    """
+    compiled, original = (
+        (scores["types"][expect.type] if expect.type else scores["overall"])["accuracy"]
+        for scores in (accuracy["compiled"], accuracy["original"])
+    )
+    change = expect.metric == "accuracy_change"
+    found = float(compiled - original if change else compiled)
+    if not found >= expect.at_least:
+        sign = "+" if change else ""
+        what = expect.metric.replace("_", " ") + (f" on {expect.type}" if expect.type else "")
+        raise GateError(
+            f"{what} is {found:{sign}.2%} on {accuracy['data']}, the recipe expects at least "
+            f"{expect.at_least:{sign}.2%}"
+        )
 
 
 def lowered_is_as_good_as_dense(

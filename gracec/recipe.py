@@ -29,9 +29,15 @@ class WeightRule(_Strict):
     group_size: Literal[16, 32, 64, 128, 256] = 128
     granularity: Granularity = "per_group"
     observer: Literal["mse", "min_max", "percentile"] = "mse"
+    parametrization: Literal["log", "lsq"] = "log"
 
     def spec(self) -> QuantSpec:
-        return QuantSpec(bits=self.bits, group_size=self.group_size, granularity=self.granularity)
+        return QuantSpec(
+            bits=self.bits,
+            group_size=self.group_size,
+            parametrization=self.parametrization,
+            granularity=self.granularity,
+        )
 
 
 class ActivationRule(_Strict):
@@ -115,6 +121,7 @@ class Training(_Strict):
         precision: of the matmuls; weights, scales and their optimizer stay in float32.
         frozen: parts that are not trained.
         held_out: share of the data that chooses the best checkpoint, where no eval_data is given.
+        keep: which state is kept: the best on the held-out part, or the last.
         evaluate_every: optimizer steps between two looks at the held-out part.
         checkpoint_every: optimizer steps between two checkpoints.
         max_skipped: steps in a row whose loss may be NaN or infinite before training stops.
@@ -137,6 +144,7 @@ class Training(_Strict):
     seed: int = 0
     max_length: int | None = Field(None, ge=8)
     held_out: float = Field(0.1, gt=0, lt=1)
+    keep: Literal["best", "last"] = "best"
     evaluate_every: int = Field(50, ge=1)
     checkpoint_every: int = Field(100, ge=1)
     max_skipped: int = Field(5, ge=1)
@@ -152,6 +160,21 @@ class Training(_Strict):
         return self
 
 
+class Expectation(_Strict):
+    """What a compiled model has to reach on the questions of `eval_data`, or compiling fails.
+
+    Attributes:
+        metric: "accuracy", the share of exact answers; or "accuracy_change", that share minus the
+            original model's on the same questions.
+        at_least: the lowest value that passes: 0.8, or -0.01 for at most one point lost.
+        type: only questions of this type count; null means all.
+    """
+
+    metric: Literal["accuracy", "accuracy_change"] = "accuracy"
+    at_least: float = Field(ge=-1, le=1)
+    type: str | None = None
+
+
 class Recipe(_Strict):
     """A recipe: fields not given keep their default, unknown fields are refused.
 
@@ -160,6 +183,7 @@ class Recipe(_Strict):
         activations: part -> rule for the inputs of its quantized linears; missing or null means
             that they stay floating point.
         training: how to train weights and scales; null means post-training quantization.
+        expect: the accuracy gate; null means none.
     """
 
     name: str
@@ -168,6 +192,7 @@ class Recipe(_Strict):
     activations: dict[Part, ActivationRule | None] = {}
     scale_search: ScaleSearch = ScaleSearch()
     training: Training | None = None
+    expect: Expectation | None = None
     deploy: Deploy = Deploy()
 
     @classmethod
@@ -247,7 +272,7 @@ def _is_key(location: tuple[int | str, ...]) -> bool:
 def _all_keys() -> list[str]:
     models: tuple[type[BaseModel], ...] = (
         *(Recipe, WeightRule, ActivationRule, ScaleSearch, Deploy),
-        *(Training, Distillation),
+        *(Training, Distillation, Expectation),
     )
     keys = [name for model in models for name in model.model_fields]
     return [*keys, *Part.__args__]  # type: ignore[attr-defined]

@@ -83,6 +83,7 @@ def test_compile_trains_with_a_teacher_and_replaces_an_artifact(workspace: Path)
     assert "step 0/2 held out: loss" in done.stderr
     card = (workspace / "trained" / "README.md").read_text()
     assert "Exact match on data" in card
+    assert "Trained for 2 optimizer steps, of which the state after step" in card
     assert (workspace / "trained" / "torchao" / "model.safetensors").is_file()
     again = gracec("compile", workspace / "model", "--out", workspace / "trained", "--overwrite")
     assert again.returncode == 0, again.stderr
@@ -122,6 +123,18 @@ def test_a_failed_gate_is_exit_code_1(workspace: Path, monkeypatch: pytest.Monke
     assert done.returncode == 1
     assert "gracec: gate failed: " in done.stderr
     assert not (workspace / "never").exists()
+
+
+def test_a_model_below_the_expected_accuracy_is_exit_code_1(workspace: Path) -> None:
+    recipe = workspace / "gated.yaml"
+    recipe.write_text("weights: {decoder: {group_size: 32}}\nexpect: {at_least: 1.0}\n")
+    out = ("--out", workspace / "gated", "--recipe", recipe, "--eval-data", workspace / "data")
+    done = gracec("compile", workspace / "model", *out)
+    assert done.returncode == 1
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("gracec: "))
+    assert "gate failed: accuracy is " in line and "gated.failed" in line
+    assert not (workspace / "gated").exists()
+    assert "Exact match on data" in (workspace / "gated.failed" / "README.md").read_text()
 
 
 def test_it_is_a_program_of_its_own(workspace: Path) -> None:

@@ -67,6 +67,11 @@ def model_card(
 def _accuracy(report: Report) -> str:
     """What it was made with, and how many questions it answers like the expected answer."""
     made = "No data was used to quantize it."
+    if report.training:
+        made = (
+            f"Trained for {report.training['steps']} optimizer steps, of which the state after "
+            f"step {report.training['best_step']} was kept."
+        )
     found = report.accuracy
     if not found:
         return f"{made} Its accuracy was not measured; `gracec eval DIR --data DATA` does."

@@ -346,7 +346,8 @@ class _Run:
         row = {"step": self.step, "held_out_loss": loss, "held_out_exact": found.exact}
         self.curve.held_out.append(row)
         log(row)
-        if loss is not None and (self.best_score is None or loss < self.best_score):
+        best = self.best_score
+        if loss is not None and (best is None or loss < best or self.rule.keep == "last"):
             self.best_score, self.curve.best_step = loss, self.step
             self.best = {n: p.detach().clone() for n, p in self.parameters.items()}
 

@@ -134,6 +134,14 @@ def test_it_ends_with_the_state_of_the_best_step(student: Learner) -> None:
     assert score(student, HELD_OUT).loss == best["held_out_loss"]
 
 
+def test_the_last_state_is_kept_where_the_recipe_says_so(student: Learner) -> None:
+    options = {"steps": 2, "distillation": {"kind": "none", "omega": 0}}
+    before = score(student, HELD_OUT).loss
+    curve = go(student, None, rule(lr=30.0, clip=1e9, keep="last", **options))
+    assert curve.best_step == 2
+    assert score(student, HELD_OUT).loss == curve.held_out[-1]["held_out_loss"] > before
+
+
 @pytest.mark.parametrize("size", [1, 4])
 def test_a_step_does_not_depend_on_how_the_batch_is_cut(
     size: int, after: After, llava: LlavaForConditionalGeneration, teacher: Learner

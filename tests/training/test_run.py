@@ -1,5 +1,6 @@
 """gracec.compile with data: the whole way from conversations to an artifact."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 import gracec
-from gracec.errors import GracecError
+from gracec.errors import GateError, GracecError
 from gracec.training import run
 from gracec.training.run import check_teacher, check_tokenizers
 from tests.tiny import tiny_image, tiny_llava, tiny_processor
@@ -119,6 +120,80 @@ def test_eval_data_that_nothing_would_use_is_refused(
     (tmp_path / "train.jsonl").write_text("{}")
     with pytest.raises(GracecError, match="eval_data holds no questions, and nothing is trained"):
         gracec.compile(llava, "w4a16-ptq", eval_data=tmp_path)
+
+
+def questions(folder: Path) -> Path:
+    """A folder of three questions of type "color", to which nobody knows the answer."""
+    folder.mkdir()
+    lines = []
+    for number in range(3):
+        tiny_image(number).save(folder / f"{number}.png")
+        line = {"image": f"{number}.png", "question": "what is this ?", "answer": "mauve"}
+        lines.append(json.dumps({**line, "type": "color"}))
+    (folder / "samples.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("expect", "message"),
+    [
+        ({"at_least": 0.5}, r"accuracy is 0.00% on data, the recipe expects at least 50.00%"),
+        (
+            {"metric": "accuracy_change", "type": "color", "at_least": 0.01},
+            r"accuracy change on color is \+0.00% on data, the recipe expects at least \+1.00%",
+        ),
+    ],
+)
+def test_a_model_below_the_expected_accuracy_is_kept_under_another_name(
+    expect: dict[str, Any], message: str, llava: LlavaForConditionalGeneration, tmp_path: Path
+) -> None:
+    gated = gracec.Recipe.from_dict(
+        {"name": "gated", "weights": {"decoder": {"group_size": 32}}, "expect": expect}
+    )
+    data = questions(tmp_path / "data")
+    for _ in range(2):  # an earlier failure is replaced
+        with pytest.raises(GateError, match=message) as failure:
+            gracec.compile(
+                llava,
+                gated,
+                eval_data=data,
+                processor=tiny_processor(),
+                output_dir=tmp_path / "out",
+            )
+    assert str(failure.value).endswith(f"kept as {tmp_path / 'out'}.failed")
+    assert not (tmp_path / "out").exists()
+    assert gracec.load(tmp_path / "out.failed").report.accuracy["compiled"]["overall"]["n"] == 3
+
+
+def test_a_model_that_is_as_accurate_as_expected_passes(
+    llava: LlavaForConditionalGeneration, tmp_path: Path
+) -> None:
+    expect = {"metric": "accuracy_change", "at_least": -0.01}
+    gated = gracec.Recipe.from_dict({"name": "gated", "weights": {"decoder": {}}, "expect": expect})
+    data = questions(tmp_path / "data")
+    compiled = gracec.compile(llava, gated, eval_data=data, processor=tiny_processor())
+    assert compiled.report.accuracy["difference"]["difference"] == 0
+
+
+@pytest.mark.parametrize(
+    ("type_", "with_data", "message"),
+    [
+        (None, False, "recipe gated: expect: there are no questions to measure an accuracy on"),
+        ("colour", True, "expect.type: no question is of type 'colour'; did you mean 'color'"),
+    ],
+)
+def test_an_expectation_that_cannot_be_measured_is_refused_before_the_work(
+    type_: str | None,
+    with_data: bool,
+    message: str,
+    llava: LlavaForConditionalGeneration,
+    tmp_path: Path,
+) -> None:
+    expect = {"at_least": 0.5, "type": type_}
+    gated = gracec.Recipe.from_dict({"name": "gated", "weights": {"decoder": {}}, "expect": expect})
+    data = questions(tmp_path / "data") if with_data else None
+    with pytest.raises(GracecError, match=message):
+        gracec.compile(llava, gated, eval_data=data, processor=tiny_processor())
 
 
 @pytest.mark.parametrize("argument", ["train_data", "teacher", "resume"])

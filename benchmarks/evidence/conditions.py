@@ -1,0 +1,162 @@
+"""What is compared: every training of the evidence table, as data.
+
+A condition is a built-in recipe with the learning rates of a small model and with what is being
+varied. It is run once for each seed; a seed decides the training scenes, their order and the part
+of them that is held out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from gracec import Recipe
+
+SMALL_MODEL = {
+    "batch_size": 16,
+    "micro_batch_size": 16,
+    "lr": 1e-4,
+    "scale_lr": 1e-3,
+    "evaluate_every": 100,
+    "checkpoint_every": 1000,
+}
+"""Of every condition; chosen on the validation split."""
+PLAIN_KL = {"kind": "kl", "gate": False, "omega": 0.0, "controller": "fixed", "beta": 1.0}
+STRESS = {"decoder": {"bits": 2, "group_size": 128}, "projector": {"bits": 2, "group_size": 128}}
+"""Where post-training quantization loses more than three points."""
+NO_TRAINING = "w4a16-ptq"
+ALL_SCENES = 2000
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One row of a table.
+
+    Attributes:
+        part: of the page.
+        recipe: name of a built-in recipe.
+        teacher: "teacher", "self" for a frozen copy of the original, or "" for none.
+        scenes: to train on, five questions each; 0 for none.
+        steps: optimizer steps.
+        weights: instead of the recipe's.
+        distillation, training: fields that differ from the recipe's.
+    """
+
+    part: str
+    name: str
+    recipe: str
+    teacher: str = ""
+    scenes: int = 0
+    steps: int = 0
+    weights: dict[str, Any] | None = None
+    distillation: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    @property
+    def choose_on_validation(self) -> bool:
+        """With all the data the best state is chosen on validation questions, with little data on
+        a part of the same little data, which is all that a user has then."""
+        return self.scenes == ALL_SCENES
+
+    def resolved(self, seed: int) -> Recipe:
+        """The recipe of one run."""
+        fields = Recipe.load(self.recipe).to_dict()
+        fields["name"] = self.name
+        if self.weights is not None:
+            fields["weights"] = self.weights
+        if fields["training"] is not None:
+            own = {"steps": self.steps, "seed": seed, **self.training}
+            distillation = {**fields["training"]["distillation"], **self.distillation}
+            fields["training"] |= {**SMALL_MODEL, **own, "distillation": distillation}
+        return Recipe.from_dict(fields)
+
+
+def conditions() -> list[Condition]:
+    """All of them, the most important first."""
+    return [*_all_data(), *_stress(), *_little_data(), *_ablations(), *_groups()]
+
+
+def jobs() -> Iterator[tuple[Condition, int]]:
+    """Every run: part after part, and in each of them seed after seed."""
+    for part in dict.fromkeys(condition.part for condition in conditions()):
+        members = [condition for condition in conditions() if condition.part == part]
+        for seed in sorted({seed for member in members for seed in member.seeds}):
+            yield from ((member, seed) for member in members if seed in member.seeds)
+
+
+def _all_data() -> Iterator[Condition]:
+    yield Condition("all", "w4a16-ptq", NO_TRAINING, seeds=(0,))
+    training = {"scenes": ALL_SCENES, "steps": 200}
+    yield Condition("all", "w4a16", "w4a16", "teacher", **training)
+    yield Condition("all", "w4a16-qat", "w4a16-qat", **training)
+    yield Condition("all", "bf16-grace", "bf16-grace", "teacher", **training)
+    yield Condition("all", "bf16-sft", "bf16-sft", **training)
+    yield Condition("all", "w4a16-kl", "w4a16", "teacher", **training, distillation=PLAIN_KL)
+
+
+def _stress() -> Iterator[Condition]:
+    for bits in (3, 2):
+        rule = {"bits": bits, "group_size": 128}
+        yield Condition(
+            "stress",
+            f"w{bits}-ptq",
+            NO_TRAINING,
+            weights={"decoder": rule, "projector": rule},
+            seeds=(0,),
+        )
+    training: dict[str, Any] = {"scenes": ALL_SCENES, "steps": 200, "weights": STRESS}
+    yield Condition("stress", "w2-grace", "w4a16", "teacher", **training)
+    yield Condition("stress", "w2-qat", "w4a16-qat", **training)
+    yield Condition("stress", "w2-kl", "w4a16", "teacher", **training, distillation=PLAIN_KL)
+
+
+def _little_data() -> Iterator[Condition]:
+    training: dict[str, Any] = {"steps": 100, "training": {"evaluate_every": 25}}
+    for scenes in (100, 300, 1000):
+        stress = {**training, "scenes": scenes, "weights": STRESS}
+        yield Condition("little", f"w2-{scenes}-qat", "w4a16-qat", **stress)
+        yield Condition("little", f"w2-{scenes}-self", "w4a16", "self", **stress)
+        yield Condition("little", f"w2-{scenes}-teacher", "w4a16", "teacher", **stress)
+    last: dict[str, Any] = {"steps": 100, "training": {"evaluate_every": 100, "keep": "last"}}
+    yield Condition("last", "w4-100-qat", "w4a16-qat", scenes=100, **last)
+    yield Condition("last", "w4-100-self", "w4a16", "self", 100, **last)
+    yield Condition("last", "w4-100-teacher", "w4a16", "teacher", 100, **last)
+
+
+def _ablations() -> Iterator[Condition]:
+    changes: dict[str, dict[str, Any]] = {
+        "no-gate": {"gate": False},
+        "no-decoupling": {"kind": "kl"},
+        "no-rcka": {"omega": 0.0},
+        "fixed-beta": {"controller": "fixed", "beta": 0.5},
+        "epoch-rule": {"controller": "epoch-lagrangian", "eta": 0.1},
+        "published-tau": {"tau": 3.0},
+    }
+    training: dict[str, Any] = {
+        "scenes": ALL_SCENES,
+        "steps": 200,
+        "weights": STRESS,
+        "seeds": (0, 1),
+    }
+    for name, change in changes.items():
+        yield Condition(
+            "ablations", f"w2-{name}", "w4a16", "teacher", **training, distillation=change
+        )
+    # A scale is about a tenth here, so that this rate moves it as the other moves its logarithm.
+    training |= {
+        "weights": {part: {**rule, "parametrization": "lsq"} for part, rule in STRESS.items()}
+    }
+    yield Condition(
+        "ablations", "w2-lsq", "w4a16", "teacher", **training, training={"scale_lr": 1e-4}
+    )
+
+
+def _groups() -> Iterator[Condition]:
+    for size in (32, 64):
+        weights = {"decoder": {"bits": 4, "group_size": size}}
+        yield Condition("groups", f"g{size}-ptq", NO_TRAINING, weights=weights, seeds=(0,))
+        yield Condition(
+            "groups", f"g{size}-grace", "w4a16", "teacher", ALL_SCENES, 200, weights, seeds=(0, 1)
+        )
