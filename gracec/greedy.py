@@ -104,13 +104,12 @@ def greedy(
     finished = torch.zeros(len(mask), dtype=torch.bool)
     ends = torch.tensor(list(end), dtype=torch.int64)
     for number in range(max_new_tokens):
-        if number:
-            logits, past = runtime.decode(runtime.embed(tokens[:, None]), mask, positions, 1, past)
         last = logits[:, -1]
         tokens = last.argmax(-1).masked_fill(finished, pad)
         yield Step(tokens, last)
         finished |= torch.isin(tokens, ends)
-        if finished.all():
+        if finished.all() or number + 1 == max_new_tokens:
             return
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         positions = positions[..., -1:] + 1
+        logits, past = runtime.decode(runtime.embed(tokens[:, None]), mask, positions, 1, past)

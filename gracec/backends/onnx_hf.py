@@ -39,7 +39,7 @@ from gracec.greedy import prompt_logits
 from gracec.passes import run_passes
 from gracec.passes.apply_codes import ApplyCodes
 from gracec.passes.freeze import FrozenWeight, frozen_weights
-from gracec.passes.lower_qdq import LowerQdq, LoweredWeight, lowered_weights
+from gracec.passes.lower_qdq import LoweredWeight, LowerQdq, lowered_weights
 from gracec.program import Program
 
 FILES = {VISION: "vision_encoder", EMBEDDING: "embed_tokens", DECODER: "decoder_model_merged"}

@@ -176,9 +176,7 @@ def code_hash(weight: FrozenWeight) -> str:
     return digest.hexdigest()
 
 
-def composed_equals_training(
-    serving: Serving, training: Program, model: PreTrainedModel
-) -> float:
+def composed_equals_training(serving: Serving, training: Program, model: PreTrainedModel) -> float:
     """Gate: vision, embedding and decoder together compute the logits of the training graph.
 
     At each of the shapes that a capture is held to: the whole prompt at once, and its second half

@@ -37,7 +37,7 @@ def file_is_valid(path: Path) -> None:
 
 
 def kernels_in_session(path: Path, ops: str, mode: str, planned: int) -> int:
-    """Count of INT4 kernels in the graph as the runtime optimizes it; it must be the planned one."""
+    """Count of INT4 kernels in the graph that the runtime makes of it; it must be as planned."""
     with tempfile.TemporaryDirectory(prefix=".optimized.", dir=path.parent) as folder:
         optimized = Path(folder) / "optimized.onnx"
         open_session(path, session_options(ops, mode), threads=1, optimized=optimized)

@@ -21,7 +21,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedOps
 
 from gracec._version import __version__
 from gracec.backends.onnx.kernel import OPSET
-from gracec.backends.onnx.translate import KERNEL_DOMAIN, PLACEHOLDER_DOMAIN, translations
+from gracec.backends.onnx.translate import PLACEHOLDER_DOMAIN, translations
 from gracec.capture.serving import ServingProgram
 from gracec.capture.serving_graph import Shape
 from gracec.errors import GracecError

@@ -233,9 +233,10 @@ class OnnxModel:
             )
         ids = batch["input_ids"]
         given = {name: tensor for name, tensor in batch.items() if tensor is not None}
-        if not any(name in given for name in vision) and not (
-            ids == self.config.image_token_id
-        ).any():
+        if (
+            not any(name in given for name in vision)
+            and not (ids == self.config.image_token_id).any()
+        ):
             mask = given.get("attention_mask")
             return {
                 "input_ids": ids,
