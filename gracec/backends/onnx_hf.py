@@ -101,7 +101,13 @@ class Onnx(Format):
         # Imported where a graph is written: these packages take a second.
         from gracec.backends.onnx import gates, graphs
         from gracec.backends.onnx.runner import OnnxModel
-        from gracec.backends.onnx.session import SessionConfig, session_options, sha256
+        from gracec.backends.onnx.session import (
+            MINIMUM_RUNTIME,
+            MINIMUM_RUNTIME_8_BITS,
+            SessionConfig,
+            session_options,
+            sha256,
+        )
 
         reason = self.refusal(artifact)
         if reason:
@@ -136,6 +142,7 @@ class Onnx(Format):
             raise GateError(f"{exact} weights read back, {len(_reached(serving))} were written")
         figures["int4_kernels"] = sum(kernels.values())
         figures["matmul_error"] = gates.matmul_error(emitted, self.ops, self.mode)
+        wide = self.ops == "qdq" and any(weight.bits == 8 for weight in emitted.values())
         session = SessionConfig(
             family=model.config.model_type,
             ops=self.ops,
@@ -145,6 +152,7 @@ class Onnx(Format):
             kernels=kernels,
             options=session_options(self.ops, self.mode),
             gates=figures,
+            minimum_runtime=MINIMUM_RUNTIME_8_BITS if wide else MINIMUM_RUNTIME,
         )
         session.write(directory)
         figures |= self._run(OnnxModel(directory, model.config), serving, model, artifact)

@@ -184,6 +184,12 @@ def lowered_weights(program: Program) -> dict[str, LoweredWeight]:
         else:
             continue
         fqn = program.fqn(str(codes.target)).removesuffix(".codes")
-        tensors = (program.tensor(str(operand.target)) for operand in (codes, scales))
-        found[fqn] = LoweredWeight(*tensors, bits, block, rows, columns)
+        found[fqn] = LoweredWeight(
+            codes=program.tensor(str(codes.target)),
+            scales=program.tensor(str(scales.target)),
+            bits=bits,
+            block_size=block,
+            rows=rows,
+            columns=columns,
+        )
     return found

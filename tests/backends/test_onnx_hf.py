@@ -121,6 +121,7 @@ def test_other_widths_and_other_parts(tmp_path: Path, bits: int) -> None:
     Onnx(ops).write(artifact, tmp_path)
     session = json.loads((tmp_path / "session.json").read_text())
     assert session["kernels"] == {"vision_encoder": 1, "embed_tokens": 0, "decoder": 15}
+    assert session["minimum_runtime"] == ("1.31" if ops == "qdq" else "1.24")
     assert session["graphs"]["vision_encoder"] == "vision_encoder_q4.onnx"
 
 

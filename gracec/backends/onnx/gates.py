@@ -42,7 +42,7 @@ def kernels_in_session(path: Path, ops: str, mode: str, planned: int) -> int:
         optimized = Path(folder) / "optimized.onnx"
         open_session(path, session_options(ops, mode), threads=1, optimized=optimized)
         graph = onnx.load(str(optimized), load_external_data=False).graph
-    count = sum(node.op_type == KERNEL for node in graph.node)
+    count: int = sum(node.op_type == KERNEL for node in graph.node)
     if count != planned:
         raise GateError(
             f"{count} matmuls run on the INT4 kernel, {planned} are planned", where=path.name

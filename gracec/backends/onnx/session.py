@@ -27,6 +27,8 @@ from gracec.errors import GracecError
 SESSION_FILE, FOLDER = "session.json", "onnx"
 FORMAT_VERSION = 1
 MINIMUM_RUNTIME = "1.24"
+MINIMUM_RUNTIME_8_BITS = "1.31"
+"""1.24 does not fuse standard operators with 8-bit codes; versions between have not been tried."""
 PROVIDERS = ["CPUExecutionProvider"]
 AGAIN = "copy the directory again or export the model again"
 
@@ -51,7 +53,7 @@ class SessionConfig:
     kernels: Mapping[str, int]
     options: Mapping[str, str]
     gates: Mapping[str, Any]
-    minimum_runtime: str = MINIMUM_RUNTIME
+    minimum_runtime: str
     written_with: str = ort.__version__
     gracec: str = __version__
     format_version: int = FORMAT_VERSION

@@ -76,6 +76,6 @@ def _matmul_nbits(
 
 
 def _last_positions(x: Any, count: Any) -> Any:
-    axis = op.Constant(value_ints=[1])
-    start = op.Reshape(op.Neg(count), axis)
+    axis: Any = op.Constant(value_ints=[1])
+    start: Any = op.Reshape(op.Neg(count), axis)
     return op.Slice(x, start, op.Constant(value_ints=[_LAST]), axis)

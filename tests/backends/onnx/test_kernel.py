@@ -34,7 +34,7 @@ def test_operands_are_codes_times_scales(spec: QuantSpec, rows: int) -> None:
 def test_what_a_code_takes() -> None:
     def bits(width: int, rows: int = 8) -> list[int]:
         weight = random_weight((rows, 32), QuantSpec(width, 32), 0)
-        return [kernel.kernel_bits(weight, ops) for ops in OPS]
+        return [kernel.kernel_bits(weight, ops) for ops in kernel.OPS]
 
     assert [bits(width) for width in (2, 3, 4, 8)] == [[4, 2], [4, 4], [4, 4], [8, 8]]
     assert bits(4, rows=7) == [8, 4]
