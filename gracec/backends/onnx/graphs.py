@@ -113,9 +113,10 @@ def _standard_dequantize(graph: ir.Graph, node: ir.Node) -> None:
     stored, rows = codes.const_value, scales.shape
     assert stored is not None and rows is not None
     if stored.dtype == ir.DataType.UINT8:  # two codes a byte, as ONNX lays them out
-        shape = ir.Shape((int(stored.shape[0]), rows[1]))
+        packed = np.asarray(stored.numpy())
+        shape = ir.Shape((len(packed), rows[1]))
         codes.const_value = ir.PackedTensor(
-            np.asarray(stored.numpy()).reshape(-1), ir.DataType.INT4, shape=shape, name=codes.name
+            packed.reshape(-1), ir.DataType.INT4, shape=shape, name=codes.name
         )
         codes.shape, codes.type = shape, ir.TensorType(ir.DataType.INT4)
     node.domain = ""
