@@ -156,6 +156,32 @@ def inspect(
 
 
 @app.command()
+def report(
+    artifacts: Annotated[
+        list[Path], typer.Argument(help="gracec artifacts; the page is about the first one.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--out", help="File to write. [default: ARTIFACT/report.html]")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Questions to ask all of them, to show what differs.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Questions to ask.")] = 200,
+) -> None:
+    """Write what was done to a model, with pictures, into one HTML file that needs nothing else.
+
+    With several artifacts: their accuracies against their sizes, and with --data the questions that
+    the first one answers and another does not, and the other way round.
+    """
+    from gracec.evaluate import load_samples
+    from gracec.report.page import write_report_page
+
+    target = output or artifacts[0] / "report.html"
+    write_report_page(artifacts, target, load_samples(data, limit) if data is not None else [])
+    out.print(f"wrote {target}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def doctor(
     model: Annotated[Path, typer.Argument(help="Anything that may be a model directory.")],
     recipe: Annotated[str, typer.Option(help="The recipe that has to be open.")] = "w4a16-ptq",

@@ -140,7 +140,9 @@ def compile(
     )
     notes += prepared.notes
     curve: dict[str, Any] = {}
+    untrained: dict[str, float | None] = {}
     if training is not None:
+        untrained = sqnr_db(prepared.program)
         trained = train_student(
             prepared.program,
             model,
@@ -158,7 +160,7 @@ def compile(
         notes += [f"training: {note}" for note in trained.notes]
         teacher = None
     inputs = program.example_inputs
-    rows = plan_rows(plan_of(prepared.program), sqnr_db(prepared.program))
+    rows = plan_rows(plan_of(prepared.program), sqnr_db(prepared.program), untrained)
     with torch.no_grad():
         reference = prepared.program(**inputs)[0]
     weights: dict[str, FrozenWeight] = {}

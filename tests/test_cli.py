@@ -103,6 +103,7 @@ def test_compile_trains_with_a_teacher_and_replaces_an_artifact(workspace: Path)
         (("compile", "{root}/model", "--out", "x", "--recipe", "w4"), "unknown recipe 'w4'"),
         (("run", "{root}/int4", "--image", "{root}/no.png", "--prompt", "?"), "no.png"),
         (("eval", "{root}/int4", "--data", "{root}/model"), "samples.jsonl"),
+        (("report", "{root}/model"), "gracec.json"),
         (("demo", "--example", "{root}"), "teacher is missing"),
     ],
 )
@@ -135,6 +136,15 @@ def test_a_model_below_the_expected_accuracy_is_exit_code_1(workspace: Path) -> 
     assert "gate failed: accuracy is " in line and "gated.failed" in line
     assert not (workspace / "gated").exists()
     assert "Exact match on data" in (workspace / "gated.failed" / "README.md").read_text()
+
+
+def test_report_writes_a_page_into_the_artifact(workspace: Path) -> None:
+    asked = ("--data", workspace / "data", "--limit", 2)
+    done = gracec("report", workspace / "int4", *asked)
+    assert done.returncode == 0, done.stderr
+    page = workspace / "int4" / "report.html"
+    assert f"wrote {page}" in done.stdout
+    assert "Asked for this page" in page.read_text(encoding="utf-8")
 
 
 def test_it_is_a_program_of_its_own(workspace: Path) -> None:

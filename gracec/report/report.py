@@ -139,8 +139,17 @@ def _sqnr(row: Mapping[str, Any]) -> float:
     return math.inf if found is None else float(found)
 
 
-def plan_rows(plan: Plan, sqnr: Mapping[str, float | None] | None = None) -> list[dict[str, Any]]:
-    """A plan as JSON-able rows, quantized weights with their `sqnr_db` where it is known."""
+def plan_rows(
+    plan: Plan,
+    sqnr: Mapping[str, float | None] | None = None,
+    before: Mapping[str, float | None] | None = None,
+) -> list[dict[str, Any]]:
+    """A plan as JSON-able rows.
+
+    Args:
+        sqnr: becomes `sqnr_db` of the quantized weights.
+        before: likewise before training, becomes `ptq_sqnr_db`.
+    """
     return [
         {
             "fqns": list(entry.fqns),
@@ -151,6 +160,7 @@ def plan_rows(plan: Plan, sqnr: Mapping[str, float | None] | None = None) -> lis
             "source_bytes": entry.source_bytes,
             "planned_bytes": entry.planned_bytes,
             **({"sqnr_db": sqnr[entry.fqn]} if sqnr and entry.fqn in sqnr else {}),
+            **({"ptq_sqnr_db": before[entry.fqn]} if before and entry.fqn in before else {}),
         }
         for entry in plan.entries
     ]

@@ -1,0 +1,292 @@
+"""The report of a run as one HTML file that needs nothing else: no script, no request, no font."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from gracec._version import __version__
+from gracec.errors import GracecError
+from gracec.evaluate import VqaReport, VqaSample, evaluate_vqa, load_image
+from gracec.report.inspection import inspect_artifact
+from gracec.report.report import Report
+from gracec.store import read_manifest
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, PURPLE, GREEN, QUIET = "#1f7a8c", "#b8741a", "#6a4c9c", "#2e8b57", "#888888"
+TERMS = {"ce": ("cross-entropy", BLUE), "distillation": ("distillation", PURPLE)}
+EXAMPLES = 6
+"""Questions of each kind that are shown with their answers."""
+THUMBNAIL = 192
+"""Pixels of the longer side of an example's picture."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question, its picture as a data URI, and what every artifact answered."""
+
+    image: str
+    question: str
+    expected: str
+    answers: Mapping[str, tuple[str, bool]]
+
+
+def write_report_page(
+    directories: Sequence[Path], output: Path, samples: Sequence[VqaSample] = ()
+) -> None:
+    """Write the report of the first artifact, beside the others.
+
+    Args:
+        directories: gracec artifacts; the page is about the first one.
+        output: the file to write.
+        samples: questions that every artifact is asked, to show answers that differ.
+
+    Raises:
+        GracecError: if a directory is no artifact, or the file cannot be written.
+    """
+    reports = {_name(path, directories): inspect_artifact(path) for path in directories}
+    answered = {
+        name: _answers(path, samples) if samples else None
+        for name, path in zip(reports, directories, strict=True)
+    }
+    page = render_page(reports, read_manifest(directories[0])["source"], samples, answered)
+    temporary = output.with_name(f".{output.name}.part")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(output)
+    except OSError as error:
+        raise GracecError(f"cannot be written ({error.strerror})", where=str(output)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def render_page(
+    reports: Mapping[str, Report],
+    source: str,
+    samples: Sequence[VqaSample] = (),
+    answered: Mapping[str, VqaReport | None] | None = None,
+) -> str:
+    """The page as text; the arguments are those of `write_report_page`, read."""
+    name, report = next(iter(reports.items()))
+    found = {n: a for n, a in (answered or {}).items() if a is not None}
+    environment = Environment(
+        loader=PackageLoader("gracec", "report"), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("page.html.j2").render(
+        version=__version__,
+        source=source,
+        name=name,
+        report=report,
+        recipe=yaml.safe_dump(dict(report.recipe), sort_keys=False, allow_unicode=True),
+        tables=[report.coverage_table(), report.gates_table()],
+        rows=_rows,
+        accuracy=_accuracy(report),
+        pictures=_pictures(reports),
+        errors=report.errors_table(),
+        examples=_examples(samples, found) if found else {},
+        asked={n: a.overall for n, a in found.items()},
+        percent=lambda share: "-" if share is None else f"{100 * share:.1f} %",
+    )
+
+
+def _name(path: Path, directories: Sequence[Path]) -> str:
+    """The last part of a path, or all of it where two end the same way."""
+    same = [other for other in directories if other.resolve().name == path.resolve().name]
+    return path.resolve().name if len(same) == 1 else str(path)
+
+
+def _rows(table: Any) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of a `rich` table."""
+    columns = [list(column.cells) for column in table.columns]
+    head = [str(column.header) for column in table.columns]
+    return head, [[str(cell) for cell in row] for row in zip(*columns, strict=True)]
+
+
+def _accuracy(report: Report) -> list[list[str]]:
+    """A row for each type of question, and one for all."""
+    if not report.accuracy:
+        return []
+    pair = [report.accuracy[name] for name in ("original", "compiled")]
+    rows = []
+    for kind in (*pair[1]["types"], "overall"):
+        scores = [s["overall"] if kind == "overall" else s["types"][kind] for s in pair]
+        figures = [f"{s['accuracy']:.1%} ±{s['standard_error']:.1%}" for s in scores]
+        blind = scores[1]["blind_accuracy"]
+        controls = ["-" if blind is None else f"{blind:.1%}", f"{scores[1]['majority']:.1%}"]
+        rows.append([kind, str(scores[1]["n"]), *figures, *controls])
+    return rows
+
+
+# Pictures -------------------------------------------------------------------------------------
+
+
+def _pictures(reports: Mapping[str, Report]) -> dict[str, str]:
+    """Caption -> data URI of every picture that there are figures for."""
+    report = next(iter(reports.values()))
+    found: dict[str, str] = {}
+    if report.training.get("rows"):
+        found["Training: terms of the loss, the controller, and the held-out part"] = _drawn(
+            _training_curves, report, (11, 3.2)
+        )
+    if any(row.get("sqnr_db") is not None for row in report.plan):
+        found["Signal to quantization noise of every weight"] = _drawn(_noise, report, (11, 3.6))
+    if sum(bool(other.accuracy) for other in reports.values()) > 1:
+        found["Accuracy against bits for each parameter"] = _drawn(_bits, reports, (6, 3.6))
+    return found
+
+
+def _drawn(draw: Any, subject: Any, size: tuple[float, float]) -> str:
+    """What a function draws, as SVG in a data URI: equal for equal figures."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    draw(figure, subject)
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "gracec"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _training_curves(figure: Figure, report: Report) -> None:
+    rows, held_out = report.training["rows"], report.training["held_out"]
+    terms, control, scores = figure.subplots(1, 3)
+    for name, (words, colour) in TERMS.items():
+        _line(terms, rows, name, words, colour)
+    aligned = terms.twinx()
+    _line(aligned, rows, "rcka", "1 - CKA (right)", GREEN)
+    aligned.set(ylim=(0, None))
+    terms.set(xlabel="optimizer step", title="terms of the loss, nats", ylim=(0, None))
+    terms.legend(loc="upper right", frameon=False)
+    aligned.legend(loc="lower right", frameon=False)
+    _line(control, rows, "beta", "β", ORANGE)
+    _line(control, rows, "ema", "moving average of the distillation term", QUIET)
+    control.set(xlabel="optimizer step", title="the controller of β", ylim=(0, None))
+    control.legend(frameon=False)
+    points = [row for row in held_out if row["held_out_loss"] is not None]
+    at = [row["step"] for row in points]
+    scores.plot(at, [row["held_out_loss"] for row in points], "o-", color=BLUE)
+    scores.axvline(report.training["best_step"], color=QUIET, ls=":", label="kept")
+    scores.set(xlabel="optimizer step", title="cross-entropy, held out")
+    scores.legend(frameon=False)
+
+
+def _line(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, words: str, color: str) -> None:
+    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    if any(value for _, value in points):
+        axes.plot(*zip(*points, strict=True), color=color, label=words, lw=1)
+    else:
+        axes.plot([], [], color=color, label=f"{words}: off")
+
+
+def _noise(figure: Figure, report: Report) -> None:
+    """A point a weight, in the order of the plan; hollow ones are those before training."""
+    rows = [row for row in report.plan if row["spec"] and row.get("sqnr_db") is not None]
+    places = list(range(len(rows)))
+    axes = figure.subplots()
+    if any(row.get("ptq_sqnr_db") is not None for row in rows):
+        before = [row.get("ptq_sqnr_db") or math.nan for row in rows]
+        axes.plot(places, before, "o", mfc="none", color=QUIET, label="before training")
+    axes.plot(places, [row["sqnr_db"] for row in rows], ".", color=BLUE, label="as compiled")
+    names = [row["fqns"][0].removesuffix(".weight").split(".layers.")[-1] for row in rows]
+    if len(rows) <= 64:
+        axes.set_xticks(places, names, rotation=90, fontsize=7)
+    else:
+        axes.set_xlabel("weight, in the order of the table below")
+    axes.set(ylabel="dB")
+    axes.legend(frameon=False)
+
+
+def _bits(figure: Figure, reports: Mapping[str, Report]) -> None:
+    axes = figure.subplots()
+    original = None
+    for name, report in reports.items():
+        if not report.accuracy:
+            continue
+        score = report.accuracy["compiled"]["overall"]
+        original = report.accuracy["original"]["overall"]
+        bits = 32 * report.sizes["compiled"] / report.sizes["float32"]
+        error = 100 * score["standard_error"]
+        axes.errorbar([bits], [100 * score["accuracy"]], [error], fmt="o", capsize=3, label=name)
+    if original is not None:
+        axes.axhline(100 * original["accuracy"], color=QUIET, ls="--", label="original")
+    axes.set(xlabel="bits for each parameter, everything counted", ylabel="% right")
+    axes.legend(frameon=False, fontsize=8)
+
+
+# Examples -------------------------------------------------------------------------------------
+
+
+def _answers(directory: Path, samples: Sequence[VqaSample]) -> VqaReport:
+    from gracec.compiler import load  # it imports this package
+
+    compiled = load(directory)
+    return evaluate_vqa(compiled, compiled.processor, samples, blind=False)
+
+
+def _examples(
+    samples: Sequence[VqaSample], answered: Mapping[str, VqaReport]
+) -> dict[str, list[Example]]:
+    """Heading -> questions: those that set the first artifact apart from the others."""
+    first, *others = answered.values()
+    right = [prediction.correct for prediction in first.predictions]
+    if not others:
+        return {"Answered wrongly": _shown(samples, answered, [not one for one in right])}
+    theirs = [[one.correct for one in other.predictions] for other in others]
+    all_right = [all(column) for column in zip(*theirs, strict=True)]
+    any_right = [any(column) for column in zip(*theirs, strict=True)]
+    mended = [mine and not them for mine, them in zip(right, all_right, strict=True)]
+    broken = [them and not mine for mine, them in zip(right, any_right, strict=True)]
+    name = next(iter(answered))
+    return {
+        f"{name} is right and another is wrong: {sum(mended)} of {len(samples)}": _shown(
+            samples, answered, mended
+        ),
+        f"{name} is wrong and another is right: {sum(broken)} of {len(samples)}": _shown(
+            samples, answered, broken
+        ),
+    }
+
+
+def _shown(
+    samples: Sequence[VqaSample], answered: Mapping[str, VqaReport], chosen: Sequence[bool]
+) -> list[Example]:
+    """A few of the chosen questions, type after type so that none fills the page."""
+    by_type: dict[str, list[int]] = {}
+    for index, wanted in enumerate(chosen):
+        if wanted:
+            by_type.setdefault(samples[index].type, []).append(index)
+    turns = [
+        group[turn] for turn in range(EXAMPLES) for group in by_type.values() if turn < len(group)
+    ]
+    return [
+        Example(
+            image=_thumbnail(load_image(samples[index].image)),
+            question=samples[index].question,
+            expected=samples[index].answer,
+            answers={
+                name: (report.predictions[index].predicted, report.predictions[index].correct)
+                for name, report in answered.items()
+            },
+        )
+        for index in turns[:EXAMPLES]
+    ]
+
+
+def _thumbnail(image: Image.Image) -> str:
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

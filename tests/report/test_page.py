@@ -1,0 +1,166 @@
+"""The HTML report: whole, self-contained, and true to the reports it is made from."""
+
+import base64
+import dataclasses
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlavaForConditionalGeneration
+
+import gracec
+from gracec.compiler import CompiledModel
+from gracec.errors import GracecError
+from gracec.evaluate import load_samples
+from gracec.report.page import render_page, write_report_page
+from gracec.report.report import Report
+from tests.tiny import tiny_image, tiny_processor
+
+SCORE = {"n": 9, "standard_error": 0.1, "blind_accuracy": 0.2, "majority": 0.3}
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the visible text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.words = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br", "link", "input"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.words += data
+
+    def pictures(self) -> list[bytes]:
+        sources = [attributes["src"] or "" for tag, attributes in self.tags if tag == "img"]
+        return [base64.b64decode(source.partition("base64,")[2]) for source in sources]
+
+
+@pytest.fixture(scope="module")
+def trained(
+    llava: LlavaForConditionalGeneration, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """A folder of four questions, and an artifact that was trained and examined on it."""
+    root = tmp_path_factory.mktemp("page")
+    folder = root / "data"
+    folder.mkdir()
+    lines = []
+    for number in range(4):
+        tiny_image(number).save(folder / f"{number}.png")
+        line = {"image": f"{number}.png", "question": "what color is <this> ?", "answer": "red"}
+        lines.append(json.dumps({**line, "type": "color"}))
+    (folder / "samples.jsonl").write_text("\n".join(lines))
+    training = {"steps": 3, "batch_size": 2, "micro_batch_size": 2, "lr": 3e-3}
+    weights = {"decoder": {"group_size": 32}}
+    recipe = gracec.Recipe.from_dict({"name": "t", "weights": weights, "training": training})
+    gracec.compile(
+        llava,
+        recipe,
+        train_data=folder,
+        eval_data=folder,
+        processor=tiny_processor(),
+        output_dir=root / "trained",
+        progress=False,
+    )
+    return folder, root / "trained"
+
+
+def accurate(report: Report, share: float) -> Report:
+    scores = {
+        name: {
+            "overall": {**SCORE, "accuracy": value},
+            "types": {"color": {**SCORE, "accuracy": value}},
+        }
+        for name, value in (("original", 0.5), ("compiled", share))
+    }
+    found = {"data": "data", "difference": {"difference": share - 0.5, "standard_error": 0.1}}
+    return dataclasses.replace(report, accuracy={**found, **scores})
+
+
+def test_it_needs_nothing_else(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, artifact = trained
+    write_report_page([artifact], tmp_path / "report.html", load_samples(folder))
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "srcset", "data"):
+            assert (attributes.get(name) or "data:").startswith("data:"), (tag, attributes)
+    assert "http" not in page.words and "url(" not in text
+    for picture in page.pictures():
+        assert picture.startswith((b"<?xml", b"\x89PNG"))
+    assert not [path for path in tmp_path.iterdir() if path.name != "report.html"]
+
+
+def test_it_says_what_the_report_says(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, artifact = trained
+    write_report_page([artifact], tmp_path / "report.html", load_samples(folder))
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    report = gracec.load(artifact).report
+    assert report.sizes_line() in page.words and report.accuracy_line() in page.words
+    for note in report.notes:
+        assert note in page.words
+    for gate in report.gates:
+        assert gate.replace("_", " ") in page.words
+    for row in report.plan:
+        if row["spec"]:
+            assert row["fqns"][0] in page.words
+    assert "steps: 3" in page.words and "group_size: 32" in page.words
+    assert "Answered wrongly" in page.words and "what color is <this> ?" in page.words
+    drawings = [picture for picture in page.pictures() if picture.startswith(b"<?xml")]
+    assert len(drawings) == 2  # the training, and the noise of the weights
+    rows = [row for row in report.plan if row["spec"]]
+    assert all(row["ptq_sqnr_db"] > 10 for row in rows)
+
+
+def test_without_training_and_questions_it_is_shorter(
+    compiled: CompiledModel, tmp_path: Path
+) -> None:
+    page = Page(render_page({"out": compiled.report}, ""))
+    assert "Not measured when the model was compiled." in page.words
+    assert len(page.pictures()) == 1
+    assert not any("ptq_sqnr_db" in row for row in compiled.report.plan)
+
+
+def test_several_artifacts_are_compared(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, artifact = trained
+    again = tmp_path / artifact.name
+    again.symlink_to(artifact)  # the same name twice, so that paths tell them apart
+    write_report_page([artifact, again], tmp_path / "report.html", load_samples(folder))
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert f"{artifact} is right and another is wrong: 0 of 4" in page.words
+    assert len(page.pictures()) == 3
+
+
+def test_what_others_wrote_is_text(compiled: CompiledModel) -> None:
+    report = dataclasses.replace(compiled.report, notes=["<script>alert(1)</script>"])
+    text = render_page({"<b>": accurate(report, 0.4)}, '"><img src=x>')
+    assert "<script>" not in text and "<b>," not in text and "src=x>" not in Page(text).tags
+    assert "<script>alert(1)</script>" in Page(text).words
+    assert "40.0% ±10.0%" in Page(text).words
+
+
+def test_equal_reports_give_equal_pages(compiled: CompiledModel) -> None:
+    reports: dict[str, Any] = {"a": accurate(compiled.report, 0.4), "b": compiled.report}
+    assert render_page(reports, "m") == render_page(reports, "m")
+
+
+def test_bad_input_is_one_line(compiled: CompiledModel, tmp_path: Path) -> None:
+    with pytest.raises(GracecError, match="gracec.json"):
+        write_report_page([tmp_path], tmp_path / "report.html")
+    compiled.save_pretrained(tmp_path / "out", ())
+    with pytest.raises(GracecError, match="cannot be written"):
+        write_report_page([tmp_path / "out"], tmp_path / "none" / "report.html")
