@@ -69,6 +69,13 @@ class OnnxModel:
         self.folder, self.config = folder, config
         self.generation_config = generation_config or GenerationConfig()
         self.session_config = SessionConfig.read(folder)
+        if self.session_config.family != config.model_type or config.model_type not in families():
+            raise GracecError(
+                f"the graphs are of the family {self.session_config.family!r}, "
+                f"config.json is of {config.model_type!r}",
+                where=str(folder),
+                fix="export the model again",
+            )
         self.threads = threads or torch.get_num_threads()
         self._sessions: dict[str, ort.InferenceSession] = {
             name: open_session(folder / file, self.session_config.options, threads=self.threads)
@@ -102,7 +109,7 @@ class OnnxModel:
 
     @property
     def family(self) -> Family:
-        return families()[self.session_config.family]
+        return families()[self.config.model_type]
 
     def __call__(self, **inputs: Tensor) -> Tensor:
         """Logits [B, T, V] of a batch from the processor."""
@@ -133,13 +140,11 @@ class OnnxModel:
             raise GracecError(
                 "the ONNX runner generates greedily only", fix="pass do_sample=False, num_beams=1"
             )
-        prompt = inputs["input_ids"]
+        steps = self.stream(max_new_tokens=max_new_tokens, prefill_chunk=prefill_chunk, **inputs)
+        tokens = [inputs["input_ids"]]
         if streamer is not None:
-            streamer.put(prompt)
-        tokens = [prompt]
-        for step in self.stream(
-            max_new_tokens=max_new_tokens, prefill_chunk=prefill_chunk, **inputs
-        ):
+            streamer.put(tokens[0])
+        for step in steps:
             tokens.append(step.tokens[:, None])
             if streamer is not None:
                 streamer.put(step.tokens)
@@ -163,12 +168,15 @@ class OnnxModel:
                     where=str(self.folder.parent / "generation_config.json"),
                     fix="remove it, or run the model with torch",
                 )
+        prepared = self._prepare(inputs)
+        if not prepared["attention_mask"][:, -1].all():
+            raise GracecError("padded on the right", where="batch", fix="pad on the left")
         end = settings.eos_token_id
         ends = [end] if isinstance(end, int) else list(end or ())
         pad = settings.pad_token_id
         return greedy(
             self,
-            self._prepare(inputs),
+            prepared,
             max_new_tokens=max_new_tokens or settings.max_new_tokens or DEFAULT_NEW_TOKENS,
             end=ends,
             pad=pad if pad is not None else (ends or [0])[0],
@@ -231,19 +239,17 @@ class OnnxModel:
             raise GracecError(
                 f"the ONNX runner does not take {unknown[0]!r}", fix=f"pass {[*TEXT, *vision]}"
             )
-        ids = batch["input_ids"]
         given = {name: tensor for name, tensor in batch.items() if tensor is not None}
-        if (
-            not any(name in given for name in vision)
-            and not (ids == self.config.image_token_id).any()
-        ):
-            mask = given.get("attention_mask")
-            return {
-                "input_ids": ids,
-                "attention_mask": torch.ones_like(ids) if mask is None else mask,
-            }
-        model: Any = self  # its config and dtype are all that is looked at
-        return self.family.prepare(model, given)
+        ids = given.get("input_ids")
+        images = any(name in given for name in vision)
+        if ids is None or images or (ids == self.config.image_token_id).any():
+            model: Any = self  # its config and dtype are all that is looked at
+            return self.family.prepare(model, given)
+        mask = given.get("attention_mask")
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids) if mask is None else mask,
+        }
 
 
 def _ort_value(array: Any) -> Any:

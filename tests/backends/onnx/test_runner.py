@@ -110,6 +110,16 @@ def test_images_and_placeholders_are_counted(model: OnnxModel, batch: dict[str, 
         model.generate(**{**batch, "pixel_values": batch["pixel_values"][:1]})
 
 
+def test_what_it_cannot_prepare(model: OnnxModel, batch: dict[str, Tensor]) -> None:
+    with pytest.raises(GracecError, match="input_ids is missing; use the processor"):
+        model.generate(pixel_values=batch["pixel_values"])
+    with pytest.raises(GracecError, match="pixel_values is missing"):
+        model.generate(input_ids=batch["input_ids"])
+    mask = batch["attention_mask"].flip(1)
+    with pytest.raises(GracecError, match="padded on the right; pad on the left"):
+        model.generate(**{**batch, "attention_mask": mask})
+
+
 def test_it_answers_questions(model: OnnxModel, compiled: CompiledModel) -> None:
     image = tiny_image(3)
     found = answer(model, tiny_processor(), image, "what is this ?", max_new_tokens=4)

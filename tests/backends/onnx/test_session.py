@@ -81,6 +81,14 @@ def test_a_missing_file(copied: Copied, name: str) -> None:
     assert refusal(file.parents[1]).startswith(f"{file}: missing; copy the directory again")
 
 
+def test_graphs_of_another_family(copied: Copied) -> None:
+    directory = copied()
+    edit(directory / "onnx", family="florence")
+    assert "the graphs are of the family 'florence', config.json is of 'llava'" in refusal(
+        directory
+    )
+
+
 def test_no_session_file(copied: Copied) -> None:
     path = copied() / "onnx" / "session.json"
     path.unlink()
