@@ -28,6 +28,7 @@ from gracec.backends.onnx import kernel
 from gracec.capture import capture, capture_serving, family_of
 from gracec.capture.serving import (
     Serving,
+    ServingProgram,
     ServingRuntime,
     apply_codes,
     composed_equals_training,
@@ -40,7 +41,6 @@ from gracec.passes import run_passes
 from gracec.passes.apply_codes import ApplyCodes
 from gracec.passes.freeze import FrozenWeight, frozen_weights
 from gracec.passes.lower_qdq import LoweredWeight, LowerQdq, lowered_weights
-from gracec.program import Program
 
 FILES = {VISION: "vision_encoder", EMBEDDING: "embed_tokens", DECODER: "decoder_model_merged"}
 """Name of a graph -> stem of its file, as transformers.js looks for it."""
@@ -99,7 +99,7 @@ class Onnx(Format):
             GateError: if what was written is not numerically what it should be.
         """
         # Imported where a graph is written: these packages take a second.
-        from gracec.backends.onnx import gates, graphs
+        from gracec.backends.onnx import gates
         from gracec.backends.onnx.runner import OnnxModel
         from gracec.backends.onnx.session import (
             MINIMUM_RUNTIME,
@@ -120,26 +120,17 @@ class Onnx(Format):
         figures["composed_equals_training"] = composed_equals_training(serving, training, model)
         del training
 
-        files: dict[str, str] = {}
+        files: dict[str, list[Path]] = {}
         kernels: dict[str, int] = {}
-        digests: dict[str, str] = {}
         emitted: dict[str, LoweredWeight] = {}
-        exact = 0
         for name, graph in serving.items():
-            lowered = self._lower(graph.program)
-            own = lowered_weights(lowered)
-            path = directory / f"{FILES[name]}{'_q4' if own else ''}.onnx"
-            written = graphs.to_onnx(replace(graph, program=lowered), name)
-            for file in graphs.write_model(written, path):
-                digests[file.name] = sha256(file)
-            del written
+            files[name], own = self._write_graph(name, graph, directory)
+            path = files[name][0]
             gates.file_is_valid(path)
             kernels[name] = gates.kernels_in_session(path, self.ops, self.mode, len(own))
-            exact += gates.stored_weights_are_exact(path, artifact.weights)
-            files[name] = path.name
+            if gates.stored_weights_are_exact(path, artifact.weights) != len(own):
+                raise GateError(f"not all of {len(own)} quantized weights read back", where=name)
             emitted |= own
-        if set(emitted) != set(_reached(serving)) or exact != len(emitted):
-            raise GateError(f"{exact} weights read back, {len(_reached(serving))} were written")
         figures["int4_kernels"] = sum(kernels.values())
         figures["matmul_error"] = gates.matmul_error(emitted, self.ops, self.mode)
         wide = self.ops == "qdq" and any(weight.bits == 8 for weight in emitted.values())
@@ -147,8 +138,8 @@ class Onnx(Format):
             family=model.config.model_type,
             ops=self.ops,
             mode=self.mode,
-            graphs=files,
-            sha256=digests,
+            graphs={name: paths[0].name for name, paths in files.items()},
+            sha256={path.name: sha256(path) for paths in files.values() for path in paths},
             kernels=kernels,
             options=session_options(self.ops, self.mode),
             gates=figures,
@@ -178,10 +169,21 @@ class Onnx(Format):
         text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False)
         path.write_text(text + "\n", encoding="utf-8")
 
-    def _lower(self, program: Program) -> Program:
-        if not frozen_weights(program):
-            return program
-        return run_passes(program, [LowerQdq(self.ops, self.mode, strict=True)]).program
+    def _write_graph(
+        self, name: str, graph: ServingProgram, directory: Path
+    ) -> tuple[list[Path], dict[str, LoweredWeight]]:
+        """Lower and write one graph; its files, and the weights that run on INT4 kernels."""
+        from gracec.backends.onnx import graphs
+
+        frozen = frozen_weights(graph.program)
+        passes = [LowerQdq(self.ops, self.mode, strict=True)] if frozen else []
+        program = run_passes(graph.program, passes).program
+        lowered = lowered_weights(program)
+        if lowered.keys() != frozen.keys():
+            raise GateError(f"{len(lowered)} of {len(frozen)} weights are lowered", where=name)
+        path = directory / f"{FILES[name]}{'_q4' if lowered else ''}.onnx"
+        model = graphs.to_onnx(replace(graph, program=program), name)
+        return graphs.write_model(model, path), lowered
 
     def _run(
         self, found: Any, serving: Serving, model: PreTrainedModel, artifact: Artifact
@@ -255,11 +257,6 @@ def _set(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
         setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
     else:
         setattr(module, attribute, tensor)
-
-
-def _reached(serving: Serving) -> list[str]:
-    """Quantized weights that an output depends on."""
-    return [fqn for graph in serving.values() for fqn in frozen_weights(graph.program)]
 
 
 def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
