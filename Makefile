@@ -1,5 +1,6 @@
 # make test    lint, then every test that is not marked slow
 # make demo    quantize, evaluate and export a small model from end to end
+# make evidence  train what docs/results.md needs and is missing, and write that page (hours)
 # The virtual environment sets itself up, and again when pyproject.toml or constraints.txt change.
 
 PYTHON      ?= python3
@@ -19,7 +20,7 @@ STAMP := $(VENV)/.installed
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 $(PYTEST_ARGS)
 SOURCES := $(wildcard gracec tests examples benchmarks docs)
 
-.PHONY: test test-all lint format demo install constraints clean
+.PHONY: test test-all lint format demo evidence install constraints clean
 
 test: lint
 	$(PYTEST) -m "not slow"
@@ -38,6 +39,10 @@ format: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/gracec demo $(DEMO_ARGS)
+
+evidence: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evidence/run.py
+	$(BIN)/python benchmarks/evidence/page.py
 
 install: $(STAMP)
 

@@ -194,7 +194,7 @@ def write_store(store: Store, directory: Path) -> None:
     path.chmod(0o644)  # safetensors lets nobody but the owner read it
     manifest = {
         "format_version": FORMAT_VERSION,
-        "sha256": _sha256(path),
+        "sha256": file_sha256(path),
         "weights": {fqn: weight.spec.to_dict() for fqn, weight in sorted(store.weights.items())},
         **store.manifest,
     }
@@ -237,7 +237,7 @@ def read_store(directory: Path) -> Store:
     tensors_path = directory / TENSORS
     if not tensors_path.is_file():
         raise GracecError("missing", where=str(tensors_path), fix="compile the model again")
-    if _sha256(tensors_path) != manifest["sha256"]:
+    if file_sha256(tensors_path) != manifest["sha256"]:
         raise GracecError(
             "the file is not the one that was written (sha256 differs)",
             where=str(tensors_path),
@@ -257,6 +257,7 @@ def read_store(directory: Path) -> Store:
     return Store(StoredWeights(tensors_path, specs), others, manifest)
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Of the bytes of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

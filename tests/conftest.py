@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,3 +85,18 @@ def after(captured: Program) -> Callable[[str], Program]:
 def compiled(llava: LlavaForConditionalGeneration) -> CompiledModel:
     """`llava` compiled by w4a16-ptq. Not to be changed by a test."""
     return compile(llava, "w4a16-ptq", processor=tiny_processor())
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a tiny LLaVA and its processor. Not to be changed by a test."""
+    directory = tmp_path_factory.mktemp("saved") / "model"
+    tiny_llava(tie=True).save_pretrained(directory)
+    tiny_processor().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def model(saved: Path, tmp_path: Path) -> Path:
+    """A good model directory, to be broken by the test."""
+    return Path(shutil.copytree(saved, tmp_path / "model"))

@@ -1,7 +1,6 @@
 """Whatever is wrong with the input: one clear line, exit code 2, and nothing half done."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,20 +24,6 @@ STORED = {
     Q_PROJ: "language_model.model.layers.0.self_attn.q_proj.weight",
 }
 """Name in memory -> name in the files."""
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("saved") / "model"
-    tiny_llava(tie=True).save_pretrained(directory)
-    tiny_processor().save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture
-def model(saved: Path, tmp_path: Path) -> Path:
-    """A good model directory, to be broken by the test."""
-    return Path(shutil.copytree(saved, tmp_path / "model"))
 
 
 def refused(model: Path, message: str, *arguments: object) -> None:

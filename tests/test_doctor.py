@@ -1,5 +1,4 @@
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,19 +11,6 @@ from gracec.doctor import BLOCKED, OK, SKIPPED, Check, Diagnosis, diagnose
 from gracec.errors import GracecError
 from gracec.recipe import built_in_recipes
 from tests.tiny import tiny_llava, tiny_processor
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("doctor") / "model"
-    tiny_llava(tie=True).save_pretrained(directory)
-    tiny_processor().save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture
-def model(saved: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "model"))
 
 
 def statuses(found: Diagnosis) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The arithmetic of the evidence table, and that the page says what the results say."""
 
 import importlib.util
+import json
 import math
 import sys
 from pathlib import Path
@@ -91,3 +92,30 @@ def test_a_condition_is_a_built_in_recipe_with_what_it_varies() -> None:
         if recipe.training is not None:
             assert recipe.training.seed == seed and recipe.training.lr == 1e-4
             assert recipe.training.distillation.needs_teacher == bool(condition.teacher)
+
+
+def test_the_page_says_what_the_results_say() -> None:
+    page = script("page")
+    assert page.render(page.Evidence()) == page.PAGE.read_text(encoding="utf-8")
+
+
+def test_the_seeds_that_both_have_are_paired(tmp_path: Path) -> None:
+    page, run = script("page"), script("run")
+    draw = torch.Generator().manual_seed(0)
+    for name, seeds in (("a", (0, 1, 2)), ("b", (0, 1)), ("student", (0,))):
+        for seed in seeds:
+            hits = run.pack(torch.rand(800, 5, generator=draw) < 0.5)
+            answers = {"answers": dict.fromkeys(("validation", "test"), hits)}
+            (tmp_path / f"{name}-{seed}.json").write_text(json.dumps(answers))
+    evidence = page.Evidence(tmp_path)
+    assert evidence.difference("a", "student").seeds == 3
+    assert evidence.difference("a", "b").seeds == 2
+    assert evidence.difference("a", "c") is evidence.accuracy("c") is None
+    name = evidence.accuracy("a", "name")
+    assert name.value == pytest.approx(
+        sum(
+            run.unpack(r["answers"]["test"])[:, 0].double().mean().item()
+            for r in evidence.runs["a"].found.values()
+        )
+        / 3
+    )

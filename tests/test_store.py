@@ -3,7 +3,6 @@ import json
 import os
 import resource
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from gracec.store import (
     write_directory,
     write_store,
 )
+from tests.children import in_a_child
 
 
 def example(seed: int = 0) -> Store:
@@ -185,17 +185,3 @@ def snapshot(directory: Path) -> dict[str, bytes]:
     """Every file of a directory and its bytes."""
     files = (path for path in directory.rglob("*") if path.is_file())
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
-
-
-def in_a_child(work: Callable[[], None]) -> int:
-    """Run in a process of its own; 0, 1 (an exception) or the signal that ended it."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    status = os.waitpid(child, 0)[1]
-    return status if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)

@@ -107,10 +107,14 @@ def _stress() -> Iterator[Condition]:
             weights={"decoder": rule, "projector": rule},
             seeds=(0,),
         )
+    decoder = {"decoder": {"bits": 2, "group_size": 128}}
+    yield Condition("stress", "w2d-ptq", NO_TRAINING, weights=decoder, seeds=(0,))
     training: dict[str, Any] = {"scenes": ALL_SCENES, "steps": 200, "weights": STRESS}
     yield Condition("stress", "w2-grace", "w4a16", "teacher", **training)
     yield Condition("stress", "w2-qat", "w4a16-qat", **training)
     yield Condition("stress", "w2-kl", "w4a16", "teacher", **training, distillation=PLAIN_KL)
+    training |= {"weights": decoder, "seeds": (0, 1)}
+    yield Condition("stress", "w2d-grace", "w4a16", "teacher", **training)
 
 
 def _little_data() -> Iterator[Condition]:

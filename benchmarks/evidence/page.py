@@ -456,8 +456,7 @@ INTRODUCTION = """# Results
 
 Does the method keep, or raise, what a model can do? This page is written by
 `python benchmarks/evidence/page.py` from the answers in `benchmarks/results/evidence`, and
-`python benchmarks/evidence/run.py` makes those again: it trains what is missing, a few minutes a
-run on one core.
+`make evidence` makes those again: it trains what is missing, a few minutes a run on one core.
 
 The task is the shipped [EmojiVQA](../examples/emojivqa/README.md): five types of questions about
 scenes of emoji, whose test artwork (Twemoji) no model has seen. Emoji are drawings, and the student
@@ -500,6 +499,9 @@ STRESS_ROWS = {
     "w2-qat": "2 bits, cross-entropy QAT",
     "w2-kl": "2 bits, cross-entropy and plain KL",
     "w2-grace": "2 bits, GRACE",
+    "w2d-ptq": "2 bits, decoder alone, no training",
+    "peer-gptq-w2d": "2 bits, decoder alone, GPTQ of llm-compressor",
+    "w2d-grace": "2 bits, decoder alone, GRACE",
 }
 LITTLE_ROWS = {
     "w2-ptq": "no training",

@@ -3,6 +3,7 @@
     python benchmarks/evidence/run.py                  everything that is missing
     python benchmarks/evidence/run.py 'w4a16*' 'w2-*'  only these
     python benchmarks/evidence/run.py --list           what there is and what is missing
+    python benchmarks/evidence/run.py --model DIR --name peer-gptq-g128       examine another model
 
 Several of these commands may run at once: each takes the next run that nobody works on. A run
 writes benchmarks/results/evidence/NAME-SEED.json: its recipe, its curve, and which questions of the
@@ -107,6 +108,16 @@ def shipped(name: str) -> dict[str, Any]:
     return {"answers": examine(original(name), blind=True)}
 
 
+def examine_other(directory: Path, name: str) -> None:
+    """Ask the model that a peer wrote; its peer.json says how it was made."""
+    start = time.perf_counter()
+    model: nn.Module = load_model(directory, torch.float32)
+    made = json.loads((directory / "peer.json").read_text(encoding="utf-8"))
+    made = {key: value for key, value in made.items() if key != "modules"}
+    result = {"peer": made, "answers": examine(model)}
+    write(result_path(name, 0), result, time.perf_counter() - start)
+
+
 @contextmanager
 def claimed(path: Path) -> Iterator[bool]:
     """Whether this process works on a result; false if it is there or another one does."""
@@ -133,7 +144,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Plain)
     parser.add_argument("names", nargs="*", default=["*"], help="patterns of conditions")
     parser.add_argument("--list", action="store_true", help="show what there is")
+    parser.add_argument("--model", type=Path, help="a directory that another tool wrote")
+    parser.add_argument("--name", help="of its row, with --model")
     arguments = parser.parse_args()
+    if arguments.model is not None:
+        if not arguments.name:
+            parser.error("--model needs --name")
+        examine_other(arguments.model, arguments.name)
+        return
     everything: list[tuple[str, int, Condition | None]] = [
         ("student", 0, None),
         ("teacher", 0, None),

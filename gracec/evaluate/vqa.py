@@ -127,9 +127,9 @@ def evaluate_vqa(
         for start in range(0, len(samples), batch_size):
             batch = samples[start : start + batch_size]
             images = [load_image(sample.image) for sample in batch]
-            inputs = _encode(processor, [sample.question for sample in batch], images, start)
-            _check_image_tokens(processor, inputs["input_ids"], images, start, tokens_by_size)
-            inputs = _place(inputs, model)
+            names = [f"sample {start + offset}" for offset in range(len(batch))]
+            questions = [sample.question for sample in batch]
+            inputs = _prepare(model, processor, questions, images, names, tokens_by_size)
             answers = _generate(model, processor, inputs, max_new_tokens)
             blind_answers: Sequence[str | None] = [None] * len(batch)
             if blind:
@@ -168,6 +168,32 @@ def answer(
         raise GracecError(f"the processor refuses the question ({reason})") from error
     with _inference(model):
         return _generate(model, processor, _place(inputs, model), max_new_tokens)[0]
+
+
+def answers(
+    model: Generator,
+    processor: Any,
+    questions: Sequence[str],
+    images: Sequence[Image.Image],
+    *,
+    names: Sequence[str],
+    tokens_by_size: dict[tuple[int, int], int],
+    max_new_tokens: int = 64,
+) -> list[str]:
+    """The greedy answers to a batch of questions, asked and checked as `evaluate_vqa` does.
+
+    Args:
+        model: has `generate(**inputs, ...)` and `device`.
+        processor: of the model.
+        questions: what to ask, about one image each.
+        images: as `load_image` gives them.
+        names: what to call each question in an error.
+        tokens_by_size: empty at first, then the same for each batch: image size -> image tokens.
+        max_new_tokens: the longest answer.
+    """
+    with _inference(model):
+        inputs = _prepare(model, processor, questions, images, names, tokens_by_size)
+        return _generate(model, processor, inputs, max_new_tokens)
 
 
 def summarise(predictions: Sequence[Prediction]) -> VqaReport:
@@ -312,26 +338,41 @@ def _inference(model: Any) -> Iterator[None]:
             model.train()
 
 
+def _prepare(
+    model: Generator,
+    processor: Any,
+    questions: Sequence[str],
+    images: Sequence[Image.Image],
+    names: Sequence[str],
+    tokens_by_size: dict[tuple[int, int], int],
+) -> dict[str, Any]:
+    """Prompts and pixels of a batch on the model's device, with all of their image tokens."""
+    inputs = _encode(processor, questions, images, names)
+    _check_image_tokens(processor, inputs["input_ids"], images, names, tokens_by_size)
+    return _place(inputs, model)
+
+
 def _encode(
-    processor: Any, questions: Sequence[str], images: Sequence[Image.Image], start: int
+    processor: Any,
+    questions: Sequence[str],
+    images: Sequence[Image.Image],
+    names: Sequence[str],
 ) -> dict[str, Any]:
     """Prompts and pixels of a batch; an error names the first sample that fails by itself."""
     try:
         return encode(processor, questions, images)
     except ValueError as error:
-        for offset, (question, image) in enumerate(zip(questions, images, strict=True)):
+        for name, question, image in zip(names, questions, images, strict=True):
             try:
                 encode(processor, [question], [image])
             except ValueError as own:
                 reason = str(own).splitlines()[0]
                 raise GracecError(
-                    f"the processor refuses the sample ({reason})",
-                    where=f"sample {start + offset}",
+                    f"the processor refuses the sample ({reason})", where=name
                 ) from own
         reason = str(error).splitlines()[0]
         raise GracecError(
-            f"the processor refuses the batch ({reason})",
-            where=f"samples {start} to {start + len(questions) - 1}",
+            f"the processor refuses the batch ({reason})", where=f"{names[0]} to {names[-1]}"
         ) from error
 
 
@@ -381,7 +422,7 @@ def _check_image_tokens(
     processor: Any,
     input_ids: Tensor,
     images: Sequence[Image.Image],
-    start: int,
+    names: Sequence[str],
     tokens_by_size: dict[tuple[int, int], int],
 ) -> None:
     """Images of one size have one number of placeholders; a prompt with fewer was cut.
@@ -395,12 +436,12 @@ def _check_image_tokens(
     counts = (input_ids == token_id).sum(dim=1).tolist()
     for count, image in zip(counts, images, strict=True):
         tokens_by_size[image.size] = max(count, tokens_by_size.get(image.size, 0))
-    for offset, (count, image) in enumerate(zip(counts, images, strict=True)):
+    for name, count, image in zip(names, counts, images, strict=True):
         expected = tokens_by_size[image.size]
         if count == 0 or count != expected:
             raise GracecError(
                 f"the prompt has {count} image tokens where {expected or 'some'} are expected",
-                where=f"sample {start + offset}",
+                where=name,
                 fix="do not let the processor truncate",
             )
 

@@ -19,7 +19,11 @@ from gracec import quant
 from gracec._memory import trim
 from gracec.ops import dtype_name
 from gracec.passes.base import Pass, PassResult
-from gracec.passes.insert_fake_quant import FAKE_QUANTIZE, FAKE_QUANTIZE_ACTIVATION
+from gracec.passes.insert_fake_quant import (
+    FAKE_QUANTIZE,
+    FAKE_QUANTIZE_ACTIVATION,
+    fake_quantized,
+)
 from gracec.program import Program, annotation
 
 DEQUANTIZE = torch.ops.gracec.dequantize.default
@@ -79,21 +83,17 @@ class Freeze(Pass):
             raise self.refuse("nothing is fake-quantized", fix="run insert-fake-quant first")
 
     def apply(self, program: Program) -> PassResult:
-        fakes = list(program.nodes(FAKE_QUANTIZE))
-        for fake in fakes:
-            weight, scale_param, bits, group_size, *_ = fake.args
-            assert isinstance(weight, fx.Node) and isinstance(scale_param, fx.Node)
-            assert isinstance(bits, int) and isinstance(group_size, int)
-            spec = quant.QuantSpec(**annotation(next(iter(fake.users)))["quant"])
-            scales = quant.scale_from_param(
-                program.tensor(str(scale_param.target)).detach(),
-                spec.parametrization,
-                spec.scale_grid,
-            )
+        count = 0
+        for fake in fake_quantized(program):
+            weight = fake.node.args[0]
+            assert isinstance(weight, fx.Node)
+            spec = quant.QuantSpec(**annotation(next(iter(fake.node.users)))["quant"])
+            codes = quant.quantize(fake.weight, fake.scales, fake.bits, fake.group_size)
             tensor = program.tensor(str(weight.target))
-            codes = quant.quantize(tensor.detach(), scales, bits, group_size)
-            frozen = FrozenWeight.from_codes(codes, scales, spec)
-            replace_by_codes(program, fake, weight, frozen)
+            replace_by_codes(
+                program, fake.node, weight, FrozenWeight.from_codes(codes, fake.scales, spec)
+            )
+            count += 1
             if self.release:
                 tensor.data = tensor.new_zeros(()).expand(tensor.shape)
                 trim()
@@ -101,10 +101,10 @@ class Freeze(Pass):
         for node in activations:
             _freeze_activation(program, node)
         drop_dead_tensors(program)
-        notes = [f"{len(fakes)} weights frozen to codes"]
+        notes = [f"{count} weights frozen to codes"]
         if activations:
             notes.append(f"{len(activations)} activations frozen to static scales")
-        return PassResult(program, bool(fakes or activations), tuple(notes))
+        return PassResult(program, bool(count or activations), tuple(notes))
 
     def ensures(self, before: Program, after: Program) -> None:
         if any(after.nodes(FAKE_QUANTIZE)) or any(after.nodes(FAKE_QUANTIZE_ACTIVATION)):

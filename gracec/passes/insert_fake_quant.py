@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from gracec import quant
 from gracec.errors import GracecError
@@ -28,6 +28,39 @@ from gracec.program import Program, annotate, annotation
 
 FAKE_QUANTIZE = torch.ops.gracec.fake_quantize.default
 FAKE_QUANTIZE_ACTIVATION = torch.ops.gracec.fake_quantize_activation.default
+
+
+class FakeQuantized(NamedTuple):
+    """A fake-quantized weight of a program, as it is now.
+
+    Attributes:
+        node: the fake_quantize node.
+        fqn, scale_fqn: of the weight and of its scale parameter.
+        weight: [N, K], the float master.
+        scales: [N, K / group_size], on the grid that the node rounds them to.
+        group_size: input features that share one scale.
+    """
+
+    node: fx.Node
+    fqn: str
+    scale_fqn: str
+    weight: Tensor
+    scales: Tensor
+    bits: int
+    group_size: int
+
+
+def fake_quantized(program: Program) -> Iterator[FakeQuantized]:
+    """Every fake-quantized weight, in the order of the graph."""
+    for node in list(program.nodes(FAKE_QUANTIZE)):
+        weight, scale, bits, group_size, parametrization, scale_grid, _ = node.args
+        assert isinstance(weight, fx.Node) and isinstance(scale, fx.Node)
+        assert isinstance(bits, int) and isinstance(group_size, int)
+        names = program.fqn(str(weight.target)), program.fqn(str(scale.target))
+        tensors = (program.tensor(str(one.target)).detach() for one in (weight, scale))
+        master, param = tensors
+        scales = quant.scale_from_param(param, str(parametrization), str(scale_grid))
+        yield FakeQuantized(node, *names, master, scales, bits, group_size)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from transformers import __version__ as transformers_version
 
 from gracec._version import __version__
 from gracec.recipe import built_in_recipes
-from gracec.report.report import Report
+from gracec.report.report import COVERAGE, Report, coverage_rows
 
 
 def model_card(
@@ -53,8 +53,7 @@ def model_card(
         f"## What was checked\n\nWhen this directory was written, every quantized weight was read "
         f"back and compared with codes times scales: equal bits. {tested} "
         f"Written with transformers {transformers_version}, torch {torch.__version__}.",
-        "## Coverage\n\n"
-        + _table(("part", "weights", "quantized", "kept because"), _parts(report)),
+        "## Coverage\n\n" + _table(COVERAGE, coverage_rows(report.plan)),
         "## Sizes and gates\n\n" + _table(("figure", "value"), _figures(report)),
         "## Recipe\n\n```yaml\n"
         + yaml.safe_dump(dict(report.recipe), sort_keys=False)
@@ -93,19 +92,6 @@ def _accuracy(report: Report) -> str:
         f"Compiled against original on the same questions: {difference['difference']:+.1%} "
         f"±{difference['standard_error']:.1%}."
     )
-
-
-def _parts(report: Report) -> list[tuple[str, ...]]:
-    """One row a part of the model: number of weights, share of bytes quantized, why not more."""
-    rows: list[tuple[str, ...]] = []
-    for part in dict.fromkeys(row["part"] for row in report.plan):
-        entries = [row for row in report.plan if row["part"] == part]
-        total = sum(row["source_bytes"] for row in entries)
-        quantized = sum(row["source_bytes"] for row in entries if row["spec"])
-        reasons = dict.fromkeys(row["reason"] for row in entries if row["reason"])
-        share = f"{quantized / total:.0%}" if total else "-"
-        rows.append((part, str(len(entries)), share, "; ".join(reasons)))
-    return rows
 
 
 def _figures(report: Report) -> list[tuple[str, ...]]:

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor, fx
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from gracec import quant
 from gracec.passes.freeze import FrozenWeight
-from gracec.passes.insert_fake_quant import FAKE_QUANTIZE
+from gracec.passes.insert_fake_quant import fake_quantized
 from gracec.passes.plan_quantization import Plan
 from gracec.program import Program
 from gracec.quant import QuantSpec
@@ -97,17 +97,27 @@ class Report:
 
 def coverage_table(plan: Sequence[Mapping[str, Any]]) -> Table:
     """Bytes by part of the model: quantized, kept, and why; from the rows of a plan."""
-    table = Table("part", "weights", "bytes", "quantized", "kept because")
-    parts = dict.fromkeys(row["part"] for row in plan)
-    for part in parts:
+    table = Table(*COVERAGE)
+    for row in coverage_rows(plan):
+        table.add_row(*row)
+    return table
+
+
+COVERAGE = ("part", "weights", "bytes", "quantized", "kept because")
+
+
+def coverage_rows(plan: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """For each part of the model the cells of `COVERAGE`."""
+    found: list[tuple[str, ...]] = []
+    for part in dict.fromkeys(row["part"] for row in plan):
         rows = [row for row in plan if row["part"] == part]
         total = sum(row["source_bytes"] for row in rows)
         quantized = sum(row["source_bytes"] for row in rows if row["spec"])
         reasons = Counter(row["reason"] for row in rows if row["reason"])
         why = "; ".join(f"{reason} ({count})" for reason, count in reasons.items())
         share = f"{quantized / total:.0%}" if total else "-"
-        table.add_row(part, str(len(rows)), f"{total:,}", share, why)
-    return table
+        found.append((part, str(len(rows)), f"{total:,}", share, why))
+    return found
 
 
 def sqnr_db(program: Program) -> dict[str, float | None]:
@@ -116,21 +126,14 @@ def sqnr_db(program: Program) -> dict[str, float | None]:
     None where there is no noise.
     """
     found: dict[str, float | None] = {}
-    for node in program.nodes(FAKE_QUANTIZE):
-        weight_node, scale_node, bits, group_size, parametrization, scale_grid, _ = node.args
-        assert isinstance(weight_node, fx.Node) and isinstance(scale_node, fx.Node)
-        assert isinstance(bits, int) and isinstance(group_size, int)
-        weight = program.tensor(str(weight_node.target)).detach()
-        scale_param = program.tensor(str(scale_node.target)).detach()
-        scales = quant.scale_from_param(scale_param, str(parametrization), str(scale_grid))
+    for fake in fake_quantized(program):
         signal = noise = 0.0
-        for part, scale in quant.row_chunks(weight, scales):
-            quantized = quant.fake_quantize(part, scale, bits, group_size)
+        for part, scale in quant.row_chunks(fake.weight, fake.scales):
+            quantized = quant.fake_quantize(part, scale, fake.bits, fake.group_size)
             reference = part.to(torch.float32)
             signal += reference.square().sum(dtype=torch.float64).item()
             noise += (reference - quantized).square().sum(dtype=torch.float64).item()
-        fqn = program.fqn(str(weight_node.target))
-        found[fqn] = 10 * math.log10(signal / noise) if signal and noise else None
+        found[fake.fqn] = 10 * math.log10(signal / noise) if signal and noise else None
     return found
 
 

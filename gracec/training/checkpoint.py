@@ -40,7 +40,7 @@ from torch import Tensor
 
 from gracec._version import __version__
 from gracec.errors import GracecError, GracecWarning
-from gracec.store import write_directory
+from gracec.store import file_sha256, write_directory
 
 TENSORS, CONTENTS = "tensors.safetensors", "checkpoint.json"
 FORMAT_VERSION = 1
@@ -643,7 +643,7 @@ def _fill(path: Path, tensors: dict[str, Tensor], contents: dict[str, Any]) -> N
     _reached("tensors written")
     sealed = {
         "format_version": FORMAT_VERSION,
-        "tensors_sha256": _sha256(path / TENSORS),
+        "tensors_sha256": file_sha256(path / TENSORS),
         "contents_sha256": fingerprint_of_json(contents),
         "contents": contents,
     }
@@ -701,7 +701,7 @@ def _damage(path: Path) -> str:
     """What is wrong with a checkpoint; empty if it is whole."""
     try:
         promised = _read_sealed(path)["tensors_sha256"]
-        if _sha256(path / TENSORS) != promised:
+        if file_sha256(path / TENSORS) != promised:
             return f"{TENSORS} is not what was written (sha256 differs)"
         with safe_open(path / TENSORS, framework="pt"):
             return ""
@@ -711,11 +711,6 @@ def _damage(path: Path) -> str:
         return f"{TENSORS} cannot be read: {error.strerror or error}"
     except SafetensorError as error:
         return f"{TENSORS} cannot be read: {error}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _short(value: str | int) -> str:

@@ -22,7 +22,7 @@ import re
 import stat
 import warnings
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -1278,30 +1278,3 @@ def epoch_order(length: int, epoch: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     order: list[int] = torch.randperm(length, generator=generator).tolist()
     return order
-
-
-def micro_batches(
-    order: Sequence[int], batch_size: int, micro_batch_size: int, start: int = 0
-) -> Iterator[list[list[int]]]:
-    """For each optimizer step, the micro-batches whose gradients it adds up.
-
-    Nothing is dropped: the last step, and the last micro-batch of a step, may be smaller. A start
-    at a multiple of `batch_size` gives the steps that would have followed there.
-
-    Args:
-        order: as from `epoch_order`.
-        batch_size: samples an optimizer step.
-        micro_batch_size: samples a micro-batch, at most.
-        start: how many samples of the order have been used already.
-    """
-    if batch_size < 1 or micro_batch_size < 1:
-        raise GracecError(
-            f"batch sizes must be at least 1, not {batch_size} and {micro_batch_size}"
-        )
-    if not 0 <= start <= len(order):
-        raise GracecError(f"start must be between 0 and {len(order)}, not {start}")
-    steps = (order[at : at + batch_size] for at in range(start, len(order), batch_size))
-    return (
-        [list(step[at : at + micro_batch_size]) for at in range(0, len(step), micro_batch_size)]
-        for step in steps
-    )

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gracec.recipe import Training
+from gracec.training.setup import steps_of
 
 LINE_EVERY = 10.0
 """Seconds between two lines where there is no terminal."""
@@ -27,7 +28,7 @@ def training_log(
 
     TensorBoard events go to `directory` if the package is installed.
     """
-    steps = rule.steps or max(1, round(rule.epochs * -(-samples // rule.batch_size)))
+    steps = steps_of(rule, samples)
     console = Console(file=sys.stderr, soft_wrap=True, highlight=False)
     writer = _tensorboard(directory) if progress else None
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())

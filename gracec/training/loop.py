@@ -53,6 +53,7 @@ from gracec.training.setup import (
     objective_of,
     parameter_groups,
     rate,
+    steps_of,
     trainable,
 )
 
@@ -180,7 +181,7 @@ class _Run:
         self.rank = dist.get_rank() if self.ranked else 0
         self.ranks = dist.get_world_size() if self.ranked else 1
         self.steps_an_epoch = math.ceil(samples / rule.batch_size)
-        self.steps = rule.steps or max(1, round(rule.epochs * self.steps_an_epoch))
+        self.steps = steps_of(rule, samples)
         self.objective = objective_of(rule, self.steps)
         self.controller = controller_of(rule, self.steps)
         self.parameters = trainable(student.program, rule.frozen)
@@ -267,17 +268,18 @@ class _Run:
         """Gradients of one optimizer step; the mean of each term over all samples and ranks."""
         micro = list(self._micro_batches())
         taught = [self._taught(batch) for batch in micro]
-        targets = [self._targets(batch) for batch in micro]
+        inputs = [self.student.inputs(batch) for batch in micro]
+        targets = [self._targets(*pair) for pair in zip(micro, inputs, strict=True)]
         pairs = zip(taught, targets, strict=True)
         normalisers = torch.stack([self.objective.normalisers(*pair) for pair in pairs]).sum(0)
         self._add_over_ranks(normalisers)
         totals = torch.zeros_like(normalisers)
         device, narrow = self.student.model.device.type, self.rule.precision == "bfloat16"
-        for number, batch in enumerate(micro):
-            alone = self.ranked and number < len(micro) - 1
+        for number, values in enumerate(inputs):
+            alone = self.ranked and number < len(inputs) - 1
             with self.module.no_sync() if alone else nullcontext():
                 with torch.autocast(device, torch.bfloat16, narrow):
-                    outputs = self.student.outputs(self.module(**self.student.inputs(batch)))
+                    outputs = self.student.outputs(self.module(**values))
                 terms = self.objective.terms(outputs, taught[number], targets[number])
                 loss = self.objective.loss(terms, normalisers, self.controller.beta, self.step)
                 (loss * self.ranks).backward()  # DDP averages
@@ -289,9 +291,8 @@ class _Run:
     def _micro_batches(self) -> Iterator[Batch]:
         """The samples of this step that are this rank's, a few at a time."""
         epoch, position = divmod(self.step, self.steps_an_epoch)
-        order = epoch_order(self.samples, epoch, self.rule.seed)
-        start = position * self.rule.batch_size
-        chosen = order[start : start + self.rule.batch_size]
+        size = self.rule.batch_size
+        chosen = epoch_order(self.samples, epoch, self.rule.seed)[position * size :][:size]
         mine = chosen[self.rank :: self.ranks]
         if not mine:
             raise GracecError(
@@ -314,12 +315,12 @@ class _Run:
             return None
         return self.teacher.outputs(self.teacher.program(**self.teacher.inputs(batch)))
 
-    def _targets(self, batch: Batch) -> Targets:
+    def _targets(self, batch: Batch, inputs: Mapping[str, Tensor]) -> Targets:
         model = self.student.model
         _, labels = supervised_positions(batch["labels"])
         if not self.objective.omega:
             return Targets(labels.to(model.device))
-        index, sizes = family_of(model).image_index(model, self.student.inputs(batch))
+        index, sizes = family_of(model).image_index(model, inputs)
         return Targets(labels.to(model.device), index, sizes)
 
     def _add_over_ranks(self, tensor: Tensor) -> None:

@@ -17,9 +17,9 @@ from gracec.objective import (
     GraceObjective,
     code_entropy,
 )
-from gracec.passes.insert_fake_quant import FAKE_QUANTIZE
+from gracec.passes.insert_fake_quant import FAKE_QUANTIZE, fake_quantized
 from gracec.program import Program, annotation
-from gracec.quant import quantize, scale_from_param
+from gracec.quant import quantize
 from gracec.recipe import Training
 
 PART_OF = {"vision": "vision", "fused": "decoder", "text": "decoder"}
@@ -51,6 +51,11 @@ def controller_of(rule: Training, steps: int) -> Controller:
     return DualAscentController(
         d.tau, d.eta, d.beta, d.beta_min, d.beta_max, d.ema_decay, steps=steps
     )
+
+
+def steps_of(rule: Training, samples: int) -> int:
+    """Optimizer steps of a run on so many samples."""
+    return rule.steps or max(1, round(rule.epochs * math.ceil(samples / rule.batch_size)))
 
 
 def rate(step: int, steps: int, warmup: float) -> float:
@@ -116,11 +121,7 @@ def parameter_groups(
     program: Program, parameters: Mapping[str, nn.Parameter], rule: Training
 ) -> list[dict[str, Any]]:
     """Groups of AdamW: matrices, vectors (without decay) and scales (without decay)."""
-    scales = {
-        program.fqn(str(node.args[1].target))
-        for node in program.nodes(FAKE_QUANTIZE)
-        if isinstance(node.args[1], fx.Node)
-    }
+    scales = {fake.scale_fqn for fake in fake_quantized(program)}
     kinds: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "scales": []}
     for name, parameter in parameters.items():
         kind = "matrices" if parameter.dim() > 1 else "vectors"
@@ -140,15 +141,9 @@ def parameter_groups(
 def capacity(program: Program) -> float:
     """Entropy of all codes over their width, in [0, 1]; 1 where nothing is quantized."""
     by_bits: dict[int, list[Tensor]] = {}
-    for node in program.nodes(FAKE_QUANTIZE):
-        weight, scale, bits, group_size, parametrization, grid, _ = node.args
-        assert isinstance(weight, fx.Node) and isinstance(scale, fx.Node)
-        assert isinstance(bits, int) and isinstance(group_size, int)
-        with torch.no_grad():
-            param = program.tensor(str(scale.target))
-            scales = scale_from_param(param, str(parametrization), str(grid))
-            codes = quantize(program.tensor(str(weight.target)), scales, bits, group_size)
-        by_bits.setdefault(bits, []).append(codes)
+    for fake in fake_quantized(program):
+        codes = quantize(fake.weight, fake.scales, fake.bits, fake.group_size)
+        by_bits.setdefault(fake.bits, []).append(codes)
     counts = {bits: sum(part.numel() for part in parts) for bits, parts in by_bits.items()}
     if not counts:
         return 1.0

@@ -41,7 +41,6 @@ from gracec.training.data import (
     TrainData,
     Turn,
     epoch_order,
-    micro_batches,
     open_train_data,
 )
 from tests.docs.fences import DOCS, fences
@@ -975,39 +974,6 @@ def test_every_epoch_and_seed_has_its_own_order() -> None:
     assert len(orders) == 25 and tuple(range(50)) not in orders
 
 
-@given(
-    length=st.integers(0, 40),
-    batch_size=st.integers(1, 12),
-    micro=st.integers(1, 12),
-    step=st.integers(0, 8),
-)
-def test_micro_batches_use_every_sample_once_and_resume_at_any_step(
-    length: int, batch_size: int, micro: int, step: int
-) -> None:
-    order = epoch_order(length, 0, 0)
-    steps = list(micro_batches(order, batch_size, micro))
-    assert [one for parts in steps for part in parts for one in part] == order
-    sizes = [sum(map(len, parts)) for parts in steps]
-    assert all(size == batch_size for size in sizes[:-1]) and all(
-        0 < s <= batch_size for s in sizes
-    )
-    for parts in steps:
-        assert all(len(part) == micro for part in parts[:-1]) and 0 < len(parts[-1]) <= micro
-    start = min(step * batch_size, length)
-    assert list(micro_batches(order, batch_size, micro, start)) == steps[step:]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((0, 1, 0), "batch sizes must be at least 1, not 0 and 1"),
-        ((1, 0, 0), "batch sizes must be at least 1, not 1 and 0"),
-        ((1, 1, 4), "start must be between 0 and 3, not 4"),
-        ((1, 1, -1), "start must be between 0 and 3, not -1"),
-    ],
-)
-def test_bad_sizes_are_refused_at_once(arguments: tuple[int, int, int], message: str) -> None:
-    with pytest.raises(GracecError, match=message):
-        micro_batches([0, 1, 2], *arguments)
+def test_an_order_has_no_negative_length() -> None:
     with pytest.raises(GracecError, match="at least 0"):
         epoch_order(-1, 0, 0)

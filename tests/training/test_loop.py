@@ -18,6 +18,7 @@ from gracec.program import Program
 from gracec.recipe import Training
 from gracec.training.checkpoint import Fingerprint, latest_checkpoint
 from gracec.training.loop import Batch, Curve, Learner, score, train
+from tests.children import in_a_child, start, wait
 from tests.tiny import IMAGE, IMAGE_TOKENS, PAD, tiny_image, tiny_llava, tiny_processor
 
 FAKE = "analyze-modality,plan-quantization,insert-fake-quant{candidates=8}"
@@ -264,29 +265,6 @@ def test_two_processes_take_the_step_of_one(
         for name, tensor in weights(alone).items():
             assert torch.allclose(result["weights"][name], tensor, rtol=1e-4, atol=1e-5), name
     assert [row["beta"] for row in results[0]["rows"]] == [r["beta"] for r in results[1]["rows"]]
-
-
-def start(work: Callable[[], None]) -> int:
-    """Run in a process of its own."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    return child
-
-
-def wait(child: int) -> int:
-    """0, 1 (an exception) or the signal that ended it."""
-    status = os.waitpid(child, 0)[1]
-    return status if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)
-
-
-def in_a_child(work: Callable[[], None]) -> int:
-    return wait(start(work))
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ import gracec
 from gracec.errors import GateError, GracecError
 from gracec.training import run
 from gracec.training.run import check_teacher, check_tokenizers
+from tests.children import in_a_child
 from tests.tiny import tiny_image, tiny_llava, tiny_processor
-from tests.training.test_loop import in_a_child
 
 TRAINING = {
     "steps": 4,

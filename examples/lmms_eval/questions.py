@@ -1,0 +1,38 @@
+"""What emojivqa.yaml needs: where the questions are, their pictures, and the score of an answer."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from gracec.errors import GracecError
+from gracec.evaluate import load_image
+from gracec.evaluate.data import DEFAULT_TYPE, SAMPLES_FILE
+from gracec.evaluate.vqa import normalise_answer
+
+VARIABLE = "GRACEC_QUESTIONS"
+
+
+def folder() -> Path:
+    """The folder that holds samples.jsonl and its images."""
+    path = Path(os.environ.get(VARIABLE, ""))
+    if VARIABLE not in os.environ or not (path / SAMPLES_FILE).is_file():
+        raise GracecError(
+            "names no folder of questions", where=VARIABLE, fix=f"set it to one with {SAMPLES_FILE}"
+        )
+    return path
+
+
+DATASET = {"data_files": {"test": str(folder() / SAMPLES_FILE)}}
+
+
+def picture(question: dict[str, Any]) -> list[Image.Image]:
+    """The picture of a question, in a list as lmms-eval wants it."""
+    return [load_image(folder() / question["image"])]
+
+
+def score(question: dict[str, Any], answers: list[str]) -> dict[str, float]:
+    """1 for a right answer, counted over all questions and over those of its type."""
+    right = float(normalise_answer(answers[0]) == normalise_answer(question["answer"]))
+    return {"exact_match": right, f"exact_match_{question.get('type') or DEFAULT_TYPE}": right}
