@@ -135,6 +135,7 @@ def claimed(path: Path) -> Iterator[bool]:
 
 def write(path: Path, found: dict[str, Any], seconds: float) -> None:
     whole = {**found, "seconds": round(seconds), "environment": environment(os.getloadavg()[0])}
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     temporary.rename(path)

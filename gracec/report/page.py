@@ -138,7 +138,7 @@ def _pictures(reports: Mapping[str, Report]) -> dict[str, str]:
     found: dict[str, str] = {}
     if report.training.get("rows"):
         found["Training: terms of the loss, the controller, and the held-out part"] = _drawn(
-            _training_curves, report, (11, 3.2)
+            _training_curves, report, (11, 3.5)
         )
     if any(row.get("sqnr_db") is not None for row in report.plan):
         found["Signal to quantization noise of every weight"] = _drawn(_noise, report, (11, 3.6))
@@ -166,21 +166,36 @@ def _training_curves(figure: Figure, report: Report) -> None:
     for name, (words, colour) in TERMS.items():
         _line(terms, rows, name, words, colour)
     aligned = terms.twinx()
-    _line(aligned, rows, "rcka", "1 - CKA (right)", GREEN)
+    _line(aligned, rows, "rcka", "1 - CKA (right scale)", GREEN)
     aligned.set(ylim=(0, None))
     terms.set(xlabel="optimizer step", title="terms of the loss, nats", ylim=(0, None))
-    terms.legend(loc="upper right", frameon=False)
-    aligned.legend(loc="lower right", frameon=False)
+    _legend(terms, aligned)
     _line(control, rows, "beta", "β", ORANGE)
-    _line(control, rows, "ema", "moving average of the distillation term", QUIET)
+    _line(control, rows, "ema", "moving average of distillation", QUIET)
     control.set(xlabel="optimizer step", title="the controller of β", ylim=(0, None))
-    control.legend(frameon=False)
+    _legend(control)
     points = [row for row in held_out if row["held_out_loss"] is not None]
     at = [row["step"] for row in points]
     scores.plot(at, [row["held_out_loss"] for row in points], "o-", color=BLUE)
     scores.axvline(report.training["best_step"], color=QUIET, ls=":", label="kept")
     scores.set(xlabel="optimizer step", title="cross-entropy, held out")
-    scores.legend(frameon=False)
+    _legend(scores)
+
+
+def _legend(*axes: Axes) -> None:
+    """Below the picture, where it hides no line."""
+    parts = [one.get_legend_handles_labels() for one in axes]
+    handles = [handle for part, _ in parts for handle in part]
+    labels = [label for _, part in parts for label in part]
+    axes[0].legend(
+        handles,
+        labels,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.17),
+        ncols=2,
+        frameon=False,
+        fontsize=8,
+    )
 
 
 def _line(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, words: str, color: str) -> None:
