@@ -7,18 +7,29 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from gracec.backends.onnx import graphs
 from gracec.compiler import CompiledModel
 
 
 @pytest.fixture(scope="session")
-def exported(compiled: CompiledModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`compiled` as ONNX graphs whose tensors lie in files of their own. Not to be changed."""
-    directory = tmp_path_factory.mktemp("onnx") / "exported"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graphs, "EXTERNAL_ABOVE", 40_000)
-        compiled.export_onnx(directory)
+def exported(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, worker_id: str
+) -> Path:
+    """`compiled` as ONNX graphs whose tensors lie in files of their own. Not to be changed.
+
+    One worker writes it for all of them: it takes as long as all tests of it together.
+    """
+    root = tmp_path_factory.getbasetemp()
+    root = root if worker_id == "master" else root.parent
+    directory = root / "exported"
+    with FileLock(root / "exported.lock"):
+        if not directory.exists():
+            compiled: CompiledModel = request.getfixturevalue("compiled")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(graphs, "EXTERNAL_ABOVE", 40_000)
+                compiled.export_onnx(directory)
     return directory
 
 
