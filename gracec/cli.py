@@ -79,6 +79,7 @@ def compile(
 ) -> None:
     """Compile a model to INT4 weights and save the result."""
     import gracec
+    from gracec.training.run import rank
 
     compiled = gracec.compile(
         model,
@@ -92,6 +93,8 @@ def compile(
         overwrite=overwrite,
         strict=strict,
     )
+    if rank():  # another process of this run speaks
+        return
     if as_json:
         _print_json({"output": str(output), "report": compiled.report.to_dict()})
         return

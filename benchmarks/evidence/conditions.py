@@ -76,7 +76,8 @@ class Condition:
 
 def conditions() -> list[Condition]:
     """All of them, the most important first."""
-    return [*_all_data(), *_stress(), *_little_data(), *_ablations(), *_groups()]
+    parts = (_all_data, _stress, _little_data, _ablations, _groups, _remedies)
+    return [condition for part in parts for condition in part()]
 
 
 def jobs() -> Iterator[tuple[Condition, int]]:
@@ -166,3 +167,17 @@ def _groups() -> Iterator[Condition]:
         yield Condition(
             "groups", f"g{size}-grace", "w4a16", "teacher", ALL_SCENES, 200, weights, seeds=(0, 1)
         )
+
+
+def _remedies() -> Iterator[Condition]:
+    """What might let more of the teacher through; looked at on the validation split."""
+    changes: dict[str, dict[str, Any]] = {
+        "1000-steps": {"steps": 1000},
+        "rate-3e-4": {"training": {"lr": 3e-4}},
+        "tower": {"training": {"lr": 3e-5, "frozen": []}},
+        "beta-2": {"distillation": {"controller": "fixed", "beta": 2.0}},
+        "teacher-alone": {"training": {"cross_entropy": 0.0}},
+    }
+    for name, change in changes.items():
+        fields: dict[str, Any] = {"scenes": ALL_SCENES, "steps": 200, "seeds": (0,), **change}
+        yield Condition("remedies", f"try-{name}", "w4a16", "teacher", **fields)

@@ -49,7 +49,6 @@ FOLDER_FILES = ("train.jsonl", "train.json", "data.jsonl", "data.json", SAMPLES_
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _ROLES["system"] = "system"
-_PIXELS = "pixel_values"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # What templates and processors raise for input that they do not take.
 _REFUSALS = (ValueError, TypeError, KeyError, IndexError, RuntimeError, TemplateError)
