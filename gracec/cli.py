@@ -26,6 +26,9 @@ out = Console()
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 ModelPath = Annotated[Path, typer.Argument(help="Hugging Face model directory or gracec artifact.")]
+Backend = Annotated[
+    str | None, typer.Option(help="What runs an artifact: torchao (the default) or onnx.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 
 
@@ -63,7 +66,8 @@ def compile(
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted training.")] = False,
     formats: Annotated[
-        str, typer.Option("--format", help="For other libraries: hf, torchao, awq, or hf,awq.")
+        str,
+        typer.Option("--format", help="For other libraries: hf, torchao, awq, onnx or hf,onnx"),
     ] = "hf",
     overwrite: Annotated[
         bool, typer.Option(help="Replace the artifact that --out is, when all is done.")
@@ -281,13 +285,14 @@ def run(
     image: Annotated[Path, typer.Option(help="Picture to ask about.")],
     prompt: Annotated[str, typer.Option(help="The question.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    backend: Backend = None,
     as_json: Json = False,
 ) -> None:
     """Ask a model one question about one picture."""
     from gracec.evaluate import answer, load_image
 
     picture = load_image(image)
-    loaded, processor = _load(model)
+    loaded, processor = _load(model, backend)
     text = answer(loaded, processor, picture, prompt, max_new_tokens=max_new_tokens)
     if as_json:
         _print_json({"model": str(model), "image": str(image), "prompt": prompt, "answer": text})
@@ -303,13 +308,14 @@ def eval(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 8,
     blind: Annotated[bool, typer.Option(help="Also ask without the image.")] = True,
+    backend: Backend = None,
     as_json: Json = False,
 ) -> None:
     """Accuracy by type of question, beside the blind, majority and chance rates."""
     from gracec.evaluate import evaluate_vqa, format_table, load_samples
 
     samples = load_samples(data, limit)
-    loaded, processor = _load(model)
+    loaded, processor = _load(model, backend)
     with Progress(console=err, disable=not err.is_terminal) as progress:
         task = progress.add_task(model.name, total=len(samples))
         report = evaluate_vqa(
@@ -346,12 +352,15 @@ def demo(
         _print_json(result)
 
 
-def _load(directory: Path) -> tuple[Any, Any]:
+def _load(directory: Path, backend: str | None = None) -> tuple[Any, Any]:
     """A model that generates and its processor, from an artifact or a Hugging Face directory."""
     import gracec
     from gracec.models import load_model, load_processor
     from gracec.store import is_artifact
 
+    if backend is not None:
+        loaded: Any = gracec.load(directory, backend)  # type: ignore[call-overload]
+        return loaded, loaded.processor
     if is_artifact(directory):
         compiled = gracec.load(directory)
         return compiled, compiled.processor

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from accelerate import init_empty_weights
@@ -23,6 +23,7 @@ from gracec import gates
 from gracec._memory import trim
 from gracec._version import __version__
 from gracec.backends.base import Artifact, Format, parse_formats
+from gracec.backends.onnx_hf import Onnx
 from gracec.backends.torchao import CountInt4Kernels
 from gracec.capture import capture, captured_equals_eager, family_of
 from gracec.errors import GateError, GracecError
@@ -43,6 +44,9 @@ from gracec.report import Report, weight_bytes
 from gracec.report.report import plan_rows, sqnr_db
 from gracec.store import Store, check_target, read_store, write_directory, write_store
 from gracec.training.run import check_tokenizers, rank, train_student
+
+if TYPE_CHECKING:
+    from gracec.backends.onnx.runner import OnnxModel
 
 
 def compile(
@@ -321,13 +325,27 @@ def own_weights(model: PreTrainedModel) -> PreTrainedModel:
     return owned
 
 
-def load(directory: str | Path) -> CompiledModel:
+@overload
+def load(directory: str | Path, backend: Literal["torchao"] = "torchao") -> CompiledModel: ...
+@overload
+def load(directory: str | Path, backend: Literal["onnx"]) -> OnnxModel: ...
+def load(directory: str | Path, backend: str = "torchao") -> CompiledModel | OnnxModel:
     """Load what `CompiledModel.save_pretrained` wrote; the same codes, the same tokens.
+
+    Args:
+        backend: what runs it: "torchao", or "onnx" for ONNX Runtime, which also runs what
+            `export_onnx` wrote.
 
     Raises:
         GracecError: if the directory is not a whole artifact.
     """
     directory = Path(directory)
+    if backend == "onnx":
+        from gracec.backends.onnx.runner import OnnxModel  # takes a second to import
+
+        return OnnxModel.load(directory)
+    if backend != "torchao":
+        raise GracecError(f"unknown backend {backend!r}", fix="use torchao or onnx")
     store = read_store(directory)
     report = Report(**store.manifest["report"])
     dtype = getattr(torch, report.recipe["deploy"]["dtype"])
@@ -413,7 +431,7 @@ class CompiledModel:
 
         Args:
             formats: names of formats: "hf" (compressed-tensors, for plain transformers), "torchao",
-                "awq", or a text "hf,awq"; () for none.
+                "awq", "onnx", or a text "hf,awq"; () for none.
             overwrite: replace an artifact that is there, in a single step.
 
         Returns:
@@ -424,14 +442,7 @@ class CompiledModel:
                 not take it. Nothing half-written is left.
         """
         wanted = parse_formats(formats)
-        artifact = Artifact.of(
-            self.model,
-            self.weights,
-            self.report,
-            dtype=self.dtype,
-            processor=self.processor,
-            source=self.source,
-        )
+        artifact = self._artifact()
         check_formats(wanted, artifact)
         manifest = {
             "gracec": __version__,
@@ -456,10 +467,53 @@ class CompiledModel:
                 self.model.generation_config.save_pretrained(target)
                 if self.processor is not None:
                     self.processor.save_pretrained(target)
+            for form in wanted:
+                form.finish(artifact, target)
             write_store(Store(self.weights, artifact.others, manifest), target)
 
         write_directory(Path(directory), fill, overwrite=overwrite)
         return tuple(notes)
+
+    def export_onnx(
+        self, directory: str | Path, ops: str = "qdq", mode: str = "faithful"
+    ) -> tuple[str, ...]:
+        """Write ONNX graphs with their configuration and processor; `gracec.load(directory,
+        backend="onnx")` runs them.
+
+        Args:
+            ops: "qdq" (standard ONNX) or "matmulnbits" (the operator of ONNX Runtime).
+            mode: "faithful" (kernels compute in float32) or "fast" (they round activations to 8
+                bits).
+
+        Returns:
+            What the gates found, for a user to read; `onnx/session.json` has the figures.
+
+        Raises:
+            GracecError: if the directory exists, or the model has no ONNX graphs.
+            GateError: if the graphs are not numerically what they should be.
+        """
+        form, artifact = Onnx(ops, mode), self._artifact()
+        check_formats([form], artifact)
+        notes: list[str] = []
+
+        def fill(target: Path) -> None:
+            self.model.config.save_pretrained(target)
+            self.model.generation_config.save_pretrained(target)
+            notes.extend(form.write(artifact, target / form.folder))
+            form.finish(artifact, target)
+
+        write_directory(Path(directory), fill)
+        return tuple(notes)
+
+    def _artifact(self) -> Artifact:
+        return Artifact.of(
+            self.model,
+            self.weights,
+            self.report,
+            dtype=self.dtype,
+            processor=self.processor,
+            source=self.source,
+        )
 
 
 def check_formats(formats: Sequence[Format], artifact: Artifact) -> None:

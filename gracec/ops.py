@@ -1,8 +1,10 @@
 """The operators that gracec adds to a graph: for weights and for activations, one to train with and
-one that it freezes to.
+one that it freezes to; and for ONNX the operators that it has no ATen equivalent of.
 
     gracec::fake_quantize             -> gracec::dequantize
     gracec::fake_quantize_activation  -> gracec::quantize_dequantize
+    gracec::dequantize                -> gracec::dequantize_linear, gracec::matmul_nbits
+    gracec::last_positions               (its result has as many positions as an input says)
 
 Each is one node with a registered gradient, so that it survives re-export and saving as one node
 and keeps only its inputs for backward; a composition of ATen ops would keep several weight-sized
@@ -195,3 +197,54 @@ def quantize_dequantize(x: Tensor, scales: Tensor, zero_points: Tensor, bits: in
 @quantize_dequantize.register_fake
 def _(x: Tensor, scales: Tensor, zero_points: Tensor, bits: int) -> Tensor:
     return torch.empty_like(x)
+
+
+@torch.library.custom_op("gracec::dequantize_linear", mutates_args=())
+def dequantize_linear(codes: Tensor, scales: Tensor, block_size: int) -> Tensor:
+    """ONNX DequantizeLinear along axis 0: a weight that is ready for `x @ weight`, float32 [K, N].
+
+    Codes are int8 [K, N], or uint8 [K, N / 2] with two in a byte, the low nibble first; scales are
+    float32 [K / block_size, N].
+    """
+    weight = quant.read_codes(codes) * scales.repeat_interleave(block_size, dim=0)
+    return weight.to(torch.float32)
+
+
+@dequantize_linear.register_fake
+def _(codes: Tensor, scales: Tensor, block_size: int) -> Tensor:
+    return codes.new_empty(quant.codes_shape(codes), dtype=torch.float32)
+
+
+@torch.library.custom_op("gracec::matmul_nbits", mutates_args=())
+def matmul_nbits(
+    x: Tensor, codes: Tensor, scales: Tensor, bits: int, block_size: int, accuracy_level: int
+) -> Tensor:
+    """MatMulNBits of ONNX Runtime: x [..., K] times a weight [N, K], transposed -> [..., N].
+
+    Codes are uint8 [N, K / block_size, block_size * bits / 8], stored as code + 2^(bits - 1), the
+    first one lowest; scales are float32 [N, K / block_size]. The accuracy level says in what the
+    runtime may compute (1: float32, 4: int8); here it is float32 always.
+    """
+    parts = [(codes >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+    unsigned = torch.stack(parts, dim=-1).reshape(*scales.shape, block_size)
+    weight = (unsigned.to(torch.float32) - 2 ** (bits - 1)) * scales.unsqueeze(-1)
+    return torch.nn.functional.linear(x, weight.reshape(len(scales), -1))
+
+
+@matmul_nbits.register_fake
+def _(
+    x: Tensor, codes: Tensor, scales: Tensor, bits: int, block_size: int, accuracy_level: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], len(scales)))
+
+
+@torch.library.custom_op("gracec::last_positions", mutates_args=())
+def last_positions(x: Tensor, count: Tensor) -> Tensor:
+    """The last `count` (int64 []) positions of x [B, T, H], or all of them for 0."""
+    return x[:, -int(count) :].clone()
+
+
+@last_positions.register_fake
+def _(x: Tensor, count: Tensor) -> Tensor:
+    kept = torch.library.get_ctx().new_dynamic_size()
+    return x.new_empty((x.shape[0], kept, x.shape[2]))

@@ -186,7 +186,7 @@ class Program:
         """Make the graph return these nodes under these names, in this order."""
         self.output_names = tuple(outputs)
         self.graph.output_node().args = (tuple(outputs.values()),)
-        self._set_signature()
+        self.set_signature()
 
     def add_input(self, name: str, example: Tensor, dynamic: dict[int, Any]) -> fx.Node:
         """Append an input to the graph.
@@ -207,11 +207,14 @@ class Program:
         node.meta["val"] = traced.new_empty(sizes, dtype=example.dtype)
         self.example_inputs[name] = example
         self.dynamic_shapes[name] = dynamic
-        self._set_signature()
+        self.set_signature()
         return node
 
-    def _set_signature(self) -> None:
-        """Calling conventions live in the code generator, which knows nothing of graph changes."""
+    def set_signature(self) -> None:
+        """One argument a placeholder, one result an output.
+
+        Calling conventions live in the code generator, which knows nothing of graph changes.
+        """
         names = [str(node.target) for node in self.graph.find_nodes(op="placeholder")]
         several = len(self.output_names) > 1
         info = _PyTreeInfo(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from gracec.capture import capture
+from gracec.capture import capture, capture_serving
+from gracec.capture.serving import ServingProgram
 from gracec.compiler import CompiledModel, compile
 from gracec.passes import parse_pipeline, run_passes
 from gracec.program import Program
@@ -53,6 +54,12 @@ def llava() -> LlavaForConditionalGeneration:
 def captured(llava: LlavaForConditionalGeneration) -> Program:
     """`llava` as a program. Passes work on copies, so it stays as captured."""
     return capture(llava)
+
+
+@pytest.fixture(scope="session")
+def serving(llava: LlavaForConditionalGeneration) -> dict[str, ServingProgram]:
+    """The serving graphs of `llava`. Not to be changed by a test."""
+    return capture_serving(llava)
 
 
 @pytest.fixture(scope="session")

@@ -189,7 +189,7 @@ class Format(ABC):
         if artifact.generation_config is not None:
             artifact.generation_config.save_pretrained(directory)
         if artifact.processor is not None:
-            _write_processor(artifact.processor, directory)
+            write_processor(artifact.processor, directory)
         specs = sorted({str(weight.spec) for weight in artifact.weights.values()})
         card = model_card(
             artifact.report,
@@ -203,6 +203,9 @@ class Format(ABC):
         (directory / "README.md").write_text(card, encoding="utf-8")
         self._check_stored_weights(artifact, directory)
         return tuple(f"{self.name}: {note}" for note in self.notes(artifact))
+
+    def finish(self, artifact: Artifact, directory: Path) -> None:
+        """Complete the top level of the output directory, after everything else is written."""
 
     def read_weights(self, directory: Path) -> dict[str, Tensor]:
         """FQN -> dense weight of every quantized weight of a directory of this format."""
@@ -383,7 +386,7 @@ def _write_tensors(
     _write_json(index, directory / INDEX)
 
 
-def _write_processor(processor: Any, directory: Path) -> None:
+def write_processor(processor: Any, directory: Path) -> None:
     """The processor, also in the two places where transformers.js looks for it."""
     processor.save_pretrained(directory)
     image_processor = getattr(processor, "image_processor", None)

@@ -2,5 +2,13 @@
 
 from gracec.capture.capture import capture, captured_equals_eager
 from gracec.capture.families import Family, families, family_of
+from gracec.capture.serving import capture_serving
 
-__all__ = ["Family", "capture", "captured_equals_eager", "families", "family_of"]
+__all__ = [
+    "Family",
+    "capture",
+    "capture_serving",
+    "captured_equals_eager",
+    "families",
+    "family_of",
+]

@@ -7,9 +7,10 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
 from gracec.capture.culprit import culprit
@@ -36,15 +37,35 @@ def capture(model: PreTrainedModel, batch: Mapping[str, Tensor] | None = None) -
     """
     family = family_of(model)
     inputs = family.prepare(model, batch or family.example_batch(model))
+    return trace(model, family.traced(model), inputs, family.dynamic_shapes(), ("logits",))
+
+
+def trace(
+    model: PreTrainedModel,
+    module: nn.Module,
+    inputs: Mapping[str, Tensor | list[Tensor]],
+    dynamic_shapes: Mapping[str, Any],
+    output_names: tuple[str, ...],
+) -> Program:
+    """Export a module that wraps a model, in eval mode and without guards.
+
+    Args:
+        module: holds the model as its only child, named `model`.
+        inputs: its arguments; those that are lists become one input an item, `name_0` and so on.
+        dynamic_shapes: as `torch.export.export` takes them, by the names of the arguments.
+
+    Raises:
+        GracecError: if torch.export cannot trace the module.
+    """
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), _data_dependent_checks_off(), _no_graph_dump():
             exported = torch.export.export(
-                family.traced(model),
+                module,
                 (),
-                kwargs=inputs,
-                dynamic_shapes=family.dynamic_shapes(),
+                kwargs=dict(inputs),
+                dynamic_shapes=dict(dynamic_shapes),
                 strict=False,
             )
     except Exception as error:
@@ -60,16 +81,31 @@ def capture(model: PreTrainedModel, batch: Mapping[str, Tensor] | None = None) -
     assert isinstance(graph_module, fx.GraphModule)
     drop_assertions(graph_module)
     _drop_casts_that_change_nothing(graph_module)
-    return Program(
+    program = Program(
         graph_module=graph_module,
-        example_inputs=inputs,
-        dynamic_shapes=family.dynamic_shapes(),
-        output_names=("logits",),
-        family=family.model_type,
+        example_inputs=_flat(inputs),
+        dynamic_shapes=_flat(dynamic_shapes),
+        output_names=output_names,
+        family=model.config.model_type,
         fqns=_normalised_fqns(graph_module, model),
         dtype=model.dtype,
         device=model.device,
     )
+    if any(isinstance(value, list) for value in inputs.values()):
+        program.set_signature()
+        return program.copy()  # without torch.export's check of the arguments as they were
+    return program
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Items of a list under the names that torch.export gives to their inputs."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            flat |= {f"{name}_{number}": item for number, item in enumerate(value)}
+        else:
+            flat[name] = value
+    return flat
 
 
 def captured_equals_eager(
@@ -90,7 +126,7 @@ def captured_equals_eager(
         GateError: with the shape and the largest difference of the first batch that differs.
     """
     family = family_of(model)
-    batches = batches or list(_gate_batches(family, model))
+    batches = batches or list(gate_batches(family, model))
     for batch in batches:
         inputs = family.prepare(model, batch)
         with torch.no_grad():
@@ -107,7 +143,8 @@ def captured_equals_eager(
     return len(batches)
 
 
-def _gate_batches(family: Family, model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+def gate_batches(family: Family, model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """What a capture is held to, built from the configuration."""
     for batch, images, text in GATE_SHAPES:
         yield family.example_batch(model, batch=batch, images=images, text=text)
 

@@ -34,9 +34,7 @@ class Strip(Pass):
             for node in program.graph.nodes:
                 annotate(node, tap=None)
             program.set_outputs({"logits": program.outputs["logits"]})
-        drop_assertions(program.graph_module)
-        program.graph.eliminate_dead_code(is_impure_node=_has_effect)
-        drop_dead_tensors(program)
+        drop_dead(program)
         nodes -= len(program.graph.nodes)
         tensors -= len(program.fqns)
         modified = bool(taps or nodes or tensors)
@@ -49,6 +47,14 @@ class Strip(Pass):
         dead = [n for n in after.graph.nodes if not n.users and n.op == "call_function"]
         if dead:
             raise self.refuse(f"{dead[0].name} ({dead[0].target}) is left and used by nothing")
+
+
+def drop_dead(program: Program) -> None:
+    """Erase, in place, guards and everything that no output depends on."""
+    drop_assertions(program.graph_module)
+    program.graph.eliminate_dead_code(is_impure_node=_has_effect)
+    drop_dead_tensors(program)
+    program.recompile()
 
 
 def _has_effect(node: fx.Node) -> bool:

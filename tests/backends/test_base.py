@@ -35,7 +35,7 @@ def artifact() -> Artifact:
 
 def test_formats_are_found_by_name_and_folder() -> None:
     known = all_formats()
-    assert {"hf", "torchao", "awq"} <= set(known)
+    assert {"hf", "torchao", "awq", "onnx"} <= set(known)
     assert len({form.folder for form in known.values()}) == len(known)
     assert [form.name for form in parse_formats("awq, hf,awq")] == ["awq", "hf"]
     assert [form.name for form in parse_formats(("hf",))] == ["hf"]
@@ -44,7 +44,7 @@ def test_formats_are_found_by_name_and_folder() -> None:
 def test_an_unknown_format_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(GracecError, match="unknown format 'torcha'; did you mean 'torchao'?"):
         parse_formats("hf,torcha")
-    with pytest.raises(GracecError, match="unknown format ''; known: awq, hf, torchao"):
+    with pytest.raises(GracecError, match="unknown format ''; known: awq, hf, onnx, torchao"):
         parse_formats("")
 
 

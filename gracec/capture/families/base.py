@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from gracec.capture.serving_graph import ServingGraph
+from gracec.errors import GracecError
 
 
 class Family(ABC):
@@ -59,3 +62,25 @@ class Family(ABC):
             images: images in the whole batch.
             text: text tokens of the longest prompt; each further prompt has one fewer.
         """
+
+    def serving_graphs(self, model: PreTrainedModel) -> dict[str, ServingGraph]:
+        """The graphs for a runtime: `vision_encoder`, `embed_tokens`, `decoder`.
+
+        The inputs of `vision_encoder` are some of those that `prepare` returns.
+
+        Raises:
+            GracecError: if there are none for this family.
+        """
+        raise GracecError("has no serving graphs yet", where=f"family {self.model_type}")
+
+    def merge(
+        self, config: PreTrainedConfig, input_ids: Tensor, embeds: Tensor, features: Tensor
+    ) -> Tensor:
+        """Embeddings [B, T, H] with visual tokens [N, H] in the place of their placeholders."""
+        merged = embeds.clone()
+        merged[input_ids == config.image_token_id] = features.to(embeds.dtype)
+        return merged
+
+    def positions(self, attention_mask: Tensor) -> Tensor:
+        """Positions int64 [B, T] of all tokens so far; padding on the left has position 0."""
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

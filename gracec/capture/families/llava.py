@@ -12,6 +12,15 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from gracec.capture.families.base import Family
+from gracec.capture.serving_graph import (
+    BATCH,
+    DECODER,
+    EMBEDDING,
+    VISION,
+    ServingGraph,
+    decoder_graph,
+    embedding_graph,
+)
 from gracec.errors import GracecError
 
 
@@ -31,6 +40,17 @@ class LlavaTraced(nn.Module):
             use_cache=False,
         ).logits
         return logits
+
+
+class VisionEncoder(nn.Module):
+    """pixel_values [I, 3, H, W] -> image_features [I * tokens, hidden]."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return encode(self.model, pixel_values)
 
 
 def encode(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
@@ -117,6 +137,21 @@ class Llava(Family):
             "input_ids": input_ids.to(device),
             "attention_mask": attention_mask.to(device),
             "pixel_values": pixels.to(device, model.dtype),
+        }
+
+    def serving_graphs(self, model: PreTrainedModel) -> dict[str, ServingGraph]:
+        pixels = self.example_batch(model, batch=2, images=2)["pixel_values"]
+        hidden = model.config.get_text_config().hidden_size
+        vision = ServingGraph(
+            VisionEncoder(model),
+            {"pixel_values": pixels},
+            {"pixel_values": (BATCH, *pixels.shape[1:])},
+            {"image_features": ("num_image_tokens", hidden)},
+        )
+        return {
+            VISION: vision,
+            EMBEDDING: embedding_graph(model),
+            DECODER: decoder_graph(model),
         }
 
     @staticmethod

@@ -1,0 +1,196 @@
+"""Gates on exported graphs: each returns the figure it found, or raises `GateError`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+
+from gracec.backends.onnx.kernel import ACCURACY_LEVEL, OPSET
+from gracec.backends.onnx.session import open_session, session_options
+from gracec.backends.onnx.translate import KERNEL_DOMAIN
+from gracec.errors import GateError
+from gracec.gates import NEAR_TIE
+from gracec.greedy import Runtime, greedy
+from gracec.passes.freeze import FrozenWeight
+from gracec.passes.lower_qdq import LoweredWeight
+
+KERNEL = "MatMulNBits"
+MATMUL_BOUND = {"faithful": 1e-5, "fast": 2e-2}
+
+
+def file_is_valid(path: Path) -> None:
+    """The file, its tensors and its shapes are valid ONNX."""
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise GateError(f"not valid ONNX: {reason}", where=path.name) from error
+
+
+def kernels_in_session(path: Path, ops: str, mode: str, planned: int) -> int:
+    """Count of INT4 kernels in the graph that the runtime makes of it; it must be as planned."""
+    with tempfile.TemporaryDirectory(prefix=".optimized.", dir=path.parent) as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        open_session(path, session_options(ops, mode), threads=1, optimized=optimized)
+        graph = onnx.load(str(optimized), load_external_data=False).graph
+    count: int = sum(node.op_type == KERNEL for node in graph.node)
+    if count != planned:
+        raise GateError(
+            f"{count} matmuls run on the INT4 kernel, {planned} are planned", where=path.name
+        )
+    return count
+
+
+def stored_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """FQN and dense weight [N, K] of every quantized weight of a file, as the onnx package reads
+    its codes."""
+    model = ir.load(path)
+    for node in model.graph:
+        if node.op_type == "DequantizeLinear":
+            codes, scales = (_array(value) for value in node.inputs[:2])
+            block = node.attributes["block_size"].as_int()
+            weight = (codes * np.repeat(scales, block, axis=0)).T
+        elif node.op_type == KERNEL:
+            codes, scales = (_array(value) for value in node.inputs[1:3])
+            bits = node.attributes["bits"].as_int()
+            parts = [(codes.astype(np.int32) >> shift) % 2**bits for shift in range(0, 8, bits)]
+            codes = np.stack(parts, axis=-1).reshape(*scales.shape, -1) - 2 ** (bits - 1)
+            weight = (codes * scales[..., None]).reshape(len(scales), -1)
+        else:
+            continue
+        (operand,) = (v for v in node.inputs if v is not None and str(v.name).endswith(".codes"))
+        fqn = str(operand.name).removesuffix(".codes")
+        yield fqn, torch.from_numpy(np.ascontiguousarray(weight, dtype=np.float32))
+
+
+def stored_weights_are_exact(path: Path, weights: Mapping[str, FrozenWeight]) -> int:
+    """Every quantized weight of a file is codes times scales, bit for bit; how many there are."""
+    count = 0
+    for fqn, found in stored_weights(path):
+        if fqn not in weights or not torch.equal(found, weights[fqn].dequantize()):
+            raise GateError(f"{fqn} reads back other than codes times scales", where=path.name)
+        count += 1
+    return count
+
+
+def matmul_error(weights: Mapping[str, LoweredWeight], ops: str, mode: str) -> float:
+    """Largest relative error against float64 of a kernel, over all shapes of weights.
+
+    The first weight of each shape is run on 8 random activations, alone in a graph of the same
+    operators; the error is relative to the largest output.
+    """
+    worst, seen = 0.0, set()
+    rng = np.random.default_rng(0)
+    for fqn, weight in weights.items():
+        shape = (weight.rows, weight.columns, weight.block_size, weight.bits)
+        if shape in seen:
+            continue
+        seen.add(shape)
+        x = rng.standard_normal((8, weight.columns), dtype=np.float32)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "matmul.onnx"
+            onnx.save(_matmul_model(weight, ops, mode), str(path))
+            ((_, dense),) = stored_weights(path)
+            session = open_session(path, session_options(ops, mode), threads=1)
+            (found,) = session.run(None, {"x": x})
+        exact = x.astype(np.float64) @ dense.double().numpy().T
+        error = float(np.abs(found - exact).max() / max(np.abs(exact).max(), 1e-30))
+        if not error <= MATMUL_BOUND[mode]:
+            raise GateError(
+                f"INT4 matmul is off by {error:.3g} relative to float64, "
+                f"the bound is {MATMUL_BOUND[mode]:.0e}",
+                where=fqn,
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def _matmul_model(weight: LoweredWeight, ops: str, mode: str) -> onnx.ModelProto:
+    codes = weight.codes.contiguous().numpy()
+    operands = [numpy_helper.from_array(weight.scales.contiguous().numpy(), "w.scales")]
+    if ops == "qdq":
+        kind = TensorProto.INT8 if weight.bits == 8 else TensorProto.INT4
+        shape = (weight.columns, weight.rows)
+        stored = helper.make_tensor("w.codes", kind, shape, codes.tobytes(), raw=True)
+        nodes = [
+            helper.make_node(
+                "DequantizeLinear",
+                ["w.codes", "w.scales"],
+                ["w"],
+                axis=0,
+                block_size=weight.block_size,
+            ),
+            helper.make_node("MatMul", ["x", "w"], ["y"]),
+        ]
+    else:
+        stored = numpy_helper.from_array(codes, "w.codes")
+        kernel = helper.make_node(
+            KERNEL,
+            ["x", "w.codes", "w.scales"],
+            ["y"],
+            domain=KERNEL_DOMAIN,
+            K=weight.columns,
+            N=weight.rows,
+            bits=weight.bits,
+            block_size=weight.block_size,
+            accuracy_level=ACCURACY_LEVEL[mode],
+        )
+        nodes = [kernel]
+    ends = (("x", weight.columns), ("y", weight.rows))
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["m", size]) for n, size in ends)
+    graph = helper.make_graph(nodes, "matmul", [x], [y], [stored, *operands])
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(KERNEL_DOMAIN, 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+@dataclass(frozen=True)
+class TokenAgreement:
+    """Greedy answers beside those of a reference, by prompt.
+
+    Attributes:
+        same: answers that are equal to their end.
+        ambiguous: that first differ where the reference is a near-tie, which rounding may decide.
+        different: that first differ where it is not.
+        tokens: length of the longest answer.
+    """
+
+    same: int
+    ambiguous: int
+    different: int
+    tokens: int
+
+
+def token_agreement(
+    reference: Runtime, found: Runtime, inputs: Mapping[str, Tensor], tokens: int
+) -> TokenAgreement:
+    """Generate greedily with both and compare."""
+    with torch.no_grad():
+        steps = list(greedy(reference, inputs, max_new_tokens=tokens))
+        others = list(greedy(found, inputs, max_new_tokens=tokens))
+    expected = torch.stack([step.tokens for step in steps], dim=1)
+    answered = torch.stack([step.tokens for step in others], dim=1)
+    verdicts = {"same": 0, "ambiguous": 0, "different": 0}
+    for row, differs in enumerate((expected != answered).tolist()):
+        if not any(differs):
+            verdicts["same"] += 1
+            continue
+        logits = steps[differs.index(True)].logits[row].double()
+        best, second = logits.topk(2).values
+        tie = best - second <= NEAR_TIE * (logits.max() - logits.min())
+        verdicts["ambiguous" if tie else "different"] += 1
+    return TokenAgreement(**verdicts, tokens=tokens)
+
+
+def _array(value: ir.Value | None) -> np.ndarray:
+    assert value is not None and value.const_value is not None
+    array = value.const_value.numpy()
+    return array.astype(np.int8) if value.const_value.dtype == ir.DataType.INT4 else array

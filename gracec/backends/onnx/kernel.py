@@ -1,0 +1,80 @@
+"""Codes and scales as ONNX Runtime's MatMulNBits kernel takes them, exactly.
+
+    qdq          codes [K, N] -> DequantizeLinear(axis 0, block_size) -> MatMul, which the runtime
+                 fuses into MatMulNBits; standard ONNX, opset 21
+    matmulnbits  codes [N, K / block_size, block_size * bits / 8], com.microsoft
+
+A block is a power of two from 16 to 256. A larger or odd group is written as several blocks with
+the same scale, which changes no value.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gracec import quant
+from gracec.errors import GracecError
+from gracec.passes.freeze import FrozenWeight
+
+OPS = ("qdq", "matmulnbits")
+ACCURACY_LEVEL = {"faithful": 1, "fast": 4}
+"""Mode -> accuracy level of the kernel: 1 computes in float32, 4 rounds activations to int8."""
+BLOCK_SIZES = (256, 128, 64, 32, 16)
+OPSET = 21
+
+
+def check_options(ops: str, mode: str) -> None:
+    """Refuse what is neither a set of operators nor a mode."""
+    if ops not in OPS:
+        raise GracecError(f"unknown ops {ops!r}", fix=f"use {' or '.join(OPS)}")
+    if mode not in ACCURACY_LEVEL:
+        raise GracecError(f"unknown mode {mode!r}", fix=f"use {' or '.join(ACCURACY_LEVEL)}")
+
+
+def block_size(weight: FrozenWeight) -> int:
+    """The largest block that the groups of a weight consist of, or 0."""
+    return next((size for size in BLOCK_SIZES if weight.group_size % size == 0), 0)
+
+
+def refusal(weight: FrozenWeight) -> str:
+    """Why the kernel cannot run a weight, or an empty string."""
+    if block_size(weight):
+        return ""
+    return f"the kernel takes blocks of {BLOCK_SIZES[-1]}, a scale has {weight.group_size} features"
+
+
+def kernel_bits(weight: FrozenWeight, ops: str) -> int:
+    """Bits that a code takes: 4 or 8, and 2 where MatMulNBits is written directly."""
+    if weight.spec.bits > 4 or (ops == "qdq" and weight.shape[0] % 2):  # no half bytes in a row
+        return 8
+    return 2 if ops == "matmulnbits" and weight.spec.bits == 2 else 4
+
+
+def block_scales(weight: FrozenWeight) -> Tensor:
+    """float32 [N, K / block_size], one scale a block."""
+    repeats = weight.group_size // block_size(weight)
+    scales = weight.scales.expand(weight.shape[0], -1)
+    return scales.repeat_interleave(repeats, dim=1).to(torch.float32)
+
+
+def qdq_operands(weight: FrozenWeight) -> tuple[Tensor, Tensor]:
+    """Codes [K, N], two a byte where they are narrow and N is even, and scales [K / block, N]."""
+    codes = quant.store_codes(weight.codes.t().contiguous(), weight.spec.bits)
+    return codes, block_scales(weight).t().contiguous()
+
+
+def matmulnbits_operands(weight: FrozenWeight) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [N, K / block, block * bits / 8], the first lowest, and scales [N, K / block]."""
+    bits = kernel_bits(weight, "matmulnbits")
+    block = block_size(weight)
+    unsigned = (weight.codes + 2 ** (bits - 1)).to(torch.uint8)
+    if bits == 8:
+        unsigned = (weight.codes.to(torch.int16) + 128).to(torch.uint8)
+    per_byte = 8 // bits
+    packed = torch.zeros_like(unsigned[:, ::per_byte])
+    for place in range(per_byte):
+        packed |= unsigned[:, place::per_byte] << (bits * place)
+    rows, columns = weight.shape
+    packed = packed.reshape(rows, columns // block, block * bits // 8)
+    return packed.contiguous(), block_scales(weight).contiguous()

@@ -1,0 +1,256 @@
+"""Run an exported model with ONNX Runtime: images, prompts, greedy answers, token by token.
+
+The cache stays in the runtime: what the decoder returns is bound as its next input and is never
+copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig
+
+from gracec.backends.onnx.session import FOLDER, SessionConfig, open_session
+from gracec.capture.families import families
+from gracec.capture.families.base import Family
+from gracec.capture.serving_graph import CACHE, DECODER, EMBEDDING, GROWN_CACHE, VISION
+from gracec.errors import GracecError
+from gracec.greedy import Step, greedy, prompt_logits
+from gracec.models import load_config, load_processor
+
+TEXT = ("input_ids", "attention_mask")
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (None, 1, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "bad_words_ids": (None,),
+    "suppress_tokens": (None,),
+    "begin_suppress_tokens": (None,),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+}
+"""Settings that change even a greedy answer -> the values with which they do nothing."""
+DEFAULT_NEW_TOKENS = 64
+
+
+class OnnxModel:
+    """An exported vision-language model; generates like a Hugging Face model, greedily.
+
+    Attributes:
+        config: of the model.
+        session_config: how the graphs are run, and the figures of their gates.
+        threads: that one operator may use.
+    """
+
+    device = torch.device("cpu")
+    dtype = torch.float32
+
+    def __init__(
+        self,
+        folder: Path,
+        config: PreTrainedConfig,
+        generation_config: GenerationConfig | None = None,
+        *,
+        threads: int | None = None,
+    ) -> None:
+        """Load the graphs of a folder.
+
+        Raises:
+            GracecError: if a file is not the one that was written, or the runtime does not take it.
+        """
+        self.folder, self.config = folder, config
+        self.generation_config = generation_config or GenerationConfig()
+        self.session_config = SessionConfig.read(folder)
+        if self.session_config.family != config.model_type or config.model_type not in families():
+            raise GracecError(
+                f"the graphs are of the family {self.session_config.family!r}, "
+                f"config.json is of {config.model_type!r}",
+                where=str(folder),
+                fix="export the model again",
+            )
+        self.threads = threads or torch.get_num_threads()
+        self._sessions: dict[str, ort.InferenceSession] = {
+            name: open_session(folder / file, self.session_config.options, threads=self.threads)
+            for name, file in self.session_config.graphs.items()
+        }
+
+    @classmethod
+    def load(cls, directory: str | Path, *, threads: int | None = None) -> OnnxModel:
+        """From a directory with a model configuration and a folder `onnx`.
+
+        Raises:
+            GracecError: if there is no such model, or it is not whole.
+        """
+        directory = Path(directory)
+        config = load_config(directory)
+        if not (directory / FOLDER).is_dir():
+            raise GracecError(
+                f"no folder {FOLDER!r}, so it holds no ONNX graphs",
+                where=str(directory),
+                fix="compile with --format onnx, or use export_onnx",
+            )
+        generation = None
+        if (directory / "generation_config.json").is_file():
+            generation = GenerationConfig.from_pretrained(directory, local_files_only=True)
+        return cls(directory / FOLDER, config, generation, threads=threads)
+
+    @cached_property
+    def processor(self) -> Any:
+        """Tokenizer and image processor, from the directory of the model."""
+        return load_processor(self.folder.parent)
+
+    @property
+    def family(self) -> Family:
+        return families()[self.config.model_type]
+
+    def __call__(self, **inputs: Tensor) -> Tensor:
+        """Logits [B, T, V] of a batch from the processor."""
+        return prompt_logits(self, self._prepare(inputs))
+
+    def generate(
+        self,
+        *,
+        max_new_tokens: int | None = None,
+        do_sample: bool = False,
+        num_beams: int = 1,
+        streamer: Any = None,
+        prefill_chunk: int | None = None,
+        **inputs: Tensor,
+    ) -> Tensor:
+        """The prompt followed by the most likely tokens, int64 [B, T + new].
+
+        Args:
+            max_new_tokens: the longest answer; by default that of the generation config, or 64.
+            streamer: has `put(tokens)` and `end()`, as streamers of transformers do.
+            prefill_chunk: positions of the prompt to read at once, to bound memory.
+            inputs: a batch from the processor, padded on the left.
+
+        Raises:
+            GracecError: for anything but greedy generation.
+        """
+        if do_sample or num_beams != 1:
+            raise GracecError(
+                "the ONNX runner generates greedily only", fix="pass do_sample=False, num_beams=1"
+            )
+        steps = self.stream(max_new_tokens=max_new_tokens, prefill_chunk=prefill_chunk, **inputs)
+        tokens = [inputs["input_ids"]]
+        if streamer is not None:
+            streamer.put(tokens[0])
+        for step in steps:
+            tokens.append(step.tokens[:, None])
+            if streamer is not None:
+                streamer.put(step.tokens)
+        if streamer is not None:
+            streamer.end()
+        return torch.cat(tokens, dim=1)
+
+    def stream(
+        self,
+        *,
+        max_new_tokens: int | None = None,
+        prefill_chunk: int | None = None,
+        **inputs: Tensor,
+    ) -> Iterator[Step]:
+        """The same token by token: each as soon as it is known, with its logits."""
+        settings = self.generation_config
+        for name, harmless in PLAIN.items():
+            if getattr(settings, name, None) not in harmless:
+                raise GracecError(
+                    f"the generation config sets {name}, which the ONNX runner does not do",
+                    where=str(self.folder.parent / "generation_config.json"),
+                    fix="remove it, or run the model with torch",
+                )
+        prepared = self._prepare(inputs)
+        if not prepared["attention_mask"][:, -1].all():
+            raise GracecError("padded on the right", where="batch", fix="pad on the left")
+        end = settings.eos_token_id
+        ends = [end] if isinstance(end, int) else list(end or ())
+        pad = settings.pad_token_id
+        return greedy(
+            self,
+            prepared,
+            max_new_tokens=max_new_tokens or settings.max_new_tokens or DEFAULT_NEW_TOKENS,
+            end=ends,
+            pad=pad if pad is not None else (ends or [0])[0],
+            chunk=prefill_chunk,
+        )
+
+    def encode(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        session = self._sessions[VISION]
+        feed = {value.name: inputs[value.name].numpy() for value in session.get_inputs()}
+        return torch.from_numpy(session.run(None, feed)[0])
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        feed = {"input_ids": np.ascontiguousarray(input_ids.numpy())}
+        return torch.from_numpy(self._sessions[EMBEDDING].run(None, feed)[0])
+
+    def decode(
+        self,
+        embeds: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        keep: int,
+        past: Any = None,
+    ) -> tuple[Tensor, Any]:
+        session = self._sessions[DECODER]
+        binding = session.io_binding()
+        inputs = {
+            "inputs_embeds": embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "num_logits_to_keep": torch.tensor(keep),
+        }
+        held = [_ort_value(tensor.contiguous().numpy()) for tensor in inputs.values()]
+        for name, value in zip(inputs, held, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        for name, value in (past or self._empty_cache(len(embeds))).items():
+            binding.bind_ortvalue_input(name, value)
+        outputs = [value.name for value in session.get_outputs()]
+        for name in outputs:
+            binding.bind_output(name, "cpu")
+        session.run_with_iobinding(binding)
+        found = dict(zip(outputs, binding.get_outputs(), strict=True))
+        logits = torch.from_numpy(found.pop("logits").numpy())
+        return logits, {name.replace(GROWN_CACHE, CACHE): value for name, value in found.items()}
+
+    def _empty_cache(self, batch: int) -> dict[str, Any]:
+        inputs = self._sessions[DECODER].get_inputs()
+        return {
+            value.name: _ort_value(
+                np.empty((batch, value.shape[1], 0, value.shape[3]), dtype=np.float32)
+            )
+            for value in inputs
+            if value.name.startswith(f"{CACHE}.")
+        }
+
+    def _prepare(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Inputs of the graphs, checked; a prompt may come without an image."""
+        vision = [value.name for value in self._sessions[VISION].get_inputs()]
+        unknown = [name for name in batch if name not in (*TEXT, *vision)]
+        if unknown:
+            raise GracecError(
+                f"the ONNX runner does not take {unknown[0]!r}", fix=f"pass {[*TEXT, *vision]}"
+            )
+        given = {name: tensor for name, tensor in batch.items() if tensor is not None}
+        ids = given.get("input_ids")
+        images = any(name in given for name in vision)
+        if ids is None or images or (ids == self.config.image_token_id).any():
+            model: Any = self  # its config and dtype are all that is looked at
+            return self.family.prepare(model, given)
+        mask = given.get("attention_mask")
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids) if mask is None else mask,
+        }
+
+
+def _ort_value(array: Any) -> Any:
+    return ort.OrtValue.ortvalue_from_numpy(array)

@@ -1,0 +1,81 @@
+"""How torch.onnx writes the operators of gracec.
+
+gracec::dequantize_linear   gracec.DequantizeLinear, which `graphs` turns into the standard one:
+                            torch has no 4-bit tensors, and the codes go through as bytes
+gracec::matmul_nbits        com.microsoft.MatMulNBits
+gracec::last_positions      Slice from -count to the end, so that 0 keeps everything
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import onnxscript
+import torch
+from onnx.defs import OpSchema
+from onnxscript import opset21 as op
+
+PLACEHOLDER_DOMAIN, KERNEL_DOMAIN = "gracec", "com.microsoft"
+_LAST = 2**63 - 1
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """What `torch.onnx.export` takes as `custom_translation_table`."""
+    ops = torch.ops.gracec
+    return {
+        ops.dequantize_linear.default: _dequantize_linear,
+        ops.matmul_nbits.default: _matmul_nbits,
+        ops.last_positions.default: _last_positions,
+    }
+
+
+def _operator(domain: str, name: str, inputs: list[tuple[str, str]], attributes: list[str]) -> Any:
+    """An operator that the onnx package knows no schema of."""
+    schema = OpSchema(
+        name,
+        domain,
+        1,
+        inputs=[OpSchema.FormalParameter(name, kind) for name, kind in inputs],
+        outputs=[OpSchema.FormalParameter("Y", "tensor(float)")],
+        attributes=[OpSchema.Attribute(name, OpSchema.AttrType.INT, "") for name in attributes],
+    )
+    return onnxscript.values.Op(onnxscript.values.Opset(domain, 1), name, schema)
+
+
+_FLOAT, _BYTES = "tensor(float)", "tensor(uint8)"
+_DEQUANTIZE = _operator(
+    PLACEHOLDER_DOMAIN, "DequantizeLinear", [("X", _BYTES), ("scale", _FLOAT)], ["block_size"]
+)
+_MATMUL = _operator(
+    KERNEL_DOMAIN,
+    "MatMulNBits",
+    [("A", _FLOAT), ("B", _BYTES), ("scales", _FLOAT)],
+    ["K", "N", "bits", "block_size", "accuracy_level"],
+)
+
+
+def _dequantize_linear(codes: Any, scales: Any, block_size: int) -> Any:
+    return _DEQUANTIZE(codes, scales, block_size=block_size)
+
+
+def _matmul_nbits(
+    x: Any, codes: Any, scales: Any, bits: int, block_size: int, accuracy_level: int
+) -> Any:
+    rows, blocks = scales.shape
+    return _MATMUL(
+        x,
+        codes,
+        scales,
+        K=blocks * block_size,
+        N=rows,
+        bits=bits,
+        block_size=block_size,
+        accuracy_level=accuracy_level,
+    )
+
+
+def _last_positions(x: Any, count: Any) -> Any:
+    axis: Any = op.Constant(value_ints=[1])
+    start: Any = op.Reshape(op.Neg(count), axis)
+    return op.Slice(x, start, op.Constant(value_ints=[_LAST]), axis)

@@ -1,0 +1,275 @@
+"""ONNX graphs for ONNX Runtime, beside a Hugging Face configuration and processor.
+
+    DIR/onnx/vision_encoder.onnx              pixels -> visual tokens
+    DIR/onnx/embed_tokens.onnx                token ids -> embeddings
+    DIR/onnx/decoder_model_merged_q4.onnx     embeddings and cache -> logits and longer cache
+    DIR/onnx/NAME.onnx_data                   tensors of a large graph
+    DIR/onnx/session.json                     how to run them, and the figures of the gates
+
+The graphs compute in float32. Codes and scales are the canonical ones; everything else is widened
+from the artifact's dtype.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gracec.backends.base import Artifact, Format, empty_model, write_processor
+from gracec.backends.onnx import kernel
+from gracec.capture import capture, capture_serving, family_of
+from gracec.capture.serving import (
+    Serving,
+    ServingProgram,
+    ServingRuntime,
+    apply_codes,
+    composed_equals_training,
+)
+from gracec.capture.serving_graph import DECODER, EMBEDDING, VISION
+from gracec.errors import GateError, GracecError
+from gracec.gates import logit_agreement, lowered_is_as_good_as_dense
+from gracec.greedy import prompt_logits
+from gracec.passes import run_passes
+from gracec.passes.apply_codes import ApplyCodes
+from gracec.passes.freeze import FrozenWeight, frozen_weights
+from gracec.passes.lower_qdq import LoweredWeight, LowerQdq, lowered_weights
+
+FILES = {VISION: "vision_encoder", EMBEDDING: "embed_tokens", DECODER: "decoder_model_merged"}
+"""Name of a graph -> stem of its file, as transformers.js looks for it."""
+GATE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Onnx(Format):
+    """Options: `ops` (qdq or matmulnbits) and `mode` (faithful or fast)."""
+
+    ops: str = "qdq"
+    mode: str = "faithful"
+
+    name = "onnx"
+    folder = "onnx"
+    needs = "onnxruntime"
+    tested = "The tests of gracec run such directories with ONNX Runtime on the CPU."
+
+    def weight_refusal(self, weight: FrozenWeight) -> str:
+        return kernel.refusal(weight)
+
+    def refusal(self, artifact: Artifact) -> str:
+        kernel.check_options(self.ops, self.mode)
+        if not artifact.weights:
+            return "no weight is quantized"
+        reasons = ((fqn, self.weight_refusal(w)) for fqn, w in artifact.weights.items())
+        return next((f"{fqn}: {reason}" for fqn, reason in reasons if reason), "")
+
+    def dtype(self, artifact: Artifact) -> torch.dtype:
+        return torch.float32
+
+    def notes(self, artifact: Artifact) -> tuple[str, ...]:
+        return ()
+
+    def tensors(self, artifact: Artifact) -> tuple[dict[str, Tensor], dict[str, str]]:
+        raise NotImplementedError("graphs hold their tensors")
+
+    def quantization_config(self, artifact: Artifact, model: PreTrainedModel) -> dict[str, Any]:
+        raise NotImplementedError("graphs need no description")
+
+    def stored_weights(self, directory: Path) -> Iterator[tuple[str, Tensor]]:
+        from gracec.backends.onnx import gates
+        from gracec.backends.onnx.session import SessionConfig
+
+        for file in SessionConfig.read(directory).graphs.values():
+            yield from gates.stored_weights(directory / file)
+
+    def write(self, artifact: Artifact, directory: Path) -> tuple[str, ...]:
+        """Write graphs and session file, and run every gate on them.
+
+        Args:
+            directory: the folder of the graphs.
+
+        Raises:
+            GracecError: if the family has no serving graphs or a weight cannot be held.
+            GateError: if what was written is not numerically what it should be.
+        """
+        # Imported where a graph is written: these packages take a second.
+        from gracec.backends.onnx import gates
+        from gracec.backends.onnx.runner import OnnxModel
+        from gracec.backends.onnx.session import (
+            MINIMUM_RUNTIME,
+            MINIMUM_RUNTIME_8_BITS,
+            SessionConfig,
+            session_options,
+            sha256,
+        )
+
+        reason = self.refusal(artifact)
+        if reason:
+            raise GracecError(reason, where=f"format {self.name}", fix="choose another format")
+        directory.mkdir(parents=True, exist_ok=True)
+        model = model_of(artifact, torch.float32)
+        serving, hashes = apply_codes(capture_serving(model), artifact.weights)
+        figures: dict[str, Any] = {"equal_code_hashes": hashes}
+        training = run_passes(capture(model), [ApplyCodes(artifact.weights)]).program
+        figures["composed_equals_training"] = composed_equals_training(serving, training, model)
+        del training
+
+        files: dict[str, list[Path]] = {}
+        kernels: dict[str, int] = {}
+        emitted: dict[str, LoweredWeight] = {}
+        for name, graph in serving.items():
+            files[name], own = self._write_graph(name, graph, directory)
+            path = files[name][0]
+            gates.file_is_valid(path)
+            kernels[name] = gates.kernels_in_session(path, self.ops, self.mode, len(own))
+            if gates.stored_weights_are_exact(path, artifact.weights) != len(own):
+                raise GateError(f"not all of {len(own)} quantized weights read back", where=name)
+            emitted |= own
+        figures["int4_kernels"] = sum(kernels.values())
+        figures["matmul_error"] = gates.matmul_error(emitted, self.ops, self.mode)
+        wide = self.ops == "qdq" and any(weight.bits == 8 for weight in emitted.values())
+        session = SessionConfig(
+            family=model.config.model_type,
+            ops=self.ops,
+            mode=self.mode,
+            graphs={name: paths[0].name for name, paths in files.items()},
+            sha256={path.name: sha256(path) for paths in files.values() for path in paths},
+            kernels=kernels,
+            options=session_options(self.ops, self.mode),
+            gates=figures,
+            minimum_runtime=MINIMUM_RUNTIME_8_BITS if wide else MINIMUM_RUNTIME,
+        )
+        session.write(directory)
+        figures |= self._run(OnnxModel(directory, model.config), serving, model, artifact)
+        session.write(directory)
+        return (f"onnx: {_summary(figures)}",)
+
+    def finish(self, artifact: Artifact, directory: Path) -> None:
+        """Complete the top level: where transformers.js looks for dtypes and the chat template."""
+        if artifact.processor is not None:
+            write_processor(artifact.processor, directory)
+        path = directory / "config.json"
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        folder = directory / self.folder
+        external = sorted(file.name.removesuffix("_data") for file in folder.glob("*.onnx_data"))
+        dtypes = {
+            stem: "q4" if (folder / f"{stem}_q4.onnx").is_file() else "fp32"
+            for stem in FILES.values()
+        }
+        fields["transformers.js_config"] = {
+            "dtype": dtypes,
+            "use_external_data_format": dict.fromkeys(external, 1),
+        }
+        text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
+
+    def _write_graph(
+        self, name: str, graph: ServingProgram, directory: Path
+    ) -> tuple[list[Path], dict[str, LoweredWeight]]:
+        """Lower and write one graph; its files, and the weights that run on INT4 kernels."""
+        from gracec.backends.onnx import graphs
+
+        frozen = frozen_weights(graph.program)
+        passes = [LowerQdq(self.ops, self.mode, strict=True)] if frozen else []
+        program = run_passes(graph.program, passes).program
+        lowered = lowered_weights(program)
+        if lowered.keys() != frozen.keys():
+            raise GateError(f"{len(lowered)} of {len(frozen)} weights are lowered", where=name)
+        path = directory / f"{FILES[name]}{'_q4' if lowered else ''}.onnx"
+        model = graphs.to_onnx(replace(graph, program=program), name)
+        return graphs.write_model(model, path), lowered
+
+    def _run(
+        self, found: Any, serving: Serving, model: PreTrainedModel, artifact: Artifact
+    ) -> dict[str, Any]:
+        """Gates on the graphs as they run: logits and greedy tokens beside the frozen graphs."""
+        from gracec.backends.onnx import gates
+
+        family = family_of(model)
+        inputs = family.prepare(model, family.example_batch(model))
+        mask = inputs["attention_mask"]
+        reference = ServingRuntime(serving, model.config)
+        with torch.no_grad():
+            expected = prompt_logits(reference, inputs)
+            agreement = logit_agreement(expected, prompt_logits(found, inputs), mask)
+            half = {name: _to(tensor, torch.bfloat16) for name, tensor in inputs.items()}
+            dense: Any = dense_model(artifact, torch.bfloat16)
+            logits = dense(**half, use_cache=False).logits
+        beside = logit_agreement(expected, logits, mask)
+        if self.mode == "faithful":
+            lowered_is_as_good_as_dense(agreement, beside)
+        else:
+            lowered_is_as_good_as_dense(agreement, beside, torch.bfloat16)
+        tokens = gates.token_agreement(reference, found, inputs, GATE_TOKENS)
+        if self.mode == "faithful" and tokens.different:
+            raise GateError(f"{tokens.different} greedy answers differ from those of the codes")
+        return {
+            "logits": asdict(agreement),
+            "logits_dense_bfloat16": asdict(beside),
+            "greedy": asdict(tokens),
+        }
+
+
+def model_of(artifact: Artifact, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of an artifact, with stand-ins without memory for the quantized weights."""
+    config = copy.deepcopy(artifact.config)
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        part.dtype = dtype
+    model = empty_model(config)
+    buffers = dict(model.named_buffers())  # rotary frequencies stay in float32
+    for name, tensor in artifact.others.items():
+        _set(model, name, tensor if name in buffers else _to(tensor, dtype))
+    for fqn, weight in artifact.weights.items():
+        _set(model, fqn, torch.zeros((), dtype=dtype).expand(weight.shape))
+    model.tie_weights()
+    model.requires_grad_(False)
+    model.eval()
+    return model
+
+
+def dense_model(artifact: Artifact, dtype: torch.dtype) -> PreTrainedModel:
+    """The same, but each quantized layer has its weight, codes times scales, while it runs."""
+    model = model_of(artifact, dtype)
+    for fqn, weight in artifact.weights.items():
+
+        def fill(*_: Any, fqn: str = fqn, weight: FrozenWeight = weight) -> None:
+            _set(model, fqn, weight.dequantize(dtype))
+
+        def empty(*_: Any, fqn: str = fqn, weight: FrozenWeight = weight) -> None:
+            _set(model, fqn, torch.zeros((), dtype=dtype).expand(weight.shape))
+
+        owner = model.get_submodule(fqn.rpartition(".")[0])
+        owner.register_forward_pre_hook(fill)
+        owner.register_forward_hook(empty, always_call=True)
+    return model
+
+
+def _set(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if attribute in module._parameters:
+        setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
+    else:
+        setattr(module, attribute, tensor)
+
+
+def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _summary(figures: Mapping[str, Any]) -> str:
+    logits, dense, greedy = (
+        figures[name] for name in ("logits", "logits_dense_bfloat16", "greedy")
+    )
+    return (
+        f"{figures['int4_kernels']} matmuls on INT4 kernels, "
+        f"KL {logits['kl']:.2g} (dense bfloat16 {dense['kl']:.2g}), "
+        f"{greedy['same']} greedy answers the same, {greedy['ambiguous']} ambiguous, "
+        f"{greedy['different']} different"
+    )

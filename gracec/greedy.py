@@ -1,0 +1,115 @@
+"""Greedy generation over serving graphs, whatever runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from gracec.capture.families.base import Family
+
+
+class Runtime(Protocol):
+    """What runs the serving graphs of a model. A cache is whatever it keeps one in."""
+
+    @property
+    def config(self) -> PreTrainedConfig: ...
+
+    @property
+    def family(self) -> Family: ...
+
+    def encode(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Visual tokens [N, H] of the images among the prepared inputs."""
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Embeddings [B, S, H] of token ids [B, S]."""
+
+    def decode(
+        self,
+        embeds: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        keep: int,
+        past: Any = None,
+    ) -> tuple[Tensor, Any]:
+        """Logits [B, keep, V] (all S for 0) and the longer cache.
+
+        Args:
+            embeds: [B, S, H], the tokens after the cache.
+            attention_mask: int64 [B, P + S].
+            past: a cache that `decode` returned, or None for an empty one.
+        """
+
+
+class Step(NamedTuple):
+    """One generated token of each prompt [B], and the logits [B, V] that it was chosen by."""
+
+    tokens: Tensor
+    logits: Tensor
+
+
+def embed_prompt(runtime: Runtime, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Embeddings [B, T, H] of prepared inputs, visual tokens in their places."""
+    ids = inputs["input_ids"]
+    embeds = runtime.embed(ids)
+    if set(inputs) == {"input_ids", "attention_mask"}:  # a prompt without images
+        return embeds
+    return runtime.family.merge(runtime.config, ids, embeds, runtime.encode(inputs))
+
+
+def prompt_logits(
+    runtime: Runtime,
+    inputs: Mapping[str, Tensor],
+    parts: Sequence[slice] = (slice(None),),
+    positions: Tensor | None = None,
+) -> Tensor:
+    """Logits [B, T, V] of a whole prompt, read part by part."""
+    embeds, mask = embed_prompt(runtime, inputs), inputs["attention_mask"]
+    positions = runtime.family.positions(mask) if positions is None else positions
+    past, found = None, []
+    for part in parts:
+        seen = mask[:, : part.stop]
+        logits, past = runtime.decode(embeds[:, part], seen, positions[..., part], 0, past)
+        found.append(logits)
+    return torch.cat(found, dim=1)
+
+
+def greedy(
+    runtime: Runtime,
+    inputs: Mapping[str, Tensor],
+    *,
+    max_new_tokens: int,
+    end: Sequence[int] = (),
+    pad: int = 0,
+    chunk: int | None = None,
+) -> Iterator[Step]:
+    """Generate the most likely tokens, one position of all prompts at a time.
+
+    Args:
+        inputs: prepared, padded on the left.
+        end: tokens that end an answer; `pad` follows it until all have ended.
+        chunk: positions of the prompt to read at once; all by default.
+    """
+    embeds, mask = embed_prompt(runtime, inputs), inputs["attention_mask"]
+    positions = runtime.family.positions(mask)
+    length = embeds.shape[1]
+    past, logits = None, embeds
+    for start in range(0, length, chunk or length):
+        part = slice(start, min(length, start + (chunk or length)))
+        seen = mask[:, : part.stop]
+        logits, past = runtime.decode(embeds[:, part], seen, positions[..., part], 1, past)
+    finished = torch.zeros(len(mask), dtype=torch.bool)
+    ends = torch.tensor(list(end), dtype=torch.int64)
+    for number in range(max_new_tokens):
+        last = logits[:, -1]
+        tokens = last.argmax(-1).masked_fill(finished, pad)
+        yield Step(tokens, last)
+        finished |= torch.isin(tokens, ends)
+        if finished.all() or number + 1 == max_new_tokens:
+            return
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        positions = positions[..., -1:] + 1
+        logits, past = runtime.decode(runtime.embed(tokens[:, None]), mask, positions, 1, past)

@@ -1,0 +1,123 @@
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from gracec.backends.onnx import gates, kernel
+from gracec.compiler import CompiledModel
+from gracec.errors import GateError
+from gracec.greedy import Step
+from gracec.passes.lower_qdq import LoweredWeight
+from gracec.quant import QuantSpec
+from tests.backends.artifacts import random_weight
+
+Copied = Callable[[], Path]
+DECODER = "decoder_model_merged_q4.onnx"
+
+
+def lowered(spec: QuantSpec, ops: str, rows: int = 32, columns: int = 256) -> LoweredWeight:
+    weight = random_weight((rows, columns), spec, 0)
+    operands = kernel.qdq_operands if ops == "qdq" else kernel.matmulnbits_operands
+    bits = kernel.kernel_bits(weight, ops)
+    return LoweredWeight(*operands(weight), bits, kernel.block_size(weight), rows, columns)
+
+
+@pytest.mark.parametrize("ops", kernel.OPS)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(QuantSpec(bits, 32) for bits in (2, 3, 4, 8)),
+        *(QuantSpec(4, size) for size in (16, 64, 128, 256)),
+        QuantSpec(4, granularity="per_channel"),
+    ],
+    ids=str,
+)
+def test_every_kernel_against_float64(spec: QuantSpec, ops: str) -> None:
+    for rows in (32, 7):
+        weights = {"w": lowered(spec, ops, rows)}
+        assert gates.matmul_error(weights, ops, "faithful") <= 1e-6
+        assert 1e-4 < gates.matmul_error(weights, ops, "fast") <= gates.MATMUL_BOUND["fast"]
+
+
+def test_rounded_activations_are_not_faithful(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kernel.ACCURACY_LEVEL, "faithful", 4)
+    for ops in kernel.OPS:
+        with pytest.raises(GateError, match="w: INT4 matmul is off by .* the bound is 1e-05"):
+            gates.matmul_error({"w": lowered(QuantSpec(4, 32), ops)}, ops, "faithful")
+
+
+def test_a_matmul_that_is_not_fused_fails_the_count(exported: Path) -> None:
+    path = exported / "onnx" / DECODER
+    assert gates.kernels_in_session(path, "qdq", "faithful", 14) == 14
+    with pytest.raises(GateError, match="14 matmuls run on the INT4 kernel, 15 are planned"):
+        gates.kernels_in_session(path, "qdq", "faithful", 15)
+    assert not list(path.parent.glob(".optimized*"))
+
+
+def test_shared_scales_fail_the_count(copied: Copied) -> None:
+    """What the count is for: the runtime fuses nothing that is shared."""
+    path = copied() / "onnx" / DECODER
+    model = onnx.load(str(path))
+    nodes = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
+    same = next(n for n in nodes[1:] if "q_proj" in n.input[1])
+    same.input[1] = nodes[0].input[1]
+    onnx.save(model, str(path))
+    with pytest.raises(GateError, match="12 matmuls run on the INT4 kernel, 14 are planned"):
+        gates.kernels_in_session(path, "qdq", "faithful", 14)
+
+
+def test_codes_are_read_back_by_another_package(exported: Path, compiled: CompiledModel) -> None:
+    path = exported / "onnx" / DECODER
+    assert gates.stored_weights_are_exact(path, compiled.weights) == 14
+    fqn, weight = next(iter(compiled.weights.items()))
+    doubled = replace(weight, scales=weight.scales * 2)
+    with pytest.raises(GateError, match=f"{fqn} reads back other than codes times scales"):
+        gates.stored_weights_are_exact(path, {**compiled.weights, fqn: doubled})
+
+
+def test_a_file_that_is_not_valid(copied: Copied) -> None:
+    path = copied() / "onnx" / "embed_tokens.onnx"
+    gates.file_is_valid(path)
+    model = onnx.load(str(path), load_external_data=False)
+    model.graph.node[0].op_type = "Gathre"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(GateError, match=r"embed_tokens\.onnx: not valid ONNX: "):
+        gates.file_is_valid(path)
+
+
+def test_near_ties_are_ambiguous_and_not_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    clear, tie = [0.0, 9.0, 1.0], [0.0, 9.0, 8.99]
+
+    def answers(*rows: list[int], logits: list[list[float]]) -> Any:
+        steps = zip(*rows, strict=True)
+        return [Step(torch.tensor(step), torch.tensor(logits)) for step in steps]
+
+    made = {
+        "reference": answers([1, 1], [1, 1], [1, 1], logits=[clear, tie, clear]),
+        "found": answers([1, 1], [1, 2], [2, 1], logits=[clear, tie, clear]),
+    }
+    monkeypatch.setattr(gates, "greedy", lambda runtime, *_, **__: made[runtime.name])
+    runtimes: Any = [SimpleNamespace(name=name) for name in made]
+    agreement = gates.token_agreement(*runtimes, {}, 2)
+    assert agreement == gates.TokenAgreement(same=1, ambiguous=1, different=1, tokens=2)
+
+
+def test_stored_weights_have_the_layout_of_the_model(exported: Path) -> None:
+    path = exported / "onnx" / DECODER
+    found = dict(gates.stored_weights(path))
+    model = onnx.load(str(path))
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    fqn = "model.language_model.layers.0.mlp.up_proj.weight"
+    assert found[fqn].shape == (128, 64)
+    assert stored[f"{fqn}.codes"].data_type == onnx.TensorProto.INT4
+    codes = numpy_helper.to_array(stored[f"{fqn}.codes"]).astype(np.float32)
+    scales = numpy_helper.to_array(stored[f"{fqn}.scales"])
+    assert codes.shape == (64, 128)
+    np.testing.assert_array_equal(found[fqn].numpy().T, codes * scales)

@@ -1,0 +1,151 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+
+import gracec
+from gracec.backends.onnx.runner import OnnxModel
+from gracec.compiler import CompiledModel
+from gracec.errors import GracecError
+from gracec.evaluate import answer
+from tests.backends.artifacts import artifact_of, dense_model, tokens_of
+from tests.test_cli import gracec as command
+from tests.tiny import tiny_batch, tiny_image, tiny_processor
+
+
+@pytest.fixture(scope="module")
+def model(exported: Path) -> OnnxModel:
+    return gracec.load(exported, backend="onnx")
+
+
+@pytest.fixture(scope="module")
+def reference(compiled: CompiledModel) -> Any:
+    """The plain float32 model whose weights are codes times scales."""
+    return dense_model(artifact_of(compiled), torch.float32)
+
+
+def test_logits_and_tokens_are_those_of_the_codes(
+    model: OnnxModel, reference: Any, batch: dict[str, Tensor]
+) -> None:
+    mask = batch["attention_mask"].bool()
+    with torch.no_grad():
+        expected = reference(**batch).logits[mask]
+    torch.testing.assert_close(model(**batch)[mask], expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model.generate(**batch, max_new_tokens=6), tokens_of(reference, batch))
+
+
+def test_padding_batch_and_chunks_change_nothing(model: OnnxModel) -> None:
+    prompts = ("what is this ?", "where is the small red circle in the picture ?")
+    together = model.generate(**tiny_batch(None, prompts), max_new_tokens=6)[:, -6:]
+    chunked = model.generate(**tiny_batch(None, prompts), max_new_tokens=6, prefill_chunk=5)
+    assert torch.equal(chunked[:, -6:], together)
+    for number, prompt in enumerate(prompts):
+        alone = model.generate(**tiny_batch(None, (prompt,), seed=number), max_new_tokens=6)
+        assert torch.equal(alone[:, -6:], together[number : number + 1])
+
+
+def test_tokens_come_one_by_one(model: OnnxModel, batch: dict[str, Tensor]) -> None:
+    class Streamer:
+        def __init__(self) -> None:
+            self.seen: list[Tensor] = []
+            self.ended = False
+
+        def put(self, tokens: Tensor) -> None:
+            self.seen.append(tokens)
+
+        def end(self) -> None:
+            self.ended = True
+
+    streamer = Streamer()
+    tokens = model.generate(**batch, max_new_tokens=4, streamer=streamer)
+    steps = list(model.stream(**batch, max_new_tokens=4))
+    new = tokens[:, batch["input_ids"].shape[1] :]
+    assert torch.equal(torch.stack([step.tokens for step in steps], 1), new)
+    assert streamer.ended
+    assert torch.equal(streamer.seen[0], batch["input_ids"])
+    assert torch.equal(torch.stack(streamer.seen[1:], 1), new)
+    assert all(torch.equal(step.logits.argmax(-1), step.tokens) for step in steps)
+
+
+def test_an_answer_ends_and_is_padded(model: OnnxModel, batch: dict[str, Tensor]) -> None:
+    free = model.generate(**batch, max_new_tokens=6)[:, -6:]
+    end = int(free[0, 2])
+    first = [row.tolist().index(end) if end in row else 6 for row in free]
+    before = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = [end]
+    try:
+        stopped = model.generate(**batch, max_new_tokens=6)[:, batch["input_ids"].shape[1] :]
+    finally:
+        model.generation_config.eos_token_id = before
+    assert stopped.shape[1] == min(6, max(first) + 1)
+    assert stopped[0, : first[0] + 1].tolist() == free[0, : first[0] + 1].tolist()
+    assert not stopped[0, first[0] + 1 :].any()  # padding is token 0
+
+
+def test_a_prompt_without_an_image(model: OnnxModel, reference: Any) -> None:
+    ids = torch.tensor([[1, 9, 12, 15]])
+    found = model.generate(input_ids=ids, max_new_tokens=3)
+    expected = reference.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
+    assert torch.equal(found, expected)
+
+
+def test_only_greedy_generation(
+    model: OnnxModel, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for wrong in ({"do_sample": True}, {"num_beams": 2}):
+        with pytest.raises(GracecError, match="generates greedily only"):
+            model.generate(**batch, **wrong)
+    with pytest.raises(GracecError, match="does not take 'temperature'"):
+        model.generate(**batch, temperature=torch.tensor(1.0))
+    monkeypatch.setattr(model.generation_config, "repetition_penalty", 1.2)
+    with pytest.raises(GracecError, match="sets repetition_penalty, which the ONNX runner does"):
+        model.generate(**batch)
+
+
+def test_images_and_placeholders_are_counted(model: OnnxModel, batch: dict[str, Tensor]) -> None:
+    with pytest.raises(GracecError, match="places for 2 images, 1 were given"):
+        model.generate(**{**batch, "pixel_values": batch["pixel_values"][:1]})
+
+
+def test_what_it_cannot_prepare(model: OnnxModel, batch: dict[str, Tensor]) -> None:
+    with pytest.raises(GracecError, match="input_ids is missing; use the processor"):
+        model.generate(pixel_values=batch["pixel_values"])
+    with pytest.raises(GracecError, match="pixel_values is missing"):
+        model.generate(input_ids=batch["input_ids"])
+    mask = batch["attention_mask"].flip(1)
+    with pytest.raises(GracecError, match="padded on the right; pad on the left"):
+        model.generate(**{**batch, "attention_mask": mask})
+
+
+def test_it_answers_questions(model: OnnxModel, compiled: CompiledModel) -> None:
+    image = tiny_image(3)
+    found = answer(model, tiny_processor(), image, "what is this ?", max_new_tokens=4)
+    assert found
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
+    assert model.processor.image_token == "<image>"
+
+
+def test_the_commands_run_it(exported: Path, tmp_path: Path) -> None:
+    tiny_image(0).save(tmp_path / "0.png")
+    question = ("--image", tmp_path / "0.png", "--prompt", "what is this ?")
+    done = command("run", exported, *question, "--max-new-tokens", 4, "--backend", "onnx")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    (tmp_path / "samples.jsonl").write_text(
+        '{"image": "0.png", "question": "what is this ?", "answer": "red"}\n'
+    )
+    done = command("eval", exported, "--data", tmp_path, "--backend", "onnx", "--json")
+    assert done.returncode == 0, done.stderr
+    wrong = command("run", exported, *question, "--backend", "onxx")
+    assert (wrong.returncode, wrong.stderr.strip()) == (
+        2,
+        "gracec: unknown backend 'onxx'; use torchao or onnx",
+    )
+
+
+def test_plain_transformers_reads_the_configuration(exported: Path) -> None:
+    config = AutoModelForImageTextToText.from_config(gracec.load(exported, "onnx").config).config
+    assert config.model_type == "llava"

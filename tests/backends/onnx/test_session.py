@@ -1,0 +1,152 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper
+
+import gracec
+from gracec.backends.onnx.session import (
+    SessionConfig,
+    open_session,
+    session_options,
+    sha256,
+)
+from gracec.errors import GracecError
+
+Copied = Callable[[], Path]
+DECODER = "decoder_model_merged_q4.onnx"
+
+
+def refusal(directory: Path) -> str:
+    """The one line that loading a directory ends with."""
+    with pytest.raises(GracecError) as caught:
+        gracec.load(directory, backend="onnx")
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def edit(folder: Path, **fields: object) -> None:
+    path = folder / "session.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def vouch_for(folder: Path, name: str) -> None:
+    """Give a file that was changed the right digest, so that only the runtime can object."""
+    digests = json.loads((folder / "session.json").read_text())["sha256"]
+    edit(folder, sha256={**digests, name: sha256(folder / name)})
+
+
+def test_it_reads_back(exported: Path) -> None:
+    config = SessionConfig.read(exported / "onnx")
+    assert (config.family, config.ops, config.mode) == ("llava", "qdq", "faithful")
+    assert config.options == {"session.qdq_matmulnbits_accuracy_level": "1"}
+    assert config.kernels == {"vision_encoder": 0, "embed_tokens": 0, "decoder": 14}
+    assert set(config.sha256) == {p.name for p in (exported / "onnx").glob("*.onnx*")}
+
+
+def test_options() -> None:
+    assert session_options("qdq", "fast") == {"session.qdq_matmulnbits_accuracy_level": "4"}
+    assert session_options("matmulnbits", "fast") == {}
+
+
+@pytest.mark.parametrize("name", [DECODER, f"{DECODER}_data", "embed_tokens.onnx"])
+def test_a_truncated_file(copied: Copied, name: str) -> None:
+    file = copied() / "onnx" / name
+    file.write_bytes(file.read_bytes()[:-100])
+    assert refusal(file.parents[1]).startswith(f"{file}: the file is not the one that was written")
+
+
+def test_an_edited_graph(copied: Copied) -> None:
+    file = copied() / "onnx" / DECODER
+    model = onnx.load(str(file), load_external_data=False)
+    model.graph.node[0].name = "edited"
+    file.write_bytes(model.SerializeToString())
+    assert "not the one that was written (sha256 differs); copy" in refusal(file.parents[1])
+
+
+def test_the_data_of_another_model(copied: Copied) -> None:
+    file = copied() / "onnx" / f"{DECODER}_data"
+    file.write_bytes(bytes(reversed(file.read_bytes())))
+    assert f"{DECODER}_data: the file is not the one" in refusal(file.parents[1])
+
+
+@pytest.mark.parametrize("name", [DECODER, f"{DECODER}_data"])
+def test_a_missing_file(copied: Copied, name: str) -> None:
+    file = copied() / "onnx" / name
+    file.unlink()
+    assert refusal(file.parents[1]).startswith(f"{file}: missing; copy the directory again")
+
+
+def test_graphs_of_another_family(copied: Copied) -> None:
+    directory = copied()
+    edit(directory / "onnx", family="florence")
+    assert "the graphs are of the family 'florence', config.json is of 'llava'" in refusal(
+        directory
+    )
+
+
+def test_no_session_file(copied: Copied) -> None:
+    path = copied() / "onnx" / "session.json"
+    path.unlink()
+    expected = "missing; without its options the runtime computes something else"
+    assert refusal(path.parents[1]).startswith(f"{path}: {expected}")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format_version": 1}', "\x00"])
+def test_a_broken_session_file(copied: Copied, text: str) -> None:
+    path = copied() / "onnx" / "session.json"
+    path.write_text(text)
+    assert refusal(path.parents[1]).startswith(f"{path}: not a session file; copy")
+
+
+def test_another_version_of_the_session_file(copied: Copied) -> None:
+    directory = copied()
+    edit(directory / "onnx", format_version=9)
+    assert "format version 9, this gracec reads 1; export the model again" in refusal(directory)
+
+
+def test_a_runtime_that_is_too_old(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "__version__", "1.19.2")
+    message = refusal(exported)
+    assert message.endswith(
+        "needs onnxruntime 1.24, 1.19.2 is installed; pip install -U onnxruntime"
+    )
+
+
+def test_what_the_runtime_refuses_is_one_line(copied: Copied) -> None:
+    directory = copied()
+    file = directory / "onnx" / DECODER
+    file.write_bytes(file.read_bytes()[:-100])
+    vouch_for(file.parent, DECODER)
+    message = refusal(directory)
+    assert f"{file}: onnxruntime {onnxruntime.__version__} cannot load it" in message
+    assert "ONNXRuntimeError" not in message
+
+
+def test_data_that_is_too_short(copied: Copied) -> None:
+    directory = copied()
+    file = directory / "onnx" / f"{DECODER}_data"
+    file.write_bytes(file.read_bytes()[:-100])
+    vouch_for(file.parent, file.name)
+    assert "cannot load it" in refusal(directory)
+
+
+def test_an_operator_set_that_the_runtime_does_not_know(tmp_path: Path) -> None:
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "g", [x], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 999)], ir_version=10)
+    (tmp_path / "new.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(GracecError, match=r"new\.onnx: onnxruntime .* cannot load it: .*opset"):
+        open_session(tmp_path / "new.onnx", {}, threads=1)
+
+
+def test_a_directory_without_graphs(copied: Copied) -> None:
+    directory = copied()
+    (directory / "onnx").rename(directory / "elsewhere")
+    assert "no folder 'onnx', so it holds no ONNX graphs; compile with --format" in refusal(
+        directory
+    )

@@ -1,0 +1,141 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import gracec
+from gracec.backends.onnx_hf import Onnx, dense_model, model_of
+from gracec.compiler import CompiledModel
+from gracec.errors import GracecError
+from gracec.evaluate import evaluate_vqa, load_samples
+from gracec.quant import QuantSpec
+from tests.backends import artifacts
+from tests.backends.artifacts import artifact_of, decoder_specs, random_artifact
+from tests.tiny import tiny_llava
+
+ROOT = Path(__file__).parents[2]
+STUDENT = ROOT / "examples/emojivqa/student"
+
+
+@pytest.fixture(scope="module")
+def saved(compiled: CompiledModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("saved") / "both"
+    notes = compiled.save_pretrained(directory, "hf,onnx")
+    (note,) = [note for note in notes if note.startswith("onnx: ")]
+    assert note.startswith("onnx: 14 matmuls on INT4 kernels, KL ")
+    return directory
+
+
+def test_one_directory_for_several_libraries(saved: Path, batch: dict[str, Tensor]) -> None:
+    assert {path.name for path in (saved / "onnx").iterdir()} == {
+        "vision_encoder.onnx",
+        "embed_tokens.onnx",
+        "decoder_model_merged_q4.onnx",
+        "session.json",
+    }
+    config = json.loads((saved / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert config["transformers.js_config"] == {
+        "dtype": {
+            "vision_encoder": "fp32",
+            "embed_tokens": "fp32",
+            "decoder_model_merged": "q4",
+        },
+        "use_external_data_format": {},
+    }
+    assert json.loads((saved / "preprocessor_config.json").read_text())["processor_class"]
+    assert json.loads((saved / "tokenizer_config.json").read_text())["chat_template"]
+    found = gracec.load(saved, backend="onnx").generate(**batch, max_new_tokens=4)
+    assert found.shape == (2, batch["input_ids"].shape[1] + 4)
+    assert gracec.load(saved).weights.keys() == dict(Onnx().stored_weights(saved / "onnx")).keys()
+
+
+def test_the_figures_of_the_gates(saved: Path) -> None:
+    session = json.loads((saved / "onnx/session.json").read_text())
+    figures = session["gates"]
+    assert figures["equal_code_hashes"] == figures["int4_kernels"] == 14
+    assert figures["composed_equals_training"] <= 1e-6
+    assert figures["matmul_error"] <= 1e-6
+    assert figures["logits"]["kl"] <= 1e-9 < figures["logits_dense_bfloat16"]["kl"]
+    assert figures["logits"]["top1"] == 1
+    assert figures["greedy"] == {"same": 2, "ambiguous": 0, "different": 0, "tokens": 16}
+
+
+def test_export_alone(exported: Path) -> None:
+    config = json.loads((exported / "config.json").read_text())
+    names = ["decoder_model_merged_q4.onnx", "vision_encoder.onnx"]
+    assert config["transformers.js_config"]["use_external_data_format"] == dict.fromkeys(names, 1)
+    assert not (exported / "gracec.json").exists()
+
+
+def test_what_it_cannot_hold_is_refused(compiled: CompiledModel, tmp_path: Path) -> None:
+    model = tiny_llava(intermediate_size=72)
+    odd = {
+        "model.language_model.layers.0.mlp.down_proj.weight": QuantSpec(granularity="per_channel")
+    }
+    artifact = random_artifact(odd, model=model)
+    assert "a scale has 72 features" in Onnx().refusal(artifact)
+    with pytest.raises(GracecError, match="format onnx: .*down_proj.*blocks of 16"):
+        Onnx().write(artifact, tmp_path)
+    assert Onnx().refusal(random_artifact({})) == "no weight is quantized"
+    for options in ({"ops": "int4"}, {"mode": "exact"}):
+        with pytest.raises(GracecError, match="unknown"):
+            compiled.export_onnx(tmp_path / "never", **options)
+    assert not (tmp_path / "never").exists()
+
+
+def test_the_model_of_an_artifact(compiled: CompiledModel, batch: dict[str, Tensor]) -> None:
+    artifact = artifact_of(compiled)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = model_of(artifact, dtype)
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        expected = artifacts.dense_model(artifact, dtype)
+        found = dense_model(artifact, dtype)
+        logits = artifacts.logits_of(found, batch)
+        assert torch.equal(logits, artifacts.logits_of(expected, batch))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ops", "mode"), [("matmulnbits", "faithful"), ("qdq", "fast")])
+def test_other_operators_and_modes(
+    compiled: CompiledModel, tmp_path: Path, ops: str, mode: str
+) -> None:
+    compiled.export_onnx(tmp_path / "out", ops, mode)
+    figures = json.loads((tmp_path / "out/onnx/session.json").read_text())["gates"]
+    assert figures["int4_kernels"] == 14
+    assert gracec.load(tmp_path / "out", backend="onnx").session_config.mode == mode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [2, 8])
+def test_other_widths_and_other_parts(tmp_path: Path, bits: int) -> None:
+    specs = {
+        **decoder_specs(QuantSpec(bits, 32)),
+        "model.multi_modal_projector.linear_1.weight": QuantSpec(4, 32),
+        "lm_head.weight": QuantSpec(8, 64),
+    }
+    artifact = random_artifact(specs)
+    ops = "qdq" if bits == 8 else "matmulnbits"
+    Onnx(ops).write(artifact, tmp_path)
+    session = json.loads((tmp_path / "session.json").read_text())
+    assert session["kernels"] == {"vision_encoder": 1, "embed_tokens": 0, "decoder": 15}
+    assert session["minimum_runtime"] == ("1.31" if ops == "qdq" else "1.24")
+    assert session["graphs"]["vision_encoder"] == "vision_encoder_q4.onnx"
+
+
+@pytest.mark.slow
+def test_the_shipped_student_gives_the_same_answers(tmp_path: Path) -> None:
+    from emojivqa.packing import questions_of  # noqa: F401  (the example is importable)
+    from make_dataset import write
+
+    write("test", tmp_path / "data", 100)
+    compiled = gracec.compile(STUDENT, "w4a16-ptq")
+    compiled.export_onnx(tmp_path / "out")
+    samples = load_samples(tmp_path / "data")
+    model = gracec.load(tmp_path / "out", backend="onnx")
+    found = evaluate_vqa(model, model.processor, samples, blind=False)
+    dense = dense_model(artifact_of(compiled), torch.float32)
+    expected = evaluate_vqa(dense, compiled.processor, samples, blind=False)
+    assert [p.predicted for p in found.predictions] == [p.predicted for p in expected.predictions]

@@ -1,0 +1,109 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from gracec import ir
+from gracec.capture import capture
+from gracec.errors import GracecError, PassError
+from gracec.passes import parse_pipeline, run_passes
+from gracec.passes.freeze import frozen_weights
+from gracec.passes.lower_qdq import DEQUANTIZE_LINEAR, LowerQdq, lowered_weights
+from gracec.passes.plan_quantization import PlanQuantization
+from gracec.program import Program
+from gracec.recipe import Recipe
+from tests.tiny import tiny_llava
+
+Golden = Callable[[str, str], None]
+After = Callable[[str], Program]
+FROZEN = "analyze-modality,plan-quantization,insert-fake-quant,freeze"
+OPS = ("qdq", "matmulnbits")
+
+
+def pipeline(ops: str) -> str:
+    return f"{FROZEN},lower-qdq{{ops={ops}}}"
+
+
+@pytest.mark.parametrize("ops", OPS)
+def test_golden(after: After, golden: Golden, ops: str) -> None:
+    golden(f"lower-qdq/llava-{ops}.txt", ir.diff(after(FROZEN), after(pipeline(ops))) + "\n")
+
+
+@pytest.mark.parametrize("ops", OPS)
+def test_the_lowered_graph_computes_what_the_frozen_one_does(
+    after: After, batch: dict[str, Tensor], ops: str
+) -> None:
+    expected, found = after(FROZEN)(**batch)[0], after(pipeline(ops))(**batch)[0]
+    torch.testing.assert_close(found, expected)
+    assert set(lowered_weights(after(pipeline(ops)))) == set(frozen_weights(after(FROZEN)))
+
+
+@pytest.mark.parametrize("ops", OPS)
+def test_idempotent(after: After, ops: str) -> None:
+    assert not LowerQdq(ops).run(after(pipeline(ops))).modified
+
+
+def test_a_bias_is_added_after(batch: dict[str, Tensor]) -> None:
+    recipe = Recipe.from_dict({"name": "v", "weights": {"vision": {"group_size": 32}}})
+    program = _frozen(recipe)
+    for ops in OPS:
+        lowered = LowerQdq(ops).run(program).program
+        assert len(lowered_weights(lowered)) == len(frozen_weights(program)) > 0
+        torch.testing.assert_close(lowered(**batch)[0], program(**batch)[0])
+
+
+def test_a_weight_that_the_kernel_does_not_take_runs_dense_and_is_named(
+    after: After, batch: dict[str, Tensor]
+) -> None:
+    model = tiny_llava(intermediate_size=72)
+    rule = {"bits": 4, "granularity": "per_channel"}
+    program = _frozen(Recipe.from_dict({"name": "c", "weights": {"decoder": rule}}), model)
+    result = LowerQdq().run(program)
+    dense = [note for note in result.notes if "runs dense: the kernel takes blocks of 16" in note]
+    assert len(dense) == 2
+    assert all("down_proj" in note for note in dense)
+    torch.testing.assert_close(result.program(**batch)[0], program(**batch)[0])
+    with pytest.raises(PassError, match="a scale has 72 features; change the recipe"):
+        LowerQdq(strict=True).run(program)
+
+
+def test_two_linears_of_one_weight_share_nothing(after: After, batch: dict[str, Tensor]) -> None:
+    program = after(FROZEN).copy()
+    dequantized = next(node for node in program.graph.nodes if "dequantize" in str(node.target))
+    (linear,) = dequantized.users
+    with program.graph.inserting_before(linear):
+        twin = program.graph.node_copy(linear)
+        total = program.graph.call_function(torch.ops.aten.add.Tensor, (linear, twin))
+    total.meta = dict(linear.meta)
+    linear.append(total)
+    linear.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    program.recompile()
+    lowered = LowerQdq().run(program).program
+    assert len(lowered_weights(lowered)) == 15
+    operands = [node.args[0] for node in lowered.nodes(DEQUANTIZE_LINEAR)]
+    assert len(set(operands)) == 15
+    torch.testing.assert_close(lowered(**batch)[0], program(**batch)[0])
+
+
+def test_it_needs_codes_in_float32(captured: Program, after: After) -> None:
+    with pytest.raises(PassError, match="run freeze first"):
+        LowerQdq().run(captured)
+    program = after(FROZEN).copy()
+    program.dtype = torch.bfloat16
+    with pytest.raises(PassError, match="computes in torch.bfloat16; capture in float32"):
+        LowerQdq().run(program)
+
+
+def test_unknown_options(after: After) -> None:
+    with pytest.raises(GracecError, match="unknown ops 'int4'; use qdq or matmulnbits"):
+        LowerQdq("int4").run(after(FROZEN))
+    with pytest.raises(GracecError, match="unknown mode 'exact'; use faithful or fast"):
+        LowerQdq(mode="exact").run(after(FROZEN))
+
+
+def _frozen(recipe: Recipe, model: torch.nn.Module | None = None) -> Program:
+    captured = capture(model or tiny_llava())  # type: ignore[arg-type]
+    analyzed = run_passes(captured, parse_pipeline("analyze-modality")).program
+    planned = PlanQuantization(recipe=recipe).run(analyzed).program
+    return run_passes(planned, parse_pipeline("insert-fake-quant,freeze")).program
