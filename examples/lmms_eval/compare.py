@@ -1,7 +1,8 @@
 """Compare what lmms-eval and `gracec eval` found on one folder of questions, answer by answer.
 
     gracec eval DIR --data QUESTIONS --no-blind --json > eval.json
-    python examples/lmms_eval/compare.py NAME eval.json LMMS_OUTPUT --out docs/results/lmms_eval.json
+    python examples/lmms_eval/compare.py NAME eval.json LMMS_OUTPUT \\
+        --out docs/results/lmms_eval.json
 
 LMMS_OUTPUT is the --output_path of lmms-eval, run with --log_samples. --out adds the model NAME to
 the file; docs/evaluation.md quotes it.
