@@ -29,7 +29,15 @@ from gracec.capture import capture, captured_equals_eager, family_of
 from gracec.errors import GateError, GracecError
 from gracec.evaluate import VqaSample, accuracy_rows, evaluate_vqa, load_image, load_samples
 from gracec.evaluate.data import SAMPLES_FILE
-from gracec.models import check_finite, load_model, load_processor, model_without_weights
+from gracec.models import (
+    check_finite,
+    fill_while_running,
+    load_model,
+    load_processor,
+    model_without_weights,
+    set_tensor,
+    stand_in,
+)
 from gracec.passes import run_passes
 from gracec.passes.analyze_modality import AnalyzeModality
 from gracec.passes.apply_codes import ApplyCodes
@@ -355,7 +363,7 @@ def load(directory: str | Path, backend: str = "torchao") -> CompiledModel | Onn
     with init_empty_weights(include_buffers=False):  # buffers that are not saved are computed
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     tensors = dict(store.others)
-    tensors |= {fqn: _stand_in(weight.shape, dtype) for fqn, weight in store.weights.items()}
+    tensors |= {fqn: stand_in(weight.shape, dtype) for fqn, weight in store.weights.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     missing = [name for name, tensor in model.named_parameters() if tensor.is_meta]
@@ -539,7 +547,7 @@ def _lower(
     without memory meanwhile: a trace looks at shapes only.
     """
     for fqn, weight in weights.items():
-        _set_parameter(model, fqn, _stand_in(weight.shape, dtype))
+        set_tensor(model, fqn, stand_in(weight.shape, dtype))
     # Not the buffers: rotary frequencies stay in float32. Copied in any case, since one view into
     # a checkpoint keeps the whole file mapped.
     for parameter in {*model.parameters()} - {model.get_parameter(fqn) for fqn in weights}:
@@ -549,7 +557,7 @@ def _lower(
     result = run_passes(capture(model), [*quantized, Strip()])
     for target, names in result.program.fqns.items():
         if names[0] in weights:
-            _set_parameter(model, names[0], result.program.tensor(target))
+            set_tensor(model, names[0], result.program.tensor(target))
     result.program.notes = result.notes
     return result.program
 
@@ -587,32 +595,14 @@ def _dense_weights(
 ) -> Iterator[None]:
     """Run with the same values as dense weights, each for as long as its layer runs."""
 
-    def densify(fqn: str) -> Any:
-        dtype = packed[fqn].dtype
-        return lambda *_: _set_parameter(model, fqn, weights[fqn].dequantize(dtype))
-
-    def restore(fqn: str) -> Any:
-        return lambda *_: _set_parameter(model, fqn, packed[fqn])
-
-    handles = []
-    for fqn in packed:
-        owner = model.get_submodule(fqn.rpartition(".")[0])
-        handles.append(owner.register_forward_pre_hook(densify(fqn)))
-        handles.append(owner.register_forward_hook(restore(fqn), always_call=True))
+    handles = fill_while_running(
+        model,
+        packed,
+        lambda fqn: weights[fqn].dequantize(packed[fqn].dtype),
+        lambda fqn: packed[fqn],
+    )
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _stand_in(shape: torch.Size, dtype: torch.dtype) -> nn.Parameter:
-    """A parameter of this shape that occupies the memory of one number."""
-    return nn.Parameter(torch.zeros((), dtype=dtype).expand(shape), requires_grad=False)
-
-
-def _set_parameter(model: PreTrainedModel, fqn: str, tensor: Tensor) -> None:
-    owner, _, name = fqn.rpartition(".")
-    if not isinstance(tensor, nn.Parameter):
-        tensor = nn.Parameter(tensor, requires_grad=False)
-    setattr(model.get_submodule(owner), name, tensor)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 import json
 import warnings
+from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -161,6 +163,49 @@ def load_processor(path: str | Path) -> Any:
             where=str(directory),
             fix="save the model's processor into this directory",
         ) from error
+
+
+def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor in the place of the parameter or buffer of this name."""
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if attribute in module._parameters and not isinstance(tensor, nn.Parameter):
+        tensor = nn.Parameter(tensor, requires_grad=False)
+    setattr(module, attribute, tensor)
+
+
+def stand_in(shape: torch.Size, dtype: torch.dtype) -> nn.Parameter:
+    """A parameter of this shape that occupies the memory of one number."""
+    return nn.Parameter(torch.zeros((), dtype=dtype).expand(shape), requires_grad=False)
+
+
+def fill_while_running(
+    model: nn.Module,
+    names: Iterable[str],
+    filled: Callable[[str], Tensor],
+    left: Callable[[str], Tensor],
+) -> list[RemovableHandle]:
+    """Let each of some parameters hold one tensor while its module runs, and another afterwards.
+
+    Args:
+        filled, left: FQN -> the tensor during a run, and after it.
+
+    Returns:
+        Handles that undo it.
+    """
+    handles = []
+    for fqn in names:
+        owner = model.get_submodule(fqn.rpartition(".")[0])
+        for hook, made, options in (
+            (owner.register_forward_pre_hook, filled, {}),
+            (owner.register_forward_hook, left, {"always_call": True}),
+        ):
+
+            def put(*_: Any, fqn: str = fqn, made: Callable[[str], Tensor] = made) -> None:
+                set_tensor(model, fqn, made(fqn))
+
+            handles.append(hook(put, **options))
+    return handles
 
 
 def check_finite(model: PreTrainedModel, *, where: str = "") -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from gracec.backends.base import Artifact, Format, empty_model, write_processor
@@ -37,10 +37,12 @@ from gracec.capture.serving_graph import DECODER, EMBEDDING, VISION
 from gracec.errors import GateError, GracecError
 from gracec.gates import logit_agreement, lowered_is_as_good_as_dense
 from gracec.greedy import prompt_logits
+from gracec.models import fill_while_running, set_tensor, stand_in
 from gracec.passes import run_passes
 from gracec.passes.apply_codes import ApplyCodes
 from gracec.passes.freeze import FrozenWeight, frozen_weights
 from gracec.passes.lower_qdq import LoweredWeight, LowerQdq, lowered_weights
+from gracec.store import file_sha256
 
 FILES = {VISION: "vision_encoder", EMBEDDING: "embed_tokens", DECODER: "decoder_model_merged"}
 """Name of a graph -> stem of its file, as transformers.js looks for it."""
@@ -106,7 +108,6 @@ class Onnx(Format):
             MINIMUM_RUNTIME_8_BITS,
             SessionConfig,
             session_options,
-            sha256,
         )
 
         reason = self.refusal(artifact)
@@ -139,7 +140,7 @@ class Onnx(Format):
             ops=self.ops,
             mode=self.mode,
             graphs={name: paths[0].name for name, paths in files.items()},
-            sha256={path.name: sha256(path) for paths in files.values() for path in paths},
+            sha256={path.name: file_sha256(path) for paths in files.values() for path in paths},
             kernels=kernels,
             options=session_options(self.ops, self.mode),
             gates=figures,
@@ -224,9 +225,9 @@ def model_of(artifact: Artifact, dtype: torch.dtype) -> PreTrainedModel:
     model = empty_model(config)
     buffers = dict(model.named_buffers())  # rotary frequencies stay in float32
     for name, tensor in artifact.others.items():
-        _set(model, name, tensor if name in buffers else _to(tensor, dtype))
+        set_tensor(model, name, tensor if name in buffers else _to(tensor, dtype))
     for fqn, weight in artifact.weights.items():
-        _set(model, fqn, torch.zeros((), dtype=dtype).expand(weight.shape))
+        set_tensor(model, fqn, stand_in(weight.shape, dtype))
     model.tie_weights()
     model.requires_grad_(False)
     model.eval()
@@ -236,27 +237,13 @@ def model_of(artifact: Artifact, dtype: torch.dtype) -> PreTrainedModel:
 def dense_model(artifact: Artifact, dtype: torch.dtype) -> PreTrainedModel:
     """The same, but each quantized layer has its weight, codes times scales, while it runs."""
     model = model_of(artifact, dtype)
-    for fqn, weight in artifact.weights.items():
-
-        def fill(*_: Any, fqn: str = fqn, weight: FrozenWeight = weight) -> None:
-            _set(model, fqn, weight.dequantize(dtype))
-
-        def empty(*_: Any, fqn: str = fqn, weight: FrozenWeight = weight) -> None:
-            _set(model, fqn, torch.zeros((), dtype=dtype).expand(weight.shape))
-
-        owner = model.get_submodule(fqn.rpartition(".")[0])
-        owner.register_forward_pre_hook(fill)
-        owner.register_forward_hook(empty, always_call=True)
+    fill_while_running(
+        model,
+        artifact.weights,
+        lambda fqn: artifact.weights[fqn].dequantize(dtype),
+        lambda fqn: stand_in(artifact.weights[fqn].shape, dtype),
+    )
     return model
-
-
-def _set(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
-    owner, _, attribute = name.rpartition(".")
-    module = model.get_submodule(owner)
-    if attribute in module._parameters:
-        setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
-    else:
-        setattr(module, attribute, tensor)
 
 
 def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,6 @@ hold it: without this file the runtime would round activations to 8 bits.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ import onnxruntime as ort
 from gracec._version import __version__
 from gracec.backends.onnx.kernel import ACCURACY_LEVEL
 from gracec.errors import GracecError
+from gracec.store import file_sha256
 
 SESSION_FILE, FOLDER = "session.json", "onnx"
 FORMAT_VERSION = 1
@@ -103,7 +103,7 @@ class SessionConfig:
             file = folder / name
             if not file.is_file():
                 raise GracecError("missing", where=str(file), fix=AGAIN)
-            if sha256(file) != expected:
+            if file_sha256(file) != expected:
                 raise GracecError(
                     "the file is not the one that was written (sha256 differs)",
                     where=str(file),
@@ -154,12 +154,6 @@ def open_session(
         raise GracecError(
             f"onnxruntime {ort.__version__} cannot load it: {reason}", where=str(path), fix=AGAIN
         ) from error
-
-
-def sha256(path: Path) -> str:
-    """Of a file, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -12,9 +12,9 @@ from gracec.backends.onnx.session import (
     SessionConfig,
     open_session,
     session_options,
-    sha256,
 )
 from gracec.errors import GracecError
+from gracec.store import file_sha256
 
 Copied = Callable[[], Path]
 DECODER = "decoder_model_merged_q4.onnx"
@@ -37,7 +37,7 @@ def edit(folder: Path, **fields: object) -> None:
 def vouch_for(folder: Path, name: str) -> None:
     """Give a file that was changed the right digest, so that only the runtime can object."""
     digests = json.loads((folder / "session.json").read_text())["sha256"]
-    edit(folder, sha256={**digests, name: sha256(folder / name)})
+    edit(folder, sha256={**digests, name: file_sha256(folder / name)})
 
 
 def test_it_reads_back(exported: Path) -> None:
