@@ -10,7 +10,7 @@ exactly what the fake-quantized one did. The float weights and scale parameters 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -159,6 +159,27 @@ def replace_by_codes(
     if not node.users:
         program.graph.erase_node(node)
     return dequantized
+
+
+class FrozenNode(NamedTuple):
+    """A dequantize node, the target and FQN of the weight that it stands for, and its codes."""
+
+    node: fx.Node
+    target: str
+    fqn: str
+    weight: FrozenWeight
+
+
+def frozen_nodes(program: Program) -> list[FrozenNode]:
+    """Every dequantize node, in the order of the graph."""
+    weights, found = frozen_weights(program), []
+    for node in program.nodes(DEQUANTIZE):
+        codes = node.args[0]
+        assert isinstance(codes, fx.Node)
+        target = str(codes.target)
+        fqn = program.fqn(target).removesuffix(".codes")
+        found.append(FrozenNode(node, target.removesuffix("_codes"), fqn, weights[fqn]))
+    return found
 
 
 def frozen_weights(program: Program) -> dict[str, FrozenWeight]:

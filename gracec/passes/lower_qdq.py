@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from gracec._memory import trim
 from gracec.backends.onnx import kernel
 from gracec.passes.base import Pass, PassResult
-from gracec.passes.freeze import DEQUANTIZE, FrozenWeight, drop_dead_tensors, frozen_weights
+from gracec.passes.freeze import DEQUANTIZE, FrozenWeight, drop_dead_tensors, frozen_nodes
 from gracec.program import Program, annotate
 
 DEQUANTIZE_LINEAR = torch.ops.gracec.dequantize_linear.default
@@ -49,14 +49,8 @@ class LowerQdq(Pass):
 
     def apply(self, program: Program) -> PassResult:
         notes = []
-        nodes = list(program.nodes(DEQUANTIZE))
-        frozen_by_fqn = frozen_weights(program)
-        for node in nodes:
-            codes_node = node.args[0]
-            assert isinstance(codes_node, fx.Node)
-            target = str(codes_node.target).removesuffix("_codes")
-            fqn = program.fqn(str(codes_node.target)).removesuffix(".codes")
-            frozen = frozen_by_fqn[fqn]
+        nodes = frozen_nodes(program)
+        for node, target, fqn, frozen in nodes:
             reason = kernel.refusal(frozen)
             if reason and self.strict:
                 raise self.refuse(reason, where=fqn, fix="change the recipe or drop strict")

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from gracec._memory import trim
 from gracec.backends import torchao
 from gracec.passes.base import Pass, PassResult
-from gracec.passes.freeze import DEQUANTIZE, FrozenWeight, drop_dead_tensors, frozen_weights
+from gracec.passes.freeze import DEQUANTIZE, FrozenWeight, drop_dead_tensors, frozen_nodes
 from gracec.program import Program, annotate
 
 
@@ -37,14 +37,8 @@ class LowerTorchao(Pass):
 
     def apply(self, program: Program) -> PassResult:
         notes = []
-        nodes = list(program.nodes(DEQUANTIZE))
-        frozen_by_fqn = frozen_weights(program)
-        for node in nodes:
-            codes_node = node.args[0]
-            assert isinstance(codes_node, fx.Node)
-            target = str(codes_node.target).removesuffix("_codes")
-            fqn = program.fqn(str(codes_node.target)).removesuffix(".codes")
-            frozen = frozen_by_fqn[fqn]
+        nodes = frozen_nodes(program)
+        for node, target, fqn, frozen in nodes:
             if target not in program.fqns:
                 shape = tuple(frozen.shape)
                 reason = torchao.refusal(shape, frozen.spec, program.dtype, program.device)
