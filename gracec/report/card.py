@@ -12,7 +12,7 @@ from transformers import __version__ as transformers_version
 
 from gracec._version import __version__
 from gracec.recipe import built_in_recipes
-from gracec.report.report import COVERAGE, Report, coverage_rows
+from gracec.report.report import ACCURACY, COVERAGE, Report, accuracy_cells, coverage_rows
 
 
 def model_card(
@@ -74,21 +74,10 @@ def _accuracy(report: Report) -> str:
     found = report.accuracy
     if not found:
         return f"{made} Its accuracy was not measured; `gracec eval DIR --data DATA` does."
-    names = ["original", "compiled"]
-    rows = []
-    for kind in ("overall", *found["compiled"]["types"]):
-        scores = [
-            found[name]["overall"] if kind == "overall" else found[name]["types"][kind]
-            for name in names
-        ]
-        figures = [f"{s['accuracy']:.1%} ±{s['standard_error']:.1%}" for s in scores]
-        blind = scores[1]["blind_accuracy"]
-        controls = ["-" if blind is None else f"{blind:.1%}", f"{scores[1]['majority']:.1%}"]
-        rows.append((kind, str(scores[1]["n"]), *figures, *controls))
-    head = ("questions", "n", *names, "without the image", "commonest answer")
     difference = found["difference"]
+    table = _table(ACCURACY, accuracy_cells(found))
     return (
-        f"{made} Exact match on {found['data']}, ± standard error:\n\n{_table(head, rows)}\n\n"
+        f"{made} Exact match on {found['data']}, ± standard error:\n\n{table}\n\n"
         f"Compiled against original on the same questions: {difference['difference']:+.1%} "
         f"±{difference['standard_error']:.1%}."
     )

@@ -18,7 +18,7 @@ from gracec._version import __version__
 from gracec.errors import GracecError
 from gracec.evaluate import VqaReport, VqaSample, evaluate_vqa, load_image
 from gracec.report.inspection import inspect_artifact
-from gracec.report.report import Report
+from gracec.report.report import ACCURACY, Report, accuracy_cells
 from gracec.store import read_manifest
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def render_page(
         recipe=yaml.safe_dump(dict(report.recipe), sort_keys=False, allow_unicode=True),
         tables=[report.coverage_table(), report.gates_table()],
         rows=_rows,
-        accuracy=_accuracy(report),
+        accuracy=(ACCURACY, accuracy_cells(report.accuracy)),
         pictures=_pictures(reports),
         errors=report.errors_table(),
         examples=_examples(samples, found) if found else {},
@@ -112,21 +112,6 @@ def _rows(table: Any) -> tuple[list[str], list[list[str]]]:
     columns = [list(column.cells) for column in table.columns]
     head = [str(column.header) for column in table.columns]
     return head, [[str(cell) for cell in row] for row in zip(*columns, strict=True)]
-
-
-def _accuracy(report: Report) -> list[list[str]]:
-    """A row for each type of question, and one for all."""
-    if not report.accuracy:
-        return []
-    pair = [report.accuracy[name] for name in ("original", "compiled")]
-    rows = []
-    for kind in (*pair[1]["types"], "overall"):
-        scores = [s["overall"] if kind == "overall" else s["types"][kind] for s in pair]
-        figures = [f"{s['accuracy']:.1%} ±{s['standard_error']:.1%}" for s in scores]
-        blind = scores[1]["blind_accuracy"]
-        controls = ["-" if blind is None else f"{blind:.1%}", f"{scores[1]['majority']:.1%}"]
-        rows.append([kind, str(scores[1]["n"]), *figures, *controls])
-    return rows
 
 
 # Pictures -------------------------------------------------------------------------------------

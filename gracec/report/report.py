@@ -103,6 +103,24 @@ def coverage_table(plan: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+ACCURACY = ("questions", "n", "original", "compiled", "without the image", "commonest answer")
+
+
+def accuracy_cells(accuracy: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """For all questions, and for each type of them, the cells of `ACCURACY`; none if none."""
+    if not accuracy:
+        return []
+    pair = [accuracy[name] for name in ("original", "compiled")]
+    found: list[tuple[str, ...]] = []
+    for kind in ("overall", *pair[1]["types"]):
+        scores = [s["overall"] if kind == "overall" else s["types"][kind] for s in pair]
+        figures = [f"{s['accuracy']:.1%} ±{s['standard_error']:.1%}" for s in scores]
+        blind = scores[1]["blind_accuracy"]
+        controls = ["-" if blind is None else f"{blind:.1%}", f"{scores[1]['majority']:.1%}"]
+        found.append((kind, str(scores[1]["n"]), *figures, *controls))
+    return found
+
+
 COVERAGE = ("part", "weights", "bytes", "quantized", "kept because")
 
 
