@@ -9,7 +9,6 @@ cannot be done is refused, never done in another way.
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from rich.progress import Progress
 from torch import nn
 
 import gracec
-from gracec._version import __version__
 from gracec.errors import GracecError
 from gracec.evaluate.vqa import Generator, answers
 from gracec.models import load_model, load_processor
@@ -220,14 +218,7 @@ def _load(directory: Path, backend: str, device: str | None) -> tuple[Generator,
         processor = load_processor(directory)
     else:
         load: Any = gracec.load
-        options = {} if backend == DEFAULT_BACKEND else {"backend": backend}
-        if options and "backend" not in inspect.signature(load).parameters:
-            raise GracecError(
-                f"gracec {__version__} has no backend but {DEFAULT_BACKEND}",
-                where=f"backend={backend}",
-                fix="leave it out, or use a newer gracec",
-            )
-        model = load(directory, **options)
+        model = load(directory) if backend == DEFAULT_BACKEND else load(directory, backend=backend)
         processor = model.processor
     if device is not None and torch.device(device).type != torch.device(model.device).type:
         if not isinstance(model, nn.Module):
