@@ -16,50 +16,32 @@ import time
 from typing import Any
 
 import torch
-from measure import forget_peak, in_a_process, peak_mib, resident_mib, write_result
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from measure import (
+    forget_peak,
+    in_a_process,
+    peak_mib,
+    random_llava,
+    resident_mib,
+    write_result,
+)
 
 import gracec
-
-
-def random_llava(layers: int) -> LlavaForConditionalGeneration:
-    """A LLaVA with a decoder of width 2048 and a small image side, bfloat16."""
-    vision = CLIPVisionConfig(
-        hidden_size=512,
-        intermediate_size=2048,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        image_size=56,
-        patch_size=14,
-    )
-    text = LlamaConfig(
-        vocab_size=32064,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=layers,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        max_position_embeddings=512,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=5,
-        image_seq_length=16,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    model = LlavaForConditionalGeneration(config)
-    torch.set_default_dtype(torch.float32)
-    return model.eval()
 
 
 def measure(layers: int, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     libraries = resident_mib()
-    model = random_llava(layers)
+    model = random_llava(
+        {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8},
+        {
+            "vocab_size": 32064,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 16,
+        },
+        torch.bfloat16,
+    )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     bf16 = parameters * 2 / 2**20
     forget_peak()

@@ -16,6 +16,36 @@ import torch
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
+def random_llava(
+    vision: Mapping[str, Any], text: Mapping[str, Any], dtype: torch.dtype = torch.float32
+) -> Any:
+    """A LLaVA with seeded random weights, 16 visual tokens and 3 vision layers.
+
+    Args:
+        vision, text: widths and sizes, as fields of `CLIPVisionConfig` and `LlamaConfig`.
+    """
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision, num_hidden_layers=3, image_size=56, patch_size=14),
+        text_config=LlamaConfig(**text, num_key_value_heads=8, max_position_embeddings=512),
+        image_token_index=5,
+        image_seq_length=16,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    model = LlavaForConditionalGeneration(config)
+    torch.set_default_dtype(torch.float32)
+    return model.eval()
+
+
 def peak_mib() -> float:
     """Largest resident set of this process since `forget_peak`, in MiB (Linux)."""
     return _status_mib("VmHWM")

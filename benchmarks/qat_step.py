@@ -22,9 +22,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import forget_peak, peak_mib, resident_mib, write_result
+from measure import forget_peak, peak_mib, random_llava, resident_mib, write_result
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 VARIANTS = {
     "fine-tuning, eager": ("plain", False),
@@ -39,42 +39,25 @@ GROUP_SIZE = 128
 BATCH = {"batch": 4, "images": 4, "text": 48}
 
 
-def random_llava() -> LlavaForConditionalGeneration:
-    """About 30 million parameters: a decoder of width 512 and 6 blocks, 16 visual tokens."""
-    vision = CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=56,
-        patch_size=14,
+def student() -> Any:
+    """About 30 million parameters: a decoder of width 512 and 6 blocks."""
+    return random_llava(
+        {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4},
+        {
+            "vocab_size": 8192,
+            "hidden_size": 512,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 8,
+        },
     )
-    text = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=512,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=5,
-        image_seq_length=16,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-    )
-    torch.manual_seed(0)
-    return LlavaForConditionalGeneration(config).eval()
 
 
 def stepper(kind: str, compiled: bool) -> Callable[[], None]:
     """A function that takes one optimizer step."""
     from gracec.capture import family_of
 
-    model = random_llava()
+    model = student()
     batch = dict(family_of(model).example_batch(model, **BATCH))
     labels = batch["input_ids"].masked_fill(batch["input_ids"] == 5, -100)
     batch["labels"] = labels.masked_fill(batch["attention_mask"] == 0, -100)
@@ -133,7 +116,7 @@ def graph_step(
         return forward
     student = learner(f"analyze-modality,{fake},{taps}", model)
     distils = kind == "grace"
-    taught = learner(f"analyze-modality,{taps}", random_llava()) if distils else None
+    taught = learner(f"analyze-modality,{taps}", student()) if distils else None
     off = {"kind": "none", "omega": 0}
     rule = Training.model_validate(
         {
