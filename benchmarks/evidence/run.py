@@ -142,7 +142,9 @@ def write(path: Path, found: dict[str, Any], seconds: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Plain)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", default=["*"], help="patterns of conditions")
     parser.add_argument("--list", action="store_true", help="show what there is")
     parser.add_argument("--model", type=Path, help="a directory that another tool wrote")
@@ -174,10 +176,6 @@ def main() -> None:
             share = unpack(result["answers"]["validation"]).double().mean().item()
             print(f"{path.name}: validation {share:.2%}, {time.perf_counter() - start:.0f} s")
             sys.stdout.flush()
-
-
-class _Plain(argparse.RawDescriptionHelpFormatter):
-    pass
 
 
 if __name__ == "__main__":
