@@ -37,6 +37,7 @@ from gracec.models import (
     model_without_weights,
     set_tensor,
     stand_in,
+    untie_head,
 )
 from gracec.passes import run_passes
 from gracec.passes.analyze_modality import AnalyzeModality
@@ -134,6 +135,9 @@ def compile(
         distils = training.distillation.needs_teacher
         teacher = _teacher(teacher, model, processor) if distils else None
         model = own_weights(model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if recipe.quantizes("head") and untie_head(model):
+        notes.append("the head was tied to the token embedding, which keeps its precision")
 
     program = capture(model)
     figures: dict[str, Any] = {"captured_equals_eager": captured_equals_eager(program, model)}
@@ -179,7 +183,7 @@ def compile(
         weights = frozen_weights(frozen.program)
         notes += frozen.notes
         del frozen
-    sizes = weight_bytes(model, weights)
+    sizes = weight_bytes(model, weights, parameters)
     del program, prepared
     dtype: torch.dtype = getattr(torch, recipe.deploy.dtype)
     report = Report(recipe.to_dict(), rows, notes, figures, sizes, training=curve)

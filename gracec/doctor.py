@@ -27,7 +27,13 @@ from gracec.checkpoint import checkpoint_files, checkpoint_tensors, first_not_fi
 from gracec.compiler import check_runnable
 from gracec.errors import GracecError
 from gracec.evaluate.vqa import encode
-from gracec.models import load_config, load_model, load_processor, model_without_weights
+from gracec.models import (
+    load_config,
+    load_model,
+    load_processor,
+    model_without_weights,
+    untie_head,
+)
 from gracec.passes import run_passes
 from gracec.passes.analyze_modality import AnalyzeModality
 from gracec.passes.plan_quantization import Plan, PlanQuantization, plan_of
@@ -195,6 +201,8 @@ class _Patient:
     def check_model(self) -> str:
         self.config = load_config(self.directory)
         model = model_without_weights(self.directory)
+        if self.recipe.quantizes("head"):
+            untie_head(model)
         parts = ", ".join(
             f"{part} {getattr(config, 'model_type', '?')}"
             for part in ("vision", "text")
@@ -240,6 +248,8 @@ class _Patient:
         if not self.files:
             raise _Skip("needs: checkpoint files")
         model = load_model(self.directory)
+        if self.recipe.quantizes("head"):
+            untie_head(model)
         if self.model is not None:
             self.weights_model = model
         return f"all there, {str(model.dtype).removeprefix('torch.')}"

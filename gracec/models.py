@@ -165,6 +165,27 @@ def load_processor(path: str | Path) -> Any:
         ) from error
 
 
+def untie_head(model: PreTrainedModel) -> bool:
+    """Give a head that is the token embedding a parameter of its own; the configuration says so.
+
+    The two share their memory until one of them is replaced. A quantized head needs it: a table of
+    codes cannot be looked up, and the embedding keeps its precision.
+
+    Returns:
+        Whether the head was tied.
+    """
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not table.weight:
+        return False
+    head.weight = nn.Parameter(table.weight.detach(), requires_grad=table.weight.requires_grad)
+    config = model.config
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    return True
+
+
 def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Put a tensor in the place of the parameter or buffer of this name."""
     owner, _, attribute = name.rpartition(".")

@@ -248,6 +248,10 @@ class Recipe(_Strict):
                 ) from None
             raise GracecError(f"{field}: {first['msg']}", where=where) from None
 
+    def quantizes(self, part: Part) -> bool:
+        """Whether weights of a part get codes."""
+        return self.weights.get(part) is not None
+
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe as plain data."""
         return self.model_dump(mode="json")

@@ -9,6 +9,7 @@ import gracec
 from gracec.backends.torchao import CountInt4Kernels, Int4OpaqueTensor
 from gracec.compiler import CompiledModel
 from gracec.errors import GracecError
+from gracec.recipe import Recipe
 from tests.tiny import tiny_llava, tiny_processor
 
 
@@ -101,6 +102,28 @@ def test_a_float32_recipe_verifies_the_kernels(
     assert compiled.report.gates["matmul_error"] < 1e-5
     assert compiled.report.gates["logits"]["kl"] < 1e-9
     assert "model.multi_modal_projector.linear_1.weight" in compiled.weights
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_tied_head_is_quantized_and_the_embedding_is_kept(
+    llava: LlavaForConditionalGeneration, batch: dict[str, Tensor], tmp_path: Path, bits: int
+) -> None:
+    weights = {"decoder": {"group_size": 32}, "head": {"bits": bits, "group_size": 64}}
+    recipe = Recipe.from_dict({"name": "head", "weights": weights})
+    compiled = gracec.compile(llava, recipe, processor=tiny_processor())
+    assert "lm_head.weight" in compiled.weights
+    assert "the head was tied to the token embedding" in compiled.report.notes[0]
+    table = compiled.model.get_input_embeddings().weight
+    assert torch.equal(table, llava.get_input_embeddings().weight.to(torch.bfloat16))
+    assert llava.config.tie_word_embeddings  # the caller's model is as it was
+    assert llava.get_output_embeddings().weight is llava.get_input_embeddings().weight
+    parameters = sum(parameter.numel() for parameter in llava.parameters())
+    assert compiled.report.sizes["float32"] == 4 * parameters
+    compiled.save_pretrained(tmp_path / "out")
+    again = gracec.load(tmp_path / "out")
+    assert torch.equal(again(**batch).logits, compiled(**batch).logits)
+    codes = [model.weights["lm_head.weight"].codes for model in (again, compiled)]
+    assert torch.equal(*codes)
 
 
 def test_an_existing_output_directory_is_refused_before_any_work(

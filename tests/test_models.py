@@ -2,12 +2,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from gracec import ir
 from gracec.capture import capture
 from gracec.errors import GracecError
-from gracec.models import load_model, model_without_weights
+from gracec.models import load_model, model_without_weights, untie_head
 from gracec.passes import parse_pipeline, run_passes
 from tests.tiny import tiny_llava
 
@@ -45,3 +46,20 @@ def test_float16_is_widened_on_the_cpu(tmp_path: Path) -> None:
     model = load_model(tmp_path)
     assert model.dtype == model_without_weights(tmp_path).dtype == torch.float32
     assert load_model(tmp_path, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_tied_head_gets_a_parameter_of_its_own(batch: dict[str, Tensor]) -> None:
+    model = tiny_llava(tie=True)
+    expected = model(**batch).logits
+    table = model.get_input_embeddings().weight
+    assert untie_head(model)
+    head = model.get_output_embeddings().weight
+    assert head is not table
+    assert head.data_ptr() == table.data_ptr()  # no memory until one is replaced
+    assert not model.config.tie_word_embeddings
+    assert not model.config.text_config.tie_word_embeddings
+    model.tie_weights()
+    assert model.get_output_embeddings().weight is head
+    assert torch.equal(model(**batch).logits, expected)
+    assert not untie_head(model)
+    assert not untie_head(tiny_llava(tie=False))

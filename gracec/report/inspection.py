@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from gracec.capture import capture
 from gracec.errors import GracecError
-from gracec.models import configured_dtype, load_config, model_without_weights
+from gracec.models import configured_dtype, load_config, model_without_weights, untie_head
 from gracec.passes import run_passes
 from gracec.passes.analyze_modality import AnalyzeModality
 from gracec.passes.plan_quantization import Plan, PlanQuantization, plan_of
@@ -130,6 +130,8 @@ def inspect_model(
     """
     recipe = Recipe.load(recipe)
     model = model_without_weights(directory)
+    if recipe.quantizes("head"):
+        untie_head(model)
     captured = capture(model)
     planned = run_passes(captured, [AnalyzeModality(), PlanQuantization(recipe=recipe)])
     plan = plan_of(planned.program)

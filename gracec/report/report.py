@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from gracec import quant
@@ -187,18 +186,21 @@ def plan_rows(
     ]
 
 
-def weight_bytes(model: PreTrainedModel, weights: Mapping[str, FrozenWeight]) -> dict[str, int]:
-    """Bytes of all parameters as float32, as bfloat16, and as compiled.
+def weight_bytes(
+    model: PreTrainedModel, weights: Mapping[str, FrozenWeight], parameters: int
+) -> dict[str, int]:
+    """Bytes of the original as float32 and as bfloat16, and of the model as compiled.
 
     As compiled means packed codes, 16-bit scales, and everything else in 16 bits.
+
+    Args:
+        parameters: how many the original has; a head that was tied has become one more weight.
     """
-    shapes: dict[str, Tensor] = dict(model.named_parameters())
-    total = sum(parameter.numel() for parameter in shapes.values())
-    quantized = sum(weight.shape.numel() for weight in weights.values())
+    kept = sum(p.numel() for name, p in model.named_parameters() if name not in weights)
     codes = sum(weight.shape.numel() * weight.spec.storage_bits // 8 for weight in weights.values())
     scales = sum(weight.scales.numel() * 2 for weight in weights.values())
     return {
-        "float32": total * 4,
-        "bfloat16": total * 2,
-        "compiled": (total - quantized) * 2 + codes + scales,
+        "float32": parameters * 4,
+        "bfloat16": parameters * 2,
+        "compiled": kept * 2 + codes + scales,
     }
