@@ -21,6 +21,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedOps
 
 from gracec._version import __version__
 from gracec.backends.onnx.kernel import OPSET
+from gracec.backends.onnx.lift import lift
 from gracec.backends.onnx.translate import PLACEHOLDER_DOMAIN, translations
 from gracec.capture.serving import ServingProgram
 from gracec.capture.serving_graph import Shape
@@ -46,7 +47,7 @@ def to_onnx(serving: ServingProgram, name: str) -> ir.Model:
     try:
         with _quiet():
             exported = torch.onnx.export(
-                program.reexport(),
+                lift(program),
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=list(serving.inputs),
