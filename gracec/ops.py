@@ -248,3 +248,85 @@ def last_positions(x: Tensor, count: Tensor) -> Tensor:
 def _(x: Tensor, count: Tensor) -> Tensor:
     kept = torch.library.get_ctx().new_dynamic_size()
     return x.new_empty((x.shape[0], kept, x.shape[2]))
+
+
+@torch.library.custom_op("gracec::rms_norm", mutates_args=())
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """ONNX RMSNormalization of x [..., H] over its last dimension, times a weight [H]."""
+    normed: Tensor = torch.nn.functional.rms_norm(x, weight.shape, weight, epsilon)
+    return normed
+
+
+@rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("gracec::rotary_embedding", mutates_args=())
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    """ONNX RotaryEmbedding: turns the halves of each head of x [B, S, heads * D].
+
+    `cos` and `sin` are [B, S, D / 2].
+    """
+    first, second = x.unflatten(-1, (heads, 2, -1)).unbind(-2)
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2)
+    return turned.reshape(x.shape)
+
+
+@rotary_embedding.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("gracec::attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    mask: Tensor,
+    scale: float,
+    heads: int,
+    kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ONNX Attention with a cache, each key head read by heads / kv_heads query heads.
+
+    Args:
+        q: [B, S, heads * D].
+        k, v: [B, S, kv_heads * D].
+        past_key, past_value: [B, kv_heads, P, D].
+        mask: bool [B, 1, S, P + S], true where a position may be looked at.
+
+    Returns:
+        [B, S, heads * D], and the keys and values [B, kv_heads, P + S, D] of all positions.
+    """
+
+    def split(x: Tensor, count: int) -> Tensor:
+        headed: Tensor = x.unflatten(-1, (count, -1)).transpose(1, 2)
+        return headed
+
+    keys = torch.cat((past_key, split(k, kv_heads)), dim=2)
+    values = torch.cat((past_value, split(v, kv_heads)), dim=2)
+    found = torch.nn.functional.scaled_dot_product_attention(
+        split(q, heads), keys, values, mask, scale=scale, enable_gqa=heads != kv_heads
+    )
+    return found.transpose(1, 2).flatten(2), keys, values
+
+
+@attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    mask: Tensor,
+    scale: float,
+    heads: int,
+    kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, _, past, size = past_key.shape
+    grown = past_key.new_empty((batch, kv_heads, past + q.shape[1], size))
+    return torch.empty_like(q), grown, torch.empty_like(grown)

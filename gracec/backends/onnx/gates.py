@@ -18,13 +18,15 @@ from gracec.backends.onnx.kernel import ACCURACY_LEVEL, OPSET
 from gracec.backends.onnx.session import open_session, session_options
 from gracec.backends.onnx.translate import KERNEL_DOMAIN
 from gracec.errors import GateError
-from gracec.gates import NEAR_TIE
+from gracec.gates import NEAR_TIE, LogitAgreement
 from gracec.greedy import Runtime, greedy
 from gracec.passes.freeze import FrozenWeight
 from gracec.passes.lower_qdq import LoweredWeight
 
 KERNEL = "MatMulNBits"
 MATMUL_BOUND = {"faithful": 1e-5, "fast": 2e-2}
+ROUNDED_KL = 0.1
+"""Nats that 8-bit activations may cost; more is no rounding any more."""
 
 
 def file_is_valid(path: Path) -> None:
@@ -112,6 +114,16 @@ def matmul_error(weights: Mapping[str, LoweredWeight], ops: str, mode: str) -> f
             )
         worst = max(worst, error)
     return worst
+
+
+def rounding_is_small(found: LogitAgreement) -> None:
+    """Fast kernels are off by what 8-bit activations cost, not by more."""
+    if not found.kl <= ROUNDED_KL:
+        raise GateError(
+            f"the logits are off by KL {found.kl:.3g}, the bound for 8-bit activations is "
+            f"{ROUNDED_KL}",
+            fix="use mode faithful",
+        )
 
 
 def _matmul_model(weight: LoweredWeight, ops: str, mode: str) -> onnx.ModelProto:

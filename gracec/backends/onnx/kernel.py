@@ -21,7 +21,7 @@ OPS = ("qdq", "matmulnbits")
 ACCURACY_LEVEL = {"faithful": 1, "fast": 4}
 """Mode -> accuracy level of the kernel: 1 computes in float32, 4 rounds activations to int8."""
 BLOCK_SIZES = (256, 128, 64, 32, 16)
-OPSET = 21
+OPSET = 23
 
 
 def check_options(ops: str, mode: str) -> None:

@@ -4,6 +4,8 @@ gracec::dequantize_linear   gracec.DequantizeLinear, which `graphs` turns into t
                             torch has no 4-bit tensors, and the codes go through as bytes
 gracec::matmul_nbits        com.microsoft.MatMulNBits
 gracec::last_positions      Slice from -count to the end, so that 0 keeps everything
+gracec::rms_norm, gracec::rotary_embedding, gracec::attention
+                            RMSNormalization, RotaryEmbedding, Attention
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 import onnxscript
 import torch
 from onnx.defs import OpSchema
-from onnxscript import opset21 as op
+from onnxscript import opset23 as op
 
 PLACEHOLDER_DOMAIN, KERNEL_DOMAIN = "gracec", "com.microsoft"
 _LAST = 2**63 - 1
@@ -27,6 +29,9 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.dequantize_linear.default: _dequantize_linear,
         ops.matmul_nbits.default: _matmul_nbits,
         ops.last_positions.default: _last_positions,
+        ops.rms_norm.default: _rms_norm,
+        ops.rotary_embedding.default: _rotary_embedding,
+        ops.attention.default: _attention,
     }
 
 
@@ -79,3 +84,35 @@ def _last_positions(x: Any, count: Any) -> Any:
     axis: Any = op.Constant(value_ints=[1])
     start: Any = op.Reshape(op.Neg(count), axis)
     return op.Slice(x, start, op.Constant(value_ints=[_LAST]), axis)
+
+
+def _rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
+    return op.RMSNormalization(x, weight, axis=-1, epsilon=epsilon)
+
+
+def _rotary_embedding(x: Any, cos: Any, sin: Any, heads: int) -> Any:
+    return op.RotaryEmbedding(x, cos, sin, num_heads=heads)
+
+
+def _attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    past_key: Any,
+    past_value: Any,
+    mask: Any,
+    scale: float,
+    heads: int,
+    kv_heads: int,
+) -> Any:
+    return op.Attention(
+        q,
+        k,
+        v,
+        mask,
+        past_key,
+        past_value,
+        scale=scale,
+        q_num_heads=heads,
+        kv_num_heads=kv_heads,
+    )

@@ -39,7 +39,7 @@ def test_names_and_symbols_are_those_of_the_serving_graph(exported: Path) -> Non
 def test_standard_operators_only(exported: Path) -> None:
     for path in (exported / "onnx").glob("*.onnx"):
         model = onnx.load(str(path))
-        assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 21)]
+        assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 23)]
 
 
 def test_tensors_have_the_names_of_the_model(exported: Path) -> None:
