@@ -76,7 +76,7 @@ class Condition:
 
 def conditions() -> list[Condition]:
     """All of them, the most important first."""
-    parts = (_all_data, _stress, _little_data, _ablations, _groups, _remedies)
+    parts = (_all_data, _long, _stress, _little_data, _ablations, _groups, _remedies)
     return [condition for part in parts for condition in part()]
 
 
@@ -96,6 +96,16 @@ def _all_data() -> Iterator[Condition]:
     yield Condition("all", "bf16-grace", "bf16-grace", "teacher", **training)
     yield Condition("all", "bf16-sft", "bf16-sft", **training)
     yield Condition("all", "w4a16-kl", "w4a16", "teacher", **training, distillation=PLAIN_KL)
+
+
+def _long() -> Iterator[Condition]:
+    """The same with five times the steps."""
+    training: dict[str, Any] = {"scenes": ALL_SCENES, "steps": 1000}
+    yield Condition("long", "w4a16-1000", "w4a16", "teacher", **training)
+    yield Condition("long", "w4a16-qat-1000", "w4a16-qat", **training)
+    yield Condition("long", "w2-grace-1000", "w4a16", "teacher", **training, weights=STRESS)
+    yield Condition("long", "w2-qat-1000", "w4a16-qat", **training, weights=STRESS)
+    yield Condition("long", "w4a16-kl-1000", "w4a16", "teacher", **training, distillation=PLAIN_KL)
 
 
 def _stress() -> Iterator[Condition]:
@@ -172,7 +182,6 @@ def _groups() -> Iterator[Condition]:
 def _remedies() -> Iterator[Condition]:
     """What might let more of the teacher through; looked at on the validation split."""
     changes: dict[str, dict[str, Any]] = {
-        "1000-steps": {"steps": 1000},
         "rate-3e-4": {"training": {"lr": 3e-4}},
         "tower": {"training": {"lr": 3e-5, "frozen": []}},
         "beta-2": {"distillation": {"controller": "fixed", "beta": 2.0}},
