@@ -288,16 +288,21 @@ def run(
     backend: Backend = None,
     as_json: Json = False,
 ) -> None:
-    """Ask a model one question about one picture."""
+    """Ask a model one question about one picture; the answer appears word by word."""
+    from transformers import TextStreamer
+
     from gracec.evaluate import answer, load_image
 
     picture = load_image(image)
     loaded, processor = _load(model, backend)
-    text = answer(loaded, processor, picture, prompt, max_new_tokens=max_new_tokens)
+    streamer = None
+    if not as_json:
+        streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    text = answer(
+        loaded, processor, picture, prompt, max_new_tokens=max_new_tokens, streamer=streamer
+    )
     if as_json:
         _print_json({"model": str(model), "image": str(image), "prompt": prompt, "answer": text})
-    else:
-        out.print(text, markup=False, highlight=False)
 
 
 @app.command()

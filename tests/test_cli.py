@@ -57,6 +57,8 @@ def test_run_answers_from_both_kinds_of_directory(workspace: Path) -> None:
     original = gracec("run", workspace / "model", *question)
     assert original.returncode == 0, original.stderr
     assert original.stdout.strip()
+    streamed = gracec("run", workspace / "int4", *question)
+    assert streamed.stdout.strip() == json.loads(compiled.stdout)["answer"]
 
 
 def test_eval_gives_every_control(workspace: Path) -> None:

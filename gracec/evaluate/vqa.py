@@ -159,15 +159,20 @@ def answer(
     question: str,
     *,
     max_new_tokens: int = 64,
+    streamer: Any = None,
 ) -> str:
-    """The greedy answer to one question about one image."""
+    """The greedy answer to one question about one image.
+
+    Args:
+        streamer: is given the tokens as they come, as streamers of transformers are.
+    """
     try:
         inputs = encode(processor, [question], [image])
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise GracecError(f"the processor refuses the question ({reason})") from error
     with _inference(model):
-        return _generate(model, processor, _place(inputs, model), max_new_tokens)[0]
+        return _generate(model, processor, _place(inputs, model), max_new_tokens, streamer)[0]
 
 
 def answers(
@@ -466,10 +471,17 @@ def _without_image(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _generate(
-    model: Generator, processor: Any, inputs: Mapping[str, Any], max_new_tokens: int
+    model: Generator,
+    processor: Any,
+    inputs: Mapping[str, Any],
+    max_new_tokens: int,
+    streamer: Any = None,
 ) -> list[str]:
     prompt: Tensor = inputs["input_ids"]
-    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+    settings: dict[str, Any] = {"do_sample": False, "num_beams": 1}
+    if streamer is not None:
+        settings["streamer"] = streamer
+    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
     length = prompt.shape[1]
     if not torch.equal(tokens[:, :length], prompt):
         raise GracecError(

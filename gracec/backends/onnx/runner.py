@@ -6,6 +6,8 @@ copied.
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +41,8 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 }
 """Settings that change even a greedy answer -> the values with which they do nothing."""
 DEFAULT_NEW_TOKENS = 64
+LARGE_DECODER = 512 << 20
+"""Bytes of a decoder from which on its threads are not chosen by trying."""
 
 
 class OnnxModel:
@@ -47,7 +51,7 @@ class OnnxModel:
     Attributes:
         config: of the model.
         session_config: how the graphs are run, and the figures of their gates.
-        threads: that one operator may use.
+        threads: that one operator of the decoder may use.
     """
 
     device = torch.device("cpu")
@@ -63,6 +67,10 @@ class OnnxModel:
     ) -> None:
         """Load the graphs of a folder.
 
+        Args:
+            threads: that one operator may use. By default the number that torch may use for image
+                and prompt; for the decoder, as many or fewer, as a token is faster.
+
         Raises:
             GracecError: if a file is not the one that was written, or the runtime does not take it.
         """
@@ -76,11 +84,9 @@ class OnnxModel:
                 where=str(folder),
                 fix="export the model again",
             )
-        self.threads = threads or torch.get_num_threads()
-        self._sessions: dict[str, ort.InferenceSession] = {
-            name: open_session(folder / file, self.session_config.options, threads=self.threads)
-            for name, file in self.session_config.graphs.items()
-        }
+        most = threads or torch.get_num_threads()
+        self._sessions = {name: self._open(name, most) for name in self.session_config.graphs}
+        self.threads = most if threads else self._choose_threads(most)
 
     @classmethod
     def load(cls, directory: str | Path, *, threads: int | None = None) -> OnnxModel:
@@ -182,6 +188,50 @@ class OnnxModel:
             pad=pad if pad is not None else (ends or [0])[0],
             chunk=prefill_chunk,
         )
+
+    def _open(self, name: str, threads: int) -> ort.InferenceSession:
+        path = self.folder / self.session_config.graphs[name]
+        return open_session(path, self.session_config.options, threads=threads)
+
+    def _choose_threads(self, threads: int) -> int:
+        """Halve the decoder's threads for as long as a token gets faster; keep its best session.
+
+        The operators of a small decoder are so short that threads wait for each other longer than
+        they work. Those of a large one are limited by memory, and it is not loaded twice.
+        """
+        path = self.folder / self.session_config.graphs[DECODER]
+        size = sum(file.stat().st_size for file in self.folder.glob(f"{path.name}*"))
+        if size > LARGE_DECODER:
+            return threads
+        best = self._token_seconds() if threads > 1 else 0.0
+        while threads > 1:
+            held, self._sessions[DECODER] = (
+                self._sessions[DECODER],
+                self._open(DECODER, threads // 2),
+            )
+            found = self._token_seconds()
+            if found >= best:
+                self._sessions[DECODER] = held
+                break
+            best, threads = found, threads // 2
+        return threads
+
+    def _token_seconds(self) -> float:
+        """The median of some tokens after a short prompt."""
+        prompt, count = 16, 12
+        hidden = self.config.get_text_config().hidden_size
+        embeds = torch.zeros(1, prompt, hidden)
+        mask = torch.ones(1, prompt, dtype=torch.int64)
+        positions = self.family.positions(mask)
+        _, past = self.decode(embeds, mask, positions, 1)
+        seconds = []
+        for _ in range(count):
+            mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
+            positions = positions[..., -1:] + 1
+            start = time.perf_counter()
+            _, past = self.decode(embeds[:, :1], mask, positions, 1, past)
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds)
 
     def encode(self, inputs: Mapping[str, Tensor]) -> Tensor:
         session = self._sessions[VISION]

@@ -37,6 +37,31 @@ def test_logits_and_tokens_are_those_of_the_codes(
     assert torch.equal(model.generate(**batch, max_new_tokens=6), tokens_of(reference, batch))
 
 
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [({4: 3, 2: 2, 1: 1}, 1), ({4: 3, 2: 2, 1: 4}, 2), ({4: 1, 2: 2}, 4)]
+)
+def test_threads_are_halved_while_tokens_get_faster(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, seconds: dict[int, int], expected: int
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+
+    def token_seconds(model: OnnxModel) -> float:
+        options = model._sessions["decoder"].get_session_options()
+        return seconds[options.intra_op_num_threads]
+
+    monkeypatch.setattr(OnnxModel, "_token_seconds", token_seconds)
+    model = OnnxModel.load(exported)
+    assert model.threads == expected
+    assert token_seconds(model) == seconds[expected]
+    assert OnnxModel.load(exported, threads=3).threads == 3
+    monkeypatch.setattr("gracec.backends.onnx.runner.LARGE_DECODER", 0)
+    assert OnnxModel.load(exported).threads == 4
+
+
+def test_a_token_takes_time(model: OnnxModel) -> None:
+    assert 0 < model._token_seconds() < 10
+
+
 def test_padding_batch_and_chunks_change_nothing(model: OnnxModel) -> None:
     prompts = ("what is this ?", "where is the small red circle in the picture ?")
     together = model.generate(**tiny_batch(None, prompts), max_new_tokens=6)[:, -6:]
