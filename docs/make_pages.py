@@ -39,8 +39,9 @@ MEANING = {
     "name": "shown in reports and reasons; a file without it is called by the file's name",
     "description": "one or two sentences for the reader",
     "weights": "part of the model -> rule; a part that is missing or null keeps its precision",
-    "activations": "part -> rule for the inputs of its quantized linears; needs calibration data",
-    "weights.PART.bits": "width of the signed codes",
+    "activations": "part -> rule for the inputs of its quantized linears; needs data to calibrate "
+    "on, and a rule in `weights` for the part",
+    "weights.PART.bits": "width of the signed codes; 7 are stored in 8",
     "weights.PART.group_size": "consecutive input features that share one scale, if per_group",
     "weights.PART.granularity": "what has a scale of its own",
     "weights.PART.observer": "how the first scales are found",

@@ -59,7 +59,8 @@ def compile(
     recipe: Annotated[str, typer.Option(help="Built-in name or path of a YAML file.")] = "w4a16",
     teacher: Annotated[Path | None, typer.Option(help="Model directory to distil from.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Training data: conversations, a dataset or questions.")
+        Path | None,
+        typer.Option(help="To train or calibrate on: conversations, a dataset or questions."),
     ] = None,
     eval_data: Annotated[
         Path | None, typer.Option(help="Chooses the best state; questions are scored as well.")

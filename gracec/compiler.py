@@ -35,6 +35,7 @@ from gracec.models import (
     load_model,
     load_processor,
     model_without_weights,
+    quantize_inputs,
     set_tensor,
     stand_in,
     untie_head,
@@ -42,8 +43,9 @@ from gracec.models import (
 from gracec.passes import run_passes
 from gracec.passes.analyze_modality import AnalyzeModality
 from gracec.passes.apply_codes import ApplyCodes
-from gracec.passes.freeze import Freeze, FrozenWeight, frozen_weights
+from gracec.passes.freeze import Freeze, FrozenWeight, frozen_activations, frozen_weights
 from gracec.passes.insert_fake_quant import InsertFakeQuant
+from gracec.passes.insert_observers import InsertObservers
 from gracec.passes.lower_torchao import LowerTorchao, lowered_weights
 from gracec.passes.plan_quantization import PlanQuantization, plan_of
 from gracec.passes.strip import Strip
@@ -52,7 +54,7 @@ from gracec.recipe import Recipe, nearest
 from gracec.report import Report, weight_bytes
 from gracec.report.report import plan_rows, sqnr_db
 from gracec.store import Store, check_target, read_store, write_directory, write_store
-from gracec.training.run import check_tokenizers, rank, train_student
+from gracec.training.run import calibration_samples, check_tokenizers, rank, train_student
 
 if TYPE_CHECKING:
     from gracec.backends.onnx.runner import OnnxModel
@@ -83,7 +85,8 @@ def compile(
             any width. Without one, a frozen copy of the original teaches.
         train_data: LLaVA conversations, a `datasets` folder or a folder of questions; see
             `gracec.training.data`. Without it a training recipe falls back to post-training
-            quantization and says so; in strict mode that is an error.
+            quantization and says so; in strict mode that is an error. A recipe that quantizes
+            activations calibrates on it, whether it trains or not, and needs it.
         eval_data: chooses the best state of a training, instead of a part of `train_data`. A folder
             of questions is also answered before and after, and the accuracies go into the report.
         processor: saved with the result; loaded from the directory when `model` is one.
@@ -102,10 +105,16 @@ def compile(
             recipe expects; then it is kept as `<output_dir>.failed`.
     """
     recipe = Recipe.load(recipe)
-    check_runnable(recipe)
     wanted = parse_formats(formats)
     if output_dir is not None:
         check_target(Path(output_dir), overwrite)
+        plain = [form.name for form in wanted if not form.holds_activations]
+        if recipe.quantizes_activations and plain:
+            raise GracecError(
+                "the recipe quantizes activations, which the format cannot say",
+                where=f"format {plain[0]}",
+                fix="use --format onnx, or formats=() for the gracec artifact alone",
+            )
     notes = _check_training(recipe, train_data, teacher, resume, output_dir, strict)
     training = recipe.training if train_data is not None else None
     if isinstance(model, (str, Path)):
@@ -147,6 +156,7 @@ def compile(
         [
             AnalyzeModality(),
             PlanQuantization(recipe=recipe, strict=strict),
+            *_observers(model, recipe, processor, train_data, eval_data, strict),
             InsertFakeQuant(search.candidates, search.lowest, search.highest),
         ],
     )
@@ -227,13 +237,22 @@ def _check_training(
     Raises:
         GracecError: if something was given that would be ignored.
     """
+    where = f"recipe {recipe.name}"
+    if recipe.quantizes_activations and train_data is None:
+        raise GracecError(
+            "activations need samples to calibrate on, and there is no train_data",
+            where=where,
+            fix="give train_data (--data): questions or conversations as the model will see",
+        )
     if recipe.training is None:
+        if recipe.quantizes_activations:
+            train_data = None  # it calibrates
         ignored = {"train_data": train_data, "teacher": teacher, "resume": resume or None}
         given = [name for name, value in ignored.items() if value is not None]
         if given:
             raise GracecError(
                 f"the recipe does not train, so {given[0]} would be ignored",
-                where=f"recipe {recipe.name}",
+                where=where,
                 fix="use a training recipe: w4a16",
             )
         return []
@@ -247,8 +266,25 @@ def _check_training(
         raise GracecError("the recipe only trains, and there is no train_data", where=recipe.name)
     note = "no training data: post-training quantization instead"
     if strict or teacher is not None or resume:
-        raise GracecError(note, where=f"recipe {recipe.name}", fix="give train_data, or w4a16-ptq")
+        raise GracecError(note, where=where, fix="give train_data, or w4a16-ptq")
     return [note]
+
+
+def _observers(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    processor: Any,
+    train_data: Any,
+    eval_data: Any,
+    strict: bool,
+) -> list[InsertObservers]:
+    """The pass that calibrates activations, where the recipe quantizes any."""
+    if not recipe.quantizes_activations:
+        return []
+    held = _as_records(eval_data)
+    return [
+        InsertObservers(calibration_samples(model, recipe, processor, train_data, held, strict))
+    ]
 
 
 def _teacher(
@@ -306,20 +342,6 @@ def _as_records(eval_data: Any) -> Any:
         else sample
         for sample in eval_data
     ]
-
-
-def check_runnable(recipe: Recipe) -> None:
-    """Refuse a recipe that no backend can run, whatever the model.
-
-    Raises:
-        GracecError: with the reason.
-    """
-    if any(recipe.activations.values()):
-        raise GracecError(
-            "no backend runs quantized activations yet",
-            where=f"recipe {recipe.name}",
-            fix="use the passes (insert-observers, insert-fake-quant, freeze), or a w4a16 recipe",
-        )
 
 
 def share_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -562,6 +584,7 @@ def _lower(
     for target, names in result.program.fqns.items():
         if names[0] in weights:
             set_tensor(model, names[0], result.program.tensor(target))
+    quantize_inputs(model, frozen_activations(result.program))
     result.program.notes = result.notes
     return result.program
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -227,6 +227,27 @@ def fill_while_running(
 
             handles.append(hook(put, **options))
     return handles
+
+
+def quantize_inputs(
+    model: nn.Module, activations: Mapping[str, Callable[[Tensor], Tensor]]
+) -> list[RemovableHandle]:
+    """Let linears round their input first, as the graph does.
+
+    Args:
+        activations: FQN of a weight -> what puts the input of its linear on its grid.
+
+    Returns:
+        Handles that undo it.
+    """
+
+    def hook(rounded: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+        return lambda module, args: (rounded(args[0]), *args[1:])
+
+    owners = {fqn: model.get_submodule(fqn.rpartition(".")[0]) for fqn in activations}
+    return [
+        owner.register_forward_pre_hook(hook(activations[fqn])) for fqn, owner in owners.items()
+    ]
 
 
 def check_finite(model: PreTrainedModel, *, where: str = "") -> None:

@@ -22,7 +22,7 @@ from gracec import quant
 from gracec.errors import GracecError
 
 SAMPLE_VALUES = 1 << 18
-"""Values that a batch adds to the sample of an observer that needs more than the extremes."""
+"""Values that an observer keeps which needs more than the extremes."""
 
 
 @dataclass(frozen=True)
@@ -140,15 +140,33 @@ class MovingAverage(MinMax):
 
 
 class _Sampling(Observer):
-    """Keeps an evenly spaced sample of the values of every batch."""
+    """Keeps a random sample of all values; each has the same chance, whatever its batch.
+
+    Evenly spaced values would not do: a spacing that divides the width sees a few channels only.
+    """
 
     sample: Tensor
 
+    def __init__(self, spec: ActivationSpec, features: int) -> None:
+        super().__init__(spec, features)
+        self.one_in = 1
+        self.random = torch.Generator().manual_seed(0)
+
     def watch(self, values: Tensor) -> None:
-        keep = max(64, SAMPLE_VALUES // values.shape[0])
-        stride = max(1, values.shape[1] // keep)
-        chosen = values[:, ::stride]
+        chosen = self._draw(values, self.one_in)
         self.sample = torch.cat([self.sample, chosen], dim=1) if self.seen else chosen.clone()
+        keep = max(64, SAMPLE_VALUES // values.shape[0])
+        while self.sample.shape[1] > keep:
+            self.sample = self._draw(self.sample, 2)
+            self.one_in *= 2
+
+    def _draw(self, values: Tensor, one_in: int) -> Tensor:
+        """[groups, n] -> [groups, n / one_in]"""
+        if one_in == 1:
+            return values
+        count = values.shape[1]
+        order = torch.randperm(count, generator=self.random)[: max(1, count // one_in)]
+        return values[:, order.to(values.device)]
 
 
 class Percentile(_Sampling):

@@ -4,6 +4,7 @@ one that it freezes to; and for ONNX the operators that it has no ATen equivalen
     gracec::fake_quantize             -> gracec::dequantize
     gracec::fake_quantize_activation  -> gracec::quantize_dequantize
     gracec::dequantize                -> gracec::dequantize_linear, gracec::matmul_nbits
+    gracec::quantize_dequantize       -> gracec::quantize_activation, gracec::dequantize_activation
     gracec::last_positions               (its result has as many positions as an input says)
 
 Each is one node with a registered gradient, so that it survives re-export and saving as one node
@@ -204,8 +205,10 @@ def dequantize_linear(codes: Tensor, scales: Tensor, block_size: int) -> Tensor:
     """ONNX DequantizeLinear along axis 0: a weight that is ready for `x @ weight`, float32 [K, N].
 
     Codes are int8 [K, N], or uint8 [K, N / 2] with two in a byte, the low nibble first; scales are
-    float32 [K / block_size, N].
+    float32 [K / block_size, N], or [N] and along axis 1 with a block size of 0.
     """
+    if not block_size:
+        return quant.read_codes(codes) * scales
     weight = quant.read_codes(codes) * scales.repeat_interleave(block_size, dim=0)
     return weight.to(torch.float32)
 
@@ -213,6 +216,28 @@ def dequantize_linear(codes: Tensor, scales: Tensor, block_size: int) -> Tensor:
 @dequantize_linear.register_fake
 def _(codes: Tensor, scales: Tensor, block_size: int) -> Tensor:
     return codes.new_empty(quant.codes_shape(codes), dtype=torch.float32)
+
+
+@torch.library.custom_op("gracec::quantize_activation", mutates_args=())
+def quantize_activation(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """ONNX QuantizeLinear: uint8 codes of x [..., K]; scale float32 [], zero point uint8 []."""
+    return (torch.round(x / scale) + zero_point).clamp(0, 255).to(torch.uint8)
+
+
+@quantize_activation.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.uint8)
+
+
+@torch.library.custom_op("gracec::dequantize_activation", mutates_args=())
+def dequantize_activation(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """ONNX DequantizeLinear: float32 [..., K] of uint8 codes; scale and zero point as above."""
+    return (codes.to(torch.float32) - zero_point) * scale
+
+
+@dequantize_activation.register_fake
+def _(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    return torch.empty_like(codes, dtype=torch.float32)
 
 
 @torch.library.custom_op("gracec::matmul_nbits", mutates_args=())

@@ -24,7 +24,7 @@ from gracec.errors import GracecError
 
 SCALE_MIN = 2.0**-17
 SCALE_MAX = 65280.0  # the largest bfloat16 value that float16 can hold
-SUPPORTED_BITS = (2, 3, 4, 8)
+SUPPORTED_BITS = (2, 3, 4, 7, 8)
 SUPPORTED_GROUP_SIZES = (16, 32, 64, 128, 256)
 CHUNK_ELEMENTS = 1 << 18
 """Weights that are looked at in one go on a processor; bounds the temporary memory."""
@@ -37,7 +37,8 @@ class QuantSpec:
     """How one weight [N, K] is quantized.
 
     Attributes:
-        bits: width of the signed integer codes.
+        bits: width of the signed integer codes; 7 are stored in 8, and leave the int8 kernels of
+            processors without VNNI, which saturate in 16 bits, room for a sum of two products.
         group_size: consecutive input features (along K) that share one scale, if `per_group`.
         granularity: what has a scale of its own: a group (scales [N, K / group_size]), an output
             channel ([N, 1]) or the whole weight ([1, 1]).

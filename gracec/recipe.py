@@ -25,7 +25,7 @@ class _Strict(BaseModel):
 class WeightRule(_Strict):
     """How the weights of one part of the model are quantized."""
 
-    bits: Literal[2, 3, 4, 8] = 4
+    bits: Literal[2, 3, 4, 7, 8] = 4
     group_size: Literal[16, 32, 64, 128, 256] = 128
     granularity: Granularity = "per_group"
     observer: Literal["mse", "min_max", "percentile"] = "mse"
@@ -180,8 +180,8 @@ class Recipe(_Strict):
 
     Attributes:
         weights: part of the model -> rule; parts that are missing or null keep their precision.
-        activations: part -> rule for the inputs of its quantized linears; missing or null means
-            that they stay floating point.
+        activations: part -> rule for the inputs of its quantized linears, calibrated on the
+            training data; missing or null means that they stay floating point.
         training: how to train weights and scales; null means post-training quantization.
         expect: the accuracy gate; null means none.
     """
@@ -251,6 +251,21 @@ class Recipe(_Strict):
     def quantizes(self, part: Part) -> bool:
         """Whether weights of a part get codes."""
         return self.weights.get(part) is not None
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        for part, rule in self.activations.items():
+            if rule is not None and self.weights.get(part) is None:
+                raise ValueError(
+                    f"activations.{part} needs weights.{part}: "
+                    "only the inputs of quantized weights are quantized"
+                )
+        return self
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether the input of any linear is put on an integer grid, which has to be calibrated."""
+        return any(self.activations.values())
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe as plain data."""

@@ -3,9 +3,12 @@
     DIR/gracec/gracec.safetensors   <fqn>.codes   uint8 [N, K / 2], two codes a byte, low nibble
                                                   first (int8 [N, K] for 8-bit codes, odd widths)
                                     <fqn>.scales  bfloat16 [N, K / group_size]
+                                    <fqn>.input_scales, <fqn>.input_zero_points
+                                                  bfloat16 and int32, of the input of the linear
+                                                  where the recipe quantizes activations
                                     <fqn>         every other parameter and buffer
-    DIR/gracec.json                 the manifest: format version, spec of each weight, sha256,
-                                    report
+    DIR/gracec.json                 the manifest: format version, spec of each weight and of each
+                                    input, sha256, report
     DIR/config.json ...             the Hugging Face configuration and processor
 
 The tensors lie in a folder of their own, because some runtimes load every safetensors file that
@@ -36,11 +39,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gracec.errors import GracecError
-from gracec.passes.freeze import FrozenWeight
+from gracec.observers import ActivationSpec
+from gracec.passes.freeze import FrozenActivation, FrozenWeight
 from gracec.quant import QuantSpec
 
 TENSORS, MANIFEST = "gracec/gracec.safetensors", "gracec.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION, WITH_ACTIVATIONS = 2, 3
+"""Of an artifact; the second where inputs are quantized, which the first knows nothing of."""
 _RENAME_EXCHANGE = 2
 
 
@@ -62,17 +67,28 @@ class Store:
 class StoredWeights(Mapping[str, FrozenWeight]):
     """FQN -> codes and scales, read from the file at each access and not kept in memory."""
 
-    def __init__(self, path: Path, specs: Mapping[str, QuantSpec]) -> None:
-        self._path, self._specs = path, specs
+    def __init__(
+        self,
+        path: Path,
+        specs: Mapping[str, QuantSpec],
+        activations: Mapping[str, ActivationSpec],
+    ) -> None:
+        self._path, self._specs, self._activations = path, specs, activations
 
     def __getitem__(self, fqn: str) -> FrozenWeight:
-        spec = self._specs[fqn]
+        spec, activation = self._specs[fqn], None
         try:
             with safe_open(self._path, framework="pt") as file:
                 codes, scales = file.get_tensor(f"{fqn}.codes"), file.get_tensor(f"{fqn}.scales")
+                if fqn in self._activations:
+                    activation = FrozenActivation(
+                        file.get_tensor(f"{fqn}.input_scales").to(torch.float32),
+                        file.get_tensor(f"{fqn}.input_zero_points"),
+                        self._activations[fqn],
+                    )
         except (OSError, SafetensorError) as error:
             raise GracecError(f"{fqn} cannot be read: {error}", where=str(self._path)) from error
-        return FrozenWeight(codes, scales.to(torch.float32), spec)
+        return FrozenWeight(codes, scales.to(torch.float32), spec, activation)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._specs)
@@ -182,20 +198,28 @@ def _cannot_write(directory: Path, error: Exception) -> GracecError:
 def write_store(store: Store, directory: Path) -> None:
     """Write tensors and manifest into an existing directory; equal input gives equal bytes."""
     tensors: dict[str, Tensor] = {}
+    activations: dict[str, dict[str, Any]] = {}
     for fqn, weight in store.weights.items():
         tensors[f"{fqn}.codes"] = weight.stored
         exact = torch.bfloat16 if weight.spec.scale_grid == "bf16" else torch.float32
         tensors[f"{fqn}.scales"] = weight.scales.to(exact)
+        if weight.activation is not None:
+            activations[fqn] = weight.activation.spec.to_dict()
+            tensors[f"{fqn}.input_scales"] = weight.activation.scales.to(torch.bfloat16)
+            tensors[f"{fqn}.input_zero_points"] = weight.activation.zero_points
     tensors.update({fqn: tensor.detach() for fqn, tensor in store.others.items()})
+    # Linears that share an input share its tensors, which a file may not.
     tensors = {name: tensors[name].contiguous() for name in sorted(tensors)}
+    tensors |= {name: t.clone() for name, t in tensors.items() if name.endswith("_zero_points")}
     path = directory / TENSORS
     path.parent.mkdir()
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors lets nobody but the owner read it
     manifest = {
-        "format_version": FORMAT_VERSION,
+        "format_version": WITH_ACTIVATIONS if activations else FORMAT_VERSION,
         "sha256": file_sha256(path),
         "weights": {fqn: weight.spec.to_dict() for fqn, weight in sorted(store.weights.items())},
+        **({"activations": dict(sorted(activations.items()))} if activations else {}),
         **store.manifest,
     }
     text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False)
@@ -216,9 +240,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     except ValueError as error:
         raise GracecError(f"not readable as JSON: {error}", where=str(path)) from error
     found = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if found != FORMAT_VERSION:
+    if found not in (FORMAT_VERSION, WITH_ACTIVATIONS):
         raise GracecError(
-            f"format version {found}, this gracec reads {FORMAT_VERSION}",
+            f"format version {found}, this gracec reads {FORMAT_VERSION} and {WITH_ACTIVATIONS}",
             where=str(path),
             fix="compile the model again",
         )
@@ -244,7 +268,12 @@ def read_store(directory: Path) -> Store:
             fix="copy it again or compile the model again",
         )
     specs = {fqn: QuantSpec(**fields) for fqn, fields in manifest["weights"].items()}
+    activations = {
+        fqn: ActivationSpec(**fields) for fqn, fields in manifest.get("activations", {}).items()
+    }
     quantized = {f"{fqn}.{suffix}" for fqn in specs for suffix in ("codes", "scales")}
+    inputs = ("input_scales", "input_zero_points")
+    quantized |= {f"{fqn}.{suffix}" for fqn in activations for suffix in inputs}
     try:
         with safe_open(tensors_path, framework="pt") as file:
             names = set(file.keys())
@@ -254,7 +283,7 @@ def read_store(directory: Path) -> Store:
     missing = sorted(quantized - names)
     if missing:
         raise GracecError(f"{missing[0]} is missing", where=str(tensors_path))
-    return Store(StoredWeights(tensors_path, specs), others, manifest)
+    return Store(StoredWeights(tensors_path, specs, activations), others, manifest)
 
 
 def file_sha256(path: Path) -> str:

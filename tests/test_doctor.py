@@ -9,7 +9,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from gracec.doctor import BLOCKED, OK, SKIPPED, Check, Diagnosis, diagnose
 from gracec.errors import GracecError
-from gracec.recipe import built_in_recipes
+from gracec.recipe import Recipe, built_in_recipes
 from tests.tiny import tiny_llava, tiny_processor
 
 
@@ -33,15 +33,18 @@ def test_a_good_model_passes_every_check_that_compile_needs(saved: Path) -> None
     assert detail(found, "format torchao") == "INT4 kernels for all 14 weights"
     assert "14 of 31 weights quantized" in detail(found, "plan")
     assert {f"recipe {name}" for name in built_in_recipes()} <= statuses(found).keys()
-    assert "no backend runs quantized activations yet" in detail(found, "recipe w8a8")
+    assert "8 of 31 weights quantized" in detail(found, "recipe w8a8")
     assert json.loads(json.dumps(found.to_dict()))["compiles"] is True
     assert all("\n" not in check.line() for check in found.checks)
 
 
 def test_the_recipe_that_is_asked_for_has_to_be_open(saved: Path) -> None:
-    found = diagnose(saved, "w8a8")
+    wide = {"granularity": "per_group", "group_size": 128}  # the tiny decoder has 64 features
+    fields = {"name": "wide", "weights": {"decoder": {}}, "activations": {"decoder": wide}}
+    found = diagnose(saved, Recipe.from_dict(fields))
     assert not found.compiles
-    assert found.verdict() == "blocked by: recipe w8a8"
+    assert statuses(found)["recipe wide"] == BLOCKED
+    assert found.verdict().startswith("blocked by: ")
     with pytest.raises(GracecError, match="unknown recipe 'w5'"):
         diagnose(saved, "w5")
 

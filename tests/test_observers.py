@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gracec import quant
+from gracec import observers, quant
 from gracec.errors import GracecError
 from gracec.observers import OBSERVERS, ActivationSpec, grid_of_range, weight_scales
 from gracec.quant import QuantSpec
@@ -127,3 +127,16 @@ def test_coarser_weight_scales_are_worse() -> None:
         restored = quant.dequantize(quant.quantize(weight, scales, 4, group), scales, group)
         ratios.append(quant.signal_to_noise_db(weight, restored))
     assert ratios == sorted(ratios, reverse=True)
+
+
+def test_a_sample_is_bounded_and_sees_every_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observers, "SAMPLE_VALUES", 1 << 10)
+    spec = ActivationSpec(observer="percentile", percentile=100)
+    seen = [OBSERVERS["percentile"](spec, 256) for _ in range(2)]
+    x = torch.arange(256.0).expand(64, 256)
+    for observer in seen:
+        for _ in range(4):
+            observer(x)
+    assert seen[0].sample.shape[1] <= 1 << 10
+    assert len(seen[0].sample.unique()) > 200
+    assert torch.equal(seen[0].sample, seen[1].sample)

@@ -3,6 +3,7 @@ import json
 import os
 import resource
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 from gracec import quant, store
 from gracec.errors import GracecError
-from gracec.passes.freeze import FrozenWeight
+from gracec.observers import ActivationSpec
+from gracec.passes.freeze import FrozenActivation, FrozenWeight
 from gracec.store import (
     MANIFEST,
     TENSORS,
@@ -45,6 +47,25 @@ def test_what_is_written_reads_back_and_bytes_are_the_same_every_time(tmp_path: 
         assert found.weights[fqn].spec == weight.spec
     assert torch.equal(found.others["norm.weight"], torch.arange(5.0))
     assert found.manifest["recipe"] == {"name": "test"}
+
+
+def test_grids_of_inputs_read_back_and_ask_for_a_newer_reader(tmp_path: Path) -> None:
+    scales, zeros = torch.tensor([0.25]), torch.tensor([-3], dtype=torch.int32)
+    grid = FrozenActivation(scales, zeros, ActivationSpec(observer="min_max"))
+    plain = example()
+    weights = {fqn: replace(weight, activation=grid) for fqn, weight in plain.weights.items()}
+    for name in ("a", "b"):
+        store = Store(weights, plain.others, plain.manifest)
+        write_directory(tmp_path / name, lambda target, store=store: write_store(store, target))
+    assert (tmp_path / "a" / TENSORS).read_bytes() == (tmp_path / "b" / TENSORS).read_bytes()
+    found = read_store(tmp_path / "a")
+    assert found.others.keys() == plain.others.keys()
+    for weight in found.weights.values():
+        assert weight.activation is not None and weight.activation.equals(grid)
+    assert found.manifest["format_version"] == 3
+    assert found.manifest["activations"]["layer4.weight"]["observer"] == "min_max"
+    write_directory(tmp_path / "plain", lambda target: write_store(plain, target))
+    assert read_store(tmp_path / "plain").manifest["format_version"] == 2
 
 
 def test_a_changed_or_truncated_file_is_named(tmp_path: Path) -> None:

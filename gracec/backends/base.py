@@ -99,12 +99,14 @@ class Format(ABC):
             is a complete Hugging Face directory.
         needs: what has to be installed beside transformers to load it.
         tested: what was done with such directories; the model card says it.
+        holds_activations: whether it can say how the input of a linear is quantized.
     """
 
     name: ClassVar[str]
     folder: ClassVar[str]
     needs: ClassVar[str]
     tested: ClassVar[str]
+    holds_activations: ClassVar[bool] = False
 
     @abstractmethod
     def weight_refusal(self, weight: FrozenWeight) -> str:
@@ -145,6 +147,8 @@ class Format(ABC):
         for fqn, weight in artifact.weights.items():
             if fqn not in linear - tied:
                 return f"{fqn}: is tied to another, or not the weight of a linear layer"
+            if weight.activation is not None and not self.holds_activations:
+                return f"the input of {fqn} is quantized, which the format cannot say"
             reason = self.weight_refusal(weight)
             if not reason and not torch.equal(weight.scales.to(dtype).float(), weight.scales):
                 reason = f"its scales are not exact in {dtype_name(dtype)}"

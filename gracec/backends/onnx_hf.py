@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,11 +38,11 @@ from gracec.capture.serving_graph import DECODER, EMBEDDING, VISION
 from gracec.errors import GateError, GracecError
 from gracec.gates import logit_agreement, lowered_is_as_good_as_dense
 from gracec.greedy import prompt_logits
-from gracec.models import fill_while_running, set_tensor, stand_in
+from gracec.models import fill_while_running, quantize_inputs, set_tensor, stand_in
 from gracec.passes import run_passes
 from gracec.passes.apply_codes import ApplyCodes
 from gracec.passes.base import Pass
-from gracec.passes.freeze import FrozenWeight, frozen_weights
+from gracec.passes.freeze import QUANTIZE_DEQUANTIZE, FrozenWeight, frozen_weights
 from gracec.passes.fuse_decoder import FuseDecoder
 from gracec.passes.lower_qdq import LoweredWeight, LowerQdq, lowered_weights
 from gracec.store import file_sha256
@@ -62,6 +63,7 @@ class Onnx(Format):
     folder = "onnx"
     needs = "onnxruntime"
     tested = "The tests of gracec run such directories with ONNX Runtime on the CPU."
+    holds_activations = True
 
     def weight_refusal(self, weight: FrozenWeight) -> str:
         return kernel.refusal(weight)
@@ -126,17 +128,24 @@ class Onnx(Format):
         files: dict[str, list[Path]] = {}
         kernels: dict[str, int] = {}
         emitted: dict[str, LoweredWeight] = {}
+        notes: list[str] = []
         for name, graph in serving.items():
-            files[name], own = self._write_graph(name, graph, directory)
+            files[name], own, fused = self._write_graph(name, graph, directory)
+            notes += [f"onnx: {note}" for note in fused]
             path = files[name][0]
             gates.file_is_valid(path)
-            kernels[name] = gates.kernels_in_session(path, self.ops, self.mode, len(own))
+            planned = Counter(weight.kernel for weight in own.values())
+            kernels[name] = gates.kernels_in_session(path, self.ops, self.mode, planned)
             if gates.stored_weights_are_exact(path, artifact.weights) != len(own):
                 raise GateError(f"not all of {len(own)} quantized weights read back", where=name)
             emitted |= own
-        figures["int4_kernels"] = sum(kernels.values())
+        counts = Counter(weight.kernel for weight in emitted.values())
+        figures["int4_kernels"] = counts[kernel.MATMUL_NBITS]
+        if counts[kernel.MATMUL_INT8]:
+            figures["int8_kernels"] = counts[kernel.MATMUL_INT8]
         figures["matmul_error"] = gates.matmul_error(emitted, self.ops, self.mode)
         wide = self.ops == "qdq" and any(weight.bits == 8 for weight in emitted.values())
+        wide |= any(any(graph.program.nodes(QUANTIZE_DEQUANTIZE)) for graph in serving.values())
         session = SessionConfig(
             family=model.config.model_type,
             ops=self.ops,
@@ -151,7 +160,7 @@ class Onnx(Format):
         session.write(directory)
         figures |= self._run(OnnxModel(directory, model.config), serving, model, artifact)
         session.write(directory)
-        return (f"onnx: {_summary(figures)}",)
+        return (*notes, f"onnx: {_summary(figures)}")
 
     def finish(self, artifact: Artifact, directory: Path) -> None:
         """Complete the top level: where transformers.js looks for dtypes and the chat template."""
@@ -162,7 +171,9 @@ class Onnx(Format):
         folder = directory / self.folder
         external = sorted(file.name.removesuffix("_data") for file in folder.glob("*.onnx_data"))
         dtypes = {
-            stem: "q4" if (folder / f"{stem}_q4.onnx").is_file() else "fp32"
+            stem: next(
+                (d for d in ("q4", "int8") if (folder / f"{stem}_{d}.onnx").is_file()), "fp32"
+            )
             for stem in FILES.values()
         }
         fields["transformers.js_config"] = {
@@ -174,21 +185,26 @@ class Onnx(Format):
 
     def _write_graph(
         self, name: str, graph: ServingProgram, directory: Path
-    ) -> tuple[list[Path], dict[str, LoweredWeight]]:
-        """Lower and write one graph; its files, and the weights that run on INT4 kernels."""
+    ) -> tuple[list[Path], dict[str, LoweredWeight], list[str]]:
+        """Lower and write one graph; its files, the weights that run on integer kernels, and what
+        was fused."""
         from gracec.backends.onnx import graphs
 
         frozen = frozen_weights(graph.program)
         passes: list[Pass] = [LowerQdq(self.ops, self.mode, strict=True)] if frozen else []
         if name == DECODER:
             passes.append(FuseDecoder())
-        program = run_passes(graph.program, passes).program
+        result = run_passes(graph.program, passes)
+        program = result.program
+        notes = [note for note in result.notes if note.startswith(FuseDecoder.name)]
         lowered = lowered_weights(program)
         if lowered.keys() != frozen.keys():
             raise GateError(f"{len(lowered)} of {len(frozen)} weights are lowered", where=name)
-        path = directory / f"{FILES[name]}{'_q4' if lowered else ''}.onnx"
+        kinds = {weight.kernel for weight in lowered.values()}
+        suffix = "_int8" if kinds == {kernel.MATMUL_INT8} else "_q4" if kinds else ""
+        path = directory / f"{FILES[name]}{suffix}.onnx"
         model = graphs.to_onnx(replace(graph, program=program), name)
-        return graphs.write_model(model, path), lowered
+        return graphs.write_model(model, path), lowered, notes
 
     def _run(
         self, found: Any, serving: Serving, model: PreTrainedModel, artifact: Artifact
@@ -247,6 +263,8 @@ def dense_model(artifact: Artifact, dtype: torch.dtype) -> PreTrainedModel:
         lambda fqn: artifact.weights[fqn].dequantize(dtype),
         lambda fqn: stand_in(artifact.weights[fqn].shape, dtype),
     )
+    grids = {fqn: weight.activation for fqn, weight in artifact.weights.items()}
+    quantize_inputs(model, {fqn: grid for fqn, grid in grids.items() if grid is not None})
     return model
 
 
@@ -258,8 +276,10 @@ def _summary(figures: Mapping[str, Any]) -> str:
     logits, dense, greedy = (
         figures[name] for name in ("logits", "logits_dense_bfloat16", "greedy")
     )
+    int8 = figures.get("int8_kernels", 0)
     return (
         f"{figures['int4_kernels']} matmuls on INT4 kernels, "
+        f"{f'{int8} on INT8 kernels, ' if int8 else ''}"
         f"KL {logits['kl']:.2g} (dense bfloat16 {dense['kl']:.2g}), "
         f"{greedy['same']} greedy answers the same, {greedy['ambiguous']} ambiguous, "
         f"{greedy['different']} different"

@@ -126,5 +126,5 @@ def _scheme_of(weight: FrozenWeight) -> IntxWeightOnlyConfig:
 
 
 def _code_dtype(weight: FrozenWeight) -> torch.dtype:
-    found: torch.dtype = getattr(torch, f"int{weight.spec.bits}")
+    found: torch.dtype = getattr(torch, f"int{8 if weight.spec.bits > 4 else weight.spec.bits}")
     return found

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from gracec import quant
 from gracec._memory import trim
+from gracec.observers import ActivationSpec
 from gracec.ops import dtype_name
 from gracec.passes.base import Pass, PassResult
 from gracec.passes.insert_fake_quant import (
@@ -31,10 +32,39 @@ QUANTIZE_DEQUANTIZE = torch.ops.gracec.quantize_dequantize.default
 
 
 @dataclass(frozen=True)
+class FrozenActivation:
+    """The static grid of the input [..., K] of a linear.
+
+    Attributes:
+        scales: float32 [1], [K / group_size] or [K], on the bf16 grid.
+        zero_points: int32, of the same shape.
+    """
+
+    scales: Tensor
+    zero_points: Tensor
+    spec: ActivationSpec
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., K] on its grid, in its own dtype."""
+        scales, zero_points = self.scales.to(x.device), self.zero_points.to(x.device)
+        return quant.quantize_dequantize_activation(x, scales, zero_points, self.spec.bits)
+
+    def equals(self, other: FrozenActivation) -> bool:
+        """Whether both are the same grid."""
+        return (
+            self.spec == other.spec
+            and torch.equal(self.scales, other.scales)
+            and torch.equal(self.zero_points, other.zero_points)
+        )
+
+
+@dataclass(frozen=True)
 class FrozenWeight:
     """The canonical form of a quantized weight; every backend packs from this.
 
     Attributes:
+        activation: the grid that the input of its linear is put on, or None. Linears that share an
+            input have equal ones.
         stored: the codes as they lie in graphs and files: uint8 [N, K / 2], two a byte, low nibble
             first, or int8 [N, K] (wider codes, odd widths).
         scales: float32 [N, K / group_size], on the grid of the spec.
@@ -43,6 +73,7 @@ class FrozenWeight:
     stored: Tensor
     scales: Tensor
     spec: quant.QuantSpec
+    activation: FrozenActivation | None = None
 
     @classmethod
     def from_codes(cls, codes: Tensor, scales: Tensor, spec: quant.QuantSpec) -> FrozenWeight:
@@ -182,19 +213,39 @@ def frozen_nodes(program: Program) -> list[FrozenNode]:
     return found
 
 
+def frozen_activations(program: Program) -> dict[str, FrozenActivation]:
+    """FQN of a weight -> the grid of its linear's input, where it has one."""
+    found: dict[str, FrozenActivation] = {}
+    for linear in program.graph.nodes:
+        if not {"act", "quant"} <= annotation(linear).keys():
+            continue
+        x, weight = linear.args[:2]
+        if x.target != QUANTIZE_DEQUANTIZE:
+            continue
+        weight = weight.args[0] if weight.target == DEQUANTIZE else weight
+        scales, zero_points = (program.tensor(str(x.args[place].target)) for place in (1, 2))
+        fqn = program.fqn(str(weight.target)).removesuffix(".codes")
+        spec = ActivationSpec(**annotation(linear)["act"])
+        found[fqn] = FrozenActivation(scales, zero_points, spec)
+    return found
+
+
 def frozen_weights(program: Program) -> dict[str, FrozenWeight]:
     """FQN -> codes and scales of every frozen weight of a program."""
     found: dict[str, FrozenWeight] = {}
+    activations = frozen_activations(program)
     for linear in program.graph.nodes:
         if "quant" not in annotation(linear):
             continue
         node = linear.args[1]
         if isinstance(node, fx.Node) and node.target == DEQUANTIZE:
             codes, scales = (str(arg.target) for arg in node.args[:2] if isinstance(arg, fx.Node))
-            found[program.fqn(codes).removesuffix(".codes")] = FrozenWeight(
+            fqn = program.fqn(codes).removesuffix(".codes")
+            found[fqn] = FrozenWeight(
                 program.tensor(codes),
                 program.tensor(scales),
                 quant.QuantSpec(**annotation(linear)["quant"]),
+                activations.get(fqn),
             )
     return found
 

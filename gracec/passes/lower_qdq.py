@@ -1,17 +1,28 @@
-"""lower-qdq: run frozen weights with ONNX Runtime's INT4 kernel.
+"""lower-qdq: run frozen weights with ONNX Runtime's INT4 and int8 kernels.
 
     linear(x, dequantize(codes [N, K], scales), b)
     ->  matmul(x, dequantize_linear(codes [K, N], scales, block)) + b     ops=qdq
     ->  matmul_nbits(x, codes, scales, bits, block, level) + b            ops=matmulnbits
 
+    linear(quantize_dequantize(x), dequantize(codes, scales), b)
+    ->  matmul(x', dequantize_linear(codes [K, N], scales [N])) + b       one scale an output, wide
+    ->  matmul(x', ...) as above                                          otherwise
+        with x' = dequantize_activation(quantize_activation(x, s, z), s, z)
+
 The first is standard ONNX, which the runtime fuses into the operator of the second. It fuses
 nothing that two nodes share, so each linear gets codes and scales of its own. A weight that the
 kernel does not take becomes a dense weight with the same values; it is named in the notes, and in
 strict mode that is an error.
+
+The runtime fuses nothing either where both operands of a MatMul are dequantized and one is 4-bit,
+so there the scale of the input is multiplied in a step of its own, which gives the same values:
+
+    x' = dequantize_activation(quantize_activation(x, s, z), 1, z) * s
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,7 +32,13 @@ from torch import Tensor, fx, nn
 from gracec._memory import trim
 from gracec.backends.onnx import kernel
 from gracec.passes.base import Pass, PassResult
-from gracec.passes.freeze import DEQUANTIZE, FrozenWeight, drop_dead_tensors, frozen_nodes
+from gracec.passes.freeze import (
+    DEQUANTIZE,
+    QUANTIZE_DEQUANTIZE,
+    FrozenWeight,
+    drop_dead_tensors,
+    frozen_nodes,
+)
 from gracec.program import Program, annotate
 
 DEQUANTIZE_LINEAR = torch.ops.gracec.dequantize_linear.default
@@ -50,6 +67,7 @@ class LowerQdq(Pass):
     def apply(self, program: Program) -> PassResult:
         notes = []
         nodes = frozen_nodes(program)
+        rounded: dict[tuple[fx.Node, bool], fx.Node] = {}
         for node, target, fqn, frozen in nodes:
             reason = kernel.refusal(frozen)
             if reason and self.strict:
@@ -59,13 +77,27 @@ class LowerQdq(Pass):
                 if reason:
                     self._make_dense(program, linear, node, target + suffix, fqn + suffix, frozen)
                 else:
+                    x = linear.args[0]
+                    if isinstance(x, fx.Node) and x.target == QUANTIZE_DEQUANTIZE:
+                        fused = kernel.runs_int8(frozen) or self.ops == "matmulnbits"
+                        if (x, fused) not in rounded:
+                            rounded[x, fused] = self._lower_input(program, x, fqn, frozen, fused)
+                        linear.update_arg(0, rounded[x, fused])
                     self._lower(program, linear, target + suffix, fqn + suffix, frozen)
             if reason:
                 notes.append(f"{fqn} runs dense: {reason}")
             program.graph.erase_node(node)
             drop_dead_tensors(program)
             trim()
-        notes.append(f"{len(lowered_weights(program))} weights run on INT4 kernels")
+        for x in {x for x, _ in rounded}:
+            if not x.users:
+                program.graph.erase_node(x)
+        drop_dead_tensors(program)
+        lowered = lowered_weights(program).values()
+        for name, kind in (("INT4", kernel.MATMUL_NBITS), ("INT8", kernel.MATMUL_INT8)):
+            count = sum(weight.kernel == kind for weight in lowered)
+            if count or kind == kernel.MATMUL_NBITS:
+                notes.append(f"{count} weights run on {name} kernels")
         return PassResult(program, bool(nodes), tuple(notes))
 
     def ensures(self, before: Program, after: Program) -> None:
@@ -83,17 +115,19 @@ class LowerQdq(Pass):
         x, _, *bias = linear.args
         assert isinstance(x, fx.Node)
         block, bits = kernel.block_size(frozen), kernel.kernel_bits(frozen, self.ops)
+        int8 = kernel.runs_int8(frozen)
         with program.graph.inserting_before(linear):
-            if self.ops == "qdq":
-                operands = kernel.qdq_operands(frozen)
-                codes, scales = _constants(program, linear, target, fqn, operands)
+            if self.ops == "qdq" or int8:
+                operands = (kernel.int8_operands if int8 else kernel.qdq_operands)(frozen)
+                block = 0 if int8 else block
+                codes, scales = _constants(program, linear, target, fqn, _named(operands))
                 weight = program.graph.call_function(DEQUANTIZE_LINEAR, (codes, scales, block))
                 weight.meta = {"val": linear.meta["val"].new_empty(frozen.shape[::-1])}
                 product = program.graph.call_function(torch.ops.aten.matmul.default, (x, weight))
                 lowered, inner = product, weight
             else:
                 operands = kernel.matmulnbits_operands(frozen)
-                codes, scales = _constants(program, linear, target, fqn, operands)
+                codes, scales = _constants(program, linear, target, fqn, _named(operands))
                 level = kernel.ACCURACY_LEVEL[self.mode]
                 arguments = (x, codes, scales, bits, block, level)
                 lowered = program.graph.call_function(MATMUL_NBITS, arguments)
@@ -106,6 +140,33 @@ class LowerQdq(Pass):
         annotate(product, kernel="int4" if bits <= 4 else "int8")
         linear.replace_all_uses_with(lowered)
         program.graph.erase_node(linear)
+
+    @staticmethod
+    def _lower_input(
+        program: Program, rounded: fx.Node, fqn: str, frozen: FrozenWeight, fused: bool
+    ) -> fx.Node:
+        """quantize_dequantize(x, scales, zero_points) -> x', for all linears that read it."""
+        assert frozen.activation is not None and isinstance(rounded.args[1], fx.Node)
+        target, x = str(rounded.args[1].target), rounded.args[0]
+        traced: Tensor = rounded.meta["val"]
+        call = program.graph.call_function
+        with program.graph.inserting_before(rounded):
+            operands = kernel.activation_operands(frozen.activation)
+            names = ("input_scale", "input_zero_point")
+            scale, zero_point = _constants(
+                program, rounded, target, fqn, dict(zip(names, operands, strict=True))
+            )
+            codes = call(torch.ops.gracec.quantize_activation.default, (x, scale, zero_point))
+            by = scale
+            if not fused:
+                (by,) = _constants(program, rounded, target, fqn, {"input_one": torch.tensor(1.0)})
+            values = call(torch.ops.gracec.dequantize_activation.default, (codes, by, zero_point))
+            found = values if fused else call(torch.ops.aten.mul.Tensor, (values, scale))
+        for node in {codes, values, found}:
+            node.meta = {k: rounded.meta[k] for k in STACK if k in rounded.meta}
+        codes.meta["val"] = traced.new_empty(traced.shape, dtype=torch.uint8)
+        annotate(found, act=frozen.activation.spec.to_dict())
+        return found
 
     @staticmethod
     def _make_dense(
@@ -128,12 +189,16 @@ class LowerQdq(Pass):
 STACK = ("val", "nn_module_stack")
 
 
+def _named(operands: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    return dict(zip(("codes", "scales"), operands, strict=True))
+
+
 def _constants(
-    program: Program, linear: fx.Node, target: str, fqn: str, operands: tuple[Tensor, Tensor]
+    program: Program, linear: fx.Node, target: str, fqn: str, operands: Mapping[str, Tensor]
 ) -> list[fx.Node]:
-    """Codes and scales in the layout of the kernel, as tensors of this linear alone."""
+    """Operands in the layout of the kernel, as tensors of this linear alone."""
     nodes = []
-    for suffix, tensor in zip(("codes", "scales"), operands, strict=True):
+    for suffix, tensor in operands.items():
         path = f"{target}_kernel_{suffix}"
         program.set_tensor(path, tensor)
         program.fqns[path] = (f"{fqn}.{suffix}",)
@@ -147,11 +212,13 @@ def _constants(
 
 @dataclass(frozen=True)
 class LoweredWeight:
-    """A weight [N, K] that runs on the kernel.
+    """A weight [N, K] that runs on a kernel.
 
     Attributes:
         codes, scales: in the layout of the kernel.
         bits: that a code takes in it.
+        block_size: input features that share a scale in it; 0 for the int8 kernel, which has one
+            for each output.
         rows, columns: N and K.
     """
 
@@ -162,9 +229,14 @@ class LoweredWeight:
     rows: int
     columns: int
 
+    @property
+    def kernel(self) -> str:
+        """The operator that the runtime makes of it."""
+        return kernel.MATMUL_NBITS if self.block_size else kernel.MATMUL_INT8
+
 
 def lowered_weights(program: Program) -> dict[str, LoweredWeight]:
-    """FQN -> weight of every matmul that runs on the INT4 kernel."""
+    """FQN -> weight of every matmul that runs on a kernel."""
     found: dict[str, LoweredWeight] = {}
     for node in program.graph.nodes:
         if node.target == DEQUANTIZE_LINEAR:

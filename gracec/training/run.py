@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gracec.capture import capture, family_of
@@ -33,6 +33,8 @@ from gracec.training.checkpoint import (
 from gracec.training.data import Collator, EmptyBatch, TrainData, open_train_data
 from gracec.training.log import training_log
 from gracec.training.loop import Batch, Curve, Learner, train
+
+CALIBRATION_SAMPLES = 128
 
 
 def train_student(
@@ -98,6 +100,41 @@ def train_student(
         )
     curve.notes[:0] = [*data.problems, *held_out.problems, *collate.problems]
     return curve
+
+
+def calibration_samples(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    processor: Any,
+    train_data: Any,
+    eval_data: Any = None,
+    strict: bool = False,
+) -> list[dict[str, Tensor]]:
+    """Inputs of the graph to watch activations on, one sample each, so that nothing is padding.
+
+    They are evenly spaced in what is trained on, or in all of `train_data` where nothing is.
+
+    Raises:
+        GracecError: if the data cannot be read or none of it can be used.
+    """
+    if processor is None:
+        raise GracecError("calibration needs the model's processor", fix="pass processor=")
+    if recipe.training is not None:
+        data, _ = _data(train_data, eval_data, recipe.training, strict)
+    else:
+        data = open_train_data(train_data, strict=strict)
+    length = recipe.training.max_length if recipe.training is not None else None
+    collate = Collator(processor, model, length, strict)
+    count = min(CALIBRATION_SAMPLES, len(data))
+    found = []
+    for number in range(count):
+        with suppress(EmptyBatch):
+            batch = collate([data.sample(number * len(data) // count)])
+            inputs = family_of(model).prepare(model, batch)
+            found.append({name: tensor.to(model.device) for name, tensor in inputs.items()})
+    if not found:
+        raise GracecError("no sample can be used to calibrate on", where="train_data")
+    return found
 
 
 def join_ranks() -> None:

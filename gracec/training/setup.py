@@ -17,7 +17,11 @@ from gracec.objective import (
     GraceObjective,
     code_entropy,
 )
-from gracec.passes.insert_fake_quant import FAKE_QUANTIZE, fake_quantized
+from gracec.passes.insert_fake_quant import (
+    FAKE_QUANTIZE,
+    FAKE_QUANTIZE_ACTIVATION,
+    fake_quantized,
+)
 from gracec.program import Program, annotation
 from gracec.quant import quantize
 from gracec.recipe import Training
@@ -106,7 +110,7 @@ def allow_mixed_precision(program: Program) -> Program:
 def _readers(node: fx.Node) -> Iterator[fx.Node]:
     """Who computes with a parameter, behind its fake-quantization."""
     for user in node.users:
-        if user.target == FAKE_QUANTIZE:
+        if user.target in (FAKE_QUANTIZE, FAKE_QUANTIZE_ACTIVATION):
             yield from user.users
         else:
             yield user
@@ -122,6 +126,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups of AdamW: matrices, vectors (without decay) and scales (without decay)."""
     scales = {fake.scale_fqn for fake in fake_quantized(program)}
+    inputs = (node.args[1] for node in program.nodes(FAKE_QUANTIZE_ACTIVATION))
+    scales |= {program.fqn(str(scale.target)) for scale in inputs if isinstance(scale, fx.Node)}
     kinds: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "scales": []}
     for name, parameter in parameters.items():
         kind = "matrices" if parameter.dim() > 1 else "vectors"

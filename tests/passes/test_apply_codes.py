@@ -7,7 +7,7 @@ from torch import Tensor
 from gracec import ir
 from gracec.errors import PassError
 from gracec.passes.apply_codes import ApplyCodes
-from gracec.passes.freeze import frozen_weights
+from gracec.passes.freeze import QUANTIZE_DEQUANTIZE, frozen_activations, frozen_weights
 from gracec.program import Program
 
 Golden = Callable[[str, str], None]
@@ -27,6 +27,29 @@ def test_another_capture_computes_what_the_frozen_graph_does(
     applied = ApplyCodes(weights).run(captured)
     assert torch.equal(applied.program(**batch)[0], after(FROZEN)(**batch)[0])
     assert not ApplyCodes(weights).run(applied.program).modified
+
+
+@pytest.mark.parametrize(("recipe", "activations"), [("w8a8", 6), ("w4a8", 8)])
+def test_inputs_are_rounded_as_in_the_frozen_graph(
+    captured: Program,
+    after: After,
+    batch: dict[str, Tensor],
+    golden: Golden,
+    recipe: str,
+    activations: int,
+) -> None:
+    plan = f"analyze-modality,plan-quantization{{recipe={recipe}}},insert-observers"
+    frozen = after(f"{plan},insert-fake-quant,freeze")
+    weights = frozen_weights(frozen)
+    assert all(weight.activation is not None for weight in weights.values())
+    applied = ApplyCodes(weights).run(captured).program
+    assert torch.equal(applied(**batch)[0], frozen(**batch)[0])
+    assert len(list(applied.nodes(QUANTIZE_DEQUANTIZE))) == activations
+    found = frozen_activations(applied)
+    assert found.keys() == weights.keys()
+    for fqn, weight in weights.items():
+        assert weight.activation is not None and weight.activation.equals(found[fqn])
+    golden(f"apply-codes/llava-{recipe}.txt", ir.diff(captured, applied) + "\n")
 
 
 def test_codes_of_another_model_are_refused(captured: Program, after: After) -> None:

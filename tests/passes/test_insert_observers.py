@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import gracec
 from gracec import ir
 from gracec.capture import capture
 from gracec.errors import GracecError, PassError
@@ -137,6 +136,7 @@ def test_codes_stay_on_the_grid_in_the_frozen_graph(
         assert len(value.unique()) <= 256
 
 
-def test_compile_refuses_a_recipe_that_no_backend_runs() -> None:
-    with pytest.raises(GracecError, match="recipe w4a8: no backend runs quantized activations"):
-        gracec.compile(tiny_llava(), "w4a8")
+def test_activations_of_weights_that_are_kept_are_refused() -> None:
+    fields = {"name": "test", "weights": {}, "activations": {"decoder": {}}}
+    with pytest.raises(GracecError, match=r"activations\.decoder needs weights\.decoder"):
+        Recipe.from_dict(fields)

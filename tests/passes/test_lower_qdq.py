@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from gracec import ir
+from gracec.backends.onnx import kernel
 from gracec.capture import capture
 from gracec.errors import GracecError, PassError
 from gracec.passes import parse_pipeline, run_passes
-from gracec.passes.freeze import frozen_weights
+from gracec.passes.freeze import QUANTIZE_DEQUANTIZE, frozen_weights
 from gracec.passes.lower_qdq import DEQUANTIZE_LINEAR, LowerQdq, lowered_weights
 from gracec.passes.plan_quantization import PlanQuantization
 from gracec.program import Program
@@ -37,6 +38,38 @@ def test_the_lowered_graph_computes_what_the_frozen_one_does(
     expected, found = after(FROZEN)(**batch)[0], after(pipeline(ops))(**batch)[0]
     torch.testing.assert_close(found, expected)
     assert set(lowered_weights(after(pipeline(ops)))) == set(frozen_weights(after(FROZEN)))
+
+
+@pytest.mark.parametrize("ops", OPS)
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a8"])
+def test_quantized_inputs(
+    after: After, batch: dict[str, Tensor], golden: Golden, recipe: str, ops: str
+) -> None:
+    plan = f"analyze-modality,plan-quantization{{recipe={recipe}}},insert-observers"
+    frozen = after(f"{plan},insert-fake-quant,freeze")
+    lowered = LowerQdq(ops, strict=True).run(frozen).program
+    assert not list(lowered.nodes(QUANTIZE_DEQUANTIZE))
+    weights = lowered_weights(lowered)
+    assert weights.keys() == frozen_weights(frozen).keys()
+    kernels = {weight.kernel for weight in weights.values()}
+    assert kernels == {kernel.MATMUL_INT8 if recipe == "w8a8" else kernel.MATMUL_NBITS}
+    torch.testing.assert_close(lowered(**batch)[0], frozen(**batch)[0], rtol=1e-3, atol=1e-3)
+    golden(f"lower-qdq/llava-{recipe}-{ops}.txt", ir.diff(frozen, lowered) + "\n")
+
+
+def test_inputs_that_the_kernels_do_not_take(after: After) -> None:
+    for rule, reason in (({"bits": 4}, "int4/tensor"), ({"granularity": "per_channel"}, "channel")):
+        recipe = Recipe.from_dict(
+            {
+                "name": "test",
+                "weights": {"projector": {"bits": 7, "granularity": "per_channel"}},
+                "activations": {"projector": rule},
+            }
+        )
+        planned = PlanQuantization(recipe=recipe).run(after("analyze-modality")).program
+        observed = run_passes(planned, parse_pipeline("insert-observers,insert-fake-quant,freeze"))
+        with pytest.raises(PassError, match=f"the kernels take inputs in int8/tensor.*{reason}"):
+            LowerQdq(strict=True).run(observed.program)
 
 
 @pytest.mark.parametrize("ops", OPS)

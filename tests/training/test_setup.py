@@ -44,6 +44,20 @@ def test_scales_and_vectors_have_no_weight_decay(after: After) -> None:
             assert group["weight_decay"] == (0.5 if parameter.dim() > 1 and not scale else 0.0)
 
 
+def test_scales_of_inputs_learn_as_scales_do(after: After) -> None:
+    plan = "analyze-modality,plan-quantization{recipe=w8a8},insert-observers"
+    program = after(f"{plan},insert-fake-quant{{candidates=8}}")
+    parameters = trainable(program, ["vision"])
+    found = {name for name in parameters if name.endswith("input_scale")}
+    assert found == {
+        f"model.multi_modal_projector.linear_{number}.input_scale" for number in (1, 2)
+    }
+    rule = Training(lr=1.0, scale_lr=2.0)
+    groups = parameter_groups(program, parameters, rule)
+    of = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert {of[id(parameters[name])] for name in found} == {2.0}
+
+
 def test_the_rate_rises_falls_and_never_stands_still_at_zero() -> None:
     found = [rate(step, 100, 0.1) for step in range(100)]
     assert found[0] == pytest.approx(0.1)

@@ -14,6 +14,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from gracec.backends.onnx import graphs, kernel
 from gracec.backends.onnx.kernel import ACCURACY_LEVEL, OPSET
 from gracec.backends.onnx.session import open_session, session_options
 from gracec.backends.onnx.translate import KERNEL_DOMAIN
@@ -23,7 +24,6 @@ from gracec.greedy import Runtime, greedy
 from gracec.passes.freeze import FrozenWeight
 from gracec.passes.lower_qdq import LoweredWeight
 
-KERNEL = "MatMulNBits"
 MATMUL_BOUND = {"faithful": 1e-5, "fast": 2e-2}
 ROUNDED_KL = 0.1
 """Nats that 8-bit activations may cost; more is no rounding any more."""
@@ -38,18 +38,24 @@ def file_is_valid(path: Path) -> None:
         raise GateError(f"not valid ONNX: {reason}", where=path.name) from error
 
 
-def kernels_in_session(path: Path, ops: str, mode: str, planned: int) -> int:
-    """Count of INT4 kernels in the graph that the runtime makes of it; it must be as planned."""
+def kernels_in_session(path: Path, ops: str, mode: str, planned: Mapping[str, int]) -> int:
+    """Count of kernels in the graph that the runtime makes of it; it must be as planned.
+
+    Args:
+        planned: operator of a kernel -> how often it has to be there; 0 for those left out.
+    """
     with tempfile.TemporaryDirectory(prefix=".optimized.", dir=path.parent) as folder:
         optimized = Path(folder) / "optimized.onnx"
         open_session(path, session_options(ops, mode), threads=1, optimized=optimized)
         graph = onnx.load(str(optimized), load_external_data=False).graph
-    count: int = sum(node.op_type == KERNEL for node in graph.node)
-    if count != planned:
-        raise GateError(
-            f"{count} matmuls run on the INT4 kernel, {planned} are planned", where=path.name
-        )
-    return count
+    for kind, name in ((kernel.MATMUL_NBITS, "INT4"), (kernel.MATMUL_INT8, "INT8")):
+        count = sum(node.op_type == kind for node in graph.node)
+        if count != planned.get(kind, 0):
+            raise GateError(
+                f"{count} matmuls run on the {name} kernel, {planned.get(kind, 0)} are planned",
+                where=path.name,
+            )
+    return sum(planned.values())
 
 
 def stored_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -58,10 +64,15 @@ def stored_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
     model = ir.load(path)
     for node in model.graph:
         if node.op_type == "DequantizeLinear":
-            codes, scales = (_array(value) for value in node.inputs[:2])
-            block = node.attributes["block_size"].as_int()
-            weight = (codes * np.repeat(scales, block, axis=0)).T
-        elif node.op_type == KERNEL:
+            if node.inputs[0] is None or node.inputs[0].const_value is None:
+                continue  # an activation
+            codes, scales, *zeros = (_array(value) for value in node.inputs)
+            if zeros:
+                codes = codes.astype(np.int32) - zeros[0]
+            if "block_size" in node.attributes:
+                scales = np.repeat(scales, node.attributes["block_size"].as_int(), axis=0)
+            weight = (codes * scales).T
+        elif node.op_type == kernel.MATMUL_NBITS:
             codes, scales = (_array(value) for value in node.inputs[1:3])
             bits = node.attributes["bits"].as_int()
             parts = [(codes.astype(np.int32) >> shift) % 2**bits for shift in range(0, 8, bits)]
@@ -88,7 +99,8 @@ def matmul_error(weights: Mapping[str, LoweredWeight], ops: str, mode: str) -> f
     """Largest relative error against float64 of a kernel, over all shapes of weights.
 
     The first weight of each shape is run on 8 random activations, alone in a graph of the same
-    operators; the error is relative to the largest output.
+    operators; the error is relative to the largest output. The int8 kernel is also run on the
+    activations and codes that are most likely to saturate it.
     """
     worst, seen = 0.0, set()
     rng = np.random.default_rng(0)
@@ -97,6 +109,9 @@ def matmul_error(weights: Mapping[str, LoweredWeight], ops: str, mode: str) -> f
         if shape in seen:
             continue
         seen.add(shape)
+        if weight.kernel == kernel.MATMUL_INT8:
+            worst = max(worst, _int8_error(fqn, weight))
+            continue
         x = rng.standard_normal((8, weight.columns), dtype=np.float32)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "matmul.onnx"
@@ -126,6 +141,87 @@ def rounding_is_small(found: LogitAgreement) -> None:
         )
 
 
+def _int8_error(fqn: str, weight: LoweredWeight) -> float:
+    """Largest relative error of the int8 kernel against float64, which has to be one of rounding.
+
+    With the codes as they are, and with the lowest and the highest ones in their place; on random
+    activations, and on the lowest and highest of the grid.
+    """
+    scale, zero_point = np.float32(2**-5), np.uint8(120)
+    lowest, highest = -scale * np.float32(zero_point), scale * np.float32(255 - zero_point)
+    rng = np.random.default_rng(0)
+    x = np.concatenate(
+        [
+            rng.uniform(lowest, highest, (8, weight.columns)),
+            np.full((1, weight.columns), highest),
+            np.full((1, weight.columns), lowest),
+        ]
+    ).astype(np.float32)
+    rounded = np.rint(x / scale).astype(np.float64) * scale
+    codes = weight.codes.numpy()
+    extremes = np.empty_like(codes)
+    extremes[:, ::2], extremes[:, 1::2] = codes.max(), codes.min()
+    worst = 0.0
+    for tried in (codes, extremes):
+        found = run_int8(tried, weight.scales.numpy(), x, scale, zero_point)
+        exact = rounded @ (tried * weight.scales.numpy().astype(np.float64))
+        error = float(np.abs(found - exact).max() / max(np.abs(exact).max(), 1e-30))
+        if not error <= MATMUL_BOUND["faithful"]:
+            raise GateError(
+                f"INT8 matmul is off by {error:.3g} relative to float64: the kernel saturates",
+                where=fqn,
+                fix="quantize the weights to 7 bits",
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def run_int8(
+    codes: np.ndarray,
+    scales: np.ndarray,
+    x: np.ndarray,
+    scale: np.floating,
+    zero_point: np.integer,
+    unsigned: bool | None = None,
+) -> np.ndarray:
+    """Run the int8 kernel alone, on operators such as `graphs` writes.
+
+    Args:
+        codes: int8 [K, N].
+        scales: float32 [N].
+        x: float32 [M, K], with its scale and zero point.
+        unsigned: store codes with the zero point 128; by default where they need 8 bits.
+
+    Returns:
+        float32 [M, N].
+    """
+    if unsigned is None:
+        unsigned = graphs.needs_eight_bits(codes)
+    stored, zeros = graphs.unsigned_codes(codes) if unsigned else (codes, np.zeros_like(codes[0]))
+    tensors = {
+        "x.scale": np.asarray(scale),
+        "x.zero_point": np.asarray(zero_point),
+        "w.codes": stored,
+        "w.scales": scales,
+        "w.zero_points": zeros,
+    }
+    grid, weight = ["x.scale", "x.zero_point"], ["w.codes", "w.scales", "w.zero_points"]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", *grid], ["x.codes"]),
+        helper.make_node("DequantizeLinear", ["x.codes", *grid], ["x.rounded"]),
+        helper.make_node("DequantizeLinear", weight, ["w"], axis=1),
+        helper.make_node("MatMul", ["x.rounded", "w"], ["y"]),
+    ]
+    ends = (("x", len(codes)), ("y", codes.shape[1]))
+    model = _model(nodes, ends, [numpy_helper.from_array(t, n) for n, t in tensors.items()])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "matmul.onnx"
+        onnx.save(model, str(path))
+        kernels_in_session(path, "qdq", "faithful", {kernel.MATMUL_INT8: 1})
+        (found,) = open_session(path, {}, threads=1).run(None, {"x": x})
+    return np.asarray(found)
+
+
 def _matmul_model(weight: LoweredWeight, ops: str, mode: str) -> onnx.ModelProto:
     codes = weight.codes.contiguous().numpy()
     operands = [numpy_helper.from_array(weight.scales.contiguous().numpy(), "w.scales")]
@@ -145,8 +241,8 @@ def _matmul_model(weight: LoweredWeight, ops: str, mode: str) -> onnx.ModelProto
         ]
     else:
         stored = numpy_helper.from_array(codes, "w.codes")
-        kernel = helper.make_node(
-            KERNEL,
+        matmul = helper.make_node(
+            kernel.MATMUL_NBITS,
             ["x", "w.codes", "w.scales"],
             ["y"],
             domain=KERNEL_DOMAIN,
@@ -156,10 +252,18 @@ def _matmul_model(weight: LoweredWeight, ops: str, mode: str) -> onnx.ModelProto
             block_size=weight.block_size,
             accuracy_level=ACCURACY_LEVEL[mode],
         )
-        nodes = [kernel]
+        nodes = [matmul]
     ends = (("x", weight.columns), ("y", weight.rows))
+    return _model(nodes, ends, [stored, *operands])
+
+
+def _model(
+    nodes: list[onnx.NodeProto],
+    ends: tuple[tuple[str, int], tuple[str, int]],
+    tensors: list[TensorProto],
+) -> onnx.ModelProto:
     x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["m", size]) for n, size in ends)
-    graph = helper.make_graph(nodes, "matmul", [x], [y], [stored, *operands])
+    graph = helper.make_graph(nodes, "matmul", [x], [y], tensors)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(KERNEL_DOMAIN, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 

@@ -109,7 +109,8 @@ def _name_tensors(graph: ir.Graph, program: Program) -> None:
 
 
 def _standard_dequantize(graph: ir.Graph, node: ir.Node) -> None:
-    """gracec.DequantizeLinear(bytes, scales) -> DequantizeLinear(codes, scales) along axis 0."""
+    """gracec.DequantizeLinear(bytes, scales) -> DequantizeLinear(codes, scales) along axis 0, or
+    along axis 1 where there is one scale for each output."""
     codes, scales = (_own(graph, value, node) for value in node.inputs)
     stored, rows = codes.const_value, scales.shape
     assert stored is not None and rows is not None
@@ -121,7 +122,42 @@ def _standard_dequantize(graph: ir.Graph, node: ir.Node) -> None:
         )
         codes.shape, codes.type = shape, ir.TensorType(ir.DataType.INT4)
     node.domain = ""
-    node.attributes["axis"] = ir.AttrInt64("axis", 0)
+    blocks = bool(node.attributes["block_size"].as_int())
+    node.attributes["axis"] = ir.AttrInt64("axis", 0 if blocks else 1)
+    if not blocks:
+        del node.attributes["block_size"]
+        _unsigned_if_wide(graph, node, codes)
+
+
+def _unsigned_if_wide(graph: ir.Graph, node: ir.Node, codes: ir.Value) -> None:
+    """Codes that need 8 bits as unsigned ones with the zero point 128: see `kernel`."""
+    assert codes.const_value is not None
+    stored = np.asarray(codes.const_value.numpy())
+    if not needs_eight_bits(stored):
+        return
+    unsigned, offsets = unsigned_codes(stored)
+    codes.const_value = ir.Tensor(unsigned, name=codes.name)
+    codes.type = ir.TensorType(ir.DataType.UINT8)
+    name = f"{str(codes.name).removesuffix('.codes')}.zero_points"
+    zero_points = ir.Value(
+        name=name,
+        shape=ir.Shape(offsets.shape),
+        type=ir.TensorType(ir.DataType.UINT8),
+        const_value=ir.Tensor(offsets, name=name),
+    )
+    graph.register_initializer(zero_points)
+    node.resize_inputs(3)
+    node.replace_input_with(2, zero_points)
+
+
+def needs_eight_bits(codes: np.ndarray) -> bool:
+    """Whether signed codes are beyond 7 bits."""
+    return bool(codes.min() < -64 or codes.max() > 63)
+
+
+def unsigned_codes(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int8 [K, N] -> uint8 [K, N] and its zero points uint8 [N], for the same values."""
+    return (codes.astype(np.int16) + 128).astype(np.uint8), np.full(codes.shape[1], 128, np.uint8)
 
 
 def _own(graph: ir.Graph, value: ir.Value | None, node: ir.Node) -> ir.Value:

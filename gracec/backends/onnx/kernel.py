@@ -1,11 +1,23 @@
-"""Codes and scales as ONNX Runtime's MatMulNBits kernel takes them, exactly.
+"""Codes and scales as ONNX Runtime's kernels take them, exactly.
+
+MatMulNBits takes a floating-point input, which may have been put on an 8-bit grid before:
 
     qdq          codes [K, N] -> DequantizeLinear(axis 0, block_size) -> MatMul, which the runtime
-                 fuses into MatMulNBits; standard ONNX, opset 21
+                 fuses into MatMulNBits; standard ONNX
     matmulnbits  codes [N, K / block_size, block_size * bits / 8], com.microsoft
 
 A block is a power of two from 16 to 256. A larger or odd group is written as several blocks with
 the same scale, which changes no value.
+
+A weight with one scale for each output and an 8-bit input runs on the int8 kernel instead:
+
+    int8         codes [K, N] -> DequantizeLinear(axis 1) -> MatMul, both of whose operands are
+                 dequantized, which the runtime fuses into MatMulIntegerToFloat
+
+On x86 without VNNI that kernel adds two products of unsigned inputs and SIGNED weights in 16 bits,
+which saturates: 2 * 255 * 127 is out of range. It does not with weights of 7 bits, nor with
+unsigned ones, which it multiplies otherwise and slower; so codes that need 8 bits are written
+unsigned, with the zero point 128.
 """
 
 from __future__ import annotations
@@ -15,11 +27,13 @@ from torch import Tensor
 
 from gracec import quant
 from gracec.errors import GracecError
-from gracec.passes.freeze import FrozenWeight
+from gracec.passes.freeze import FrozenActivation, FrozenWeight
 
 OPS = ("qdq", "matmulnbits")
 ACCURACY_LEVEL = {"faithful": 1, "fast": 4}
 """Mode -> accuracy level of the kernel: 1 computes in float32, 4 rounds activations to int8."""
+MATMUL_NBITS, MATMUL_INT8 = "MatMulNBits", "MatMulIntegerToFloat"
+"""The operators of the runtime that are the INT4 kernel and the int8 kernel."""
 BLOCK_SIZES = (256, 128, 64, 32, 16)
 OPSET = 23
 
@@ -37,9 +51,19 @@ def block_size(weight: FrozenWeight) -> int:
     return next((size for size in BLOCK_SIZES if weight.group_size % size == 0), 0)
 
 
+def runs_int8(weight: FrozenWeight) -> bool:
+    """Whether a weight is multiplied with its input in integers."""
+    wide = weight.spec.bits > 4 and weight.scales.shape[1] == 1
+    return wide and weight.activation is not None
+
+
 def refusal(weight: FrozenWeight) -> str:
-    """Why the kernel cannot run a weight, or an empty string."""
-    if block_size(weight):
+    """Why no kernel can run a weight, or an empty string."""
+    if weight.activation is not None:
+        spec = weight.activation.spec
+        if spec.bits != 8 or spec.granularity != "per_tensor":
+            return f"the kernels take inputs in int8/tensor, its input is in {spec}"
+    if block_size(weight) or runs_int8(weight):
         return ""
     return f"the kernel takes blocks of {BLOCK_SIZES[-1]}, a scale has {weight.group_size} features"
 
@@ -62,6 +86,21 @@ def qdq_operands(weight: FrozenWeight) -> tuple[Tensor, Tensor]:
     """Codes [K, N], two a byte where they are narrow and N is even, and scales [K / block, N]."""
     codes = quant.store_codes(weight.codes.t().contiguous(), weight.spec.bits)
     return codes, block_scales(weight).t().contiguous()
+
+
+def int8_operands(weight: FrozenWeight) -> tuple[Tensor, Tensor]:
+    """Codes int8 [K, N] and one scale for each output, float32 [N]."""
+    scales = weight.scales.expand(weight.shape[0], 1).reshape(-1).to(torch.float32)
+    return weight.codes.t().contiguous(), scales.contiguous()
+
+
+def activation_operands(activation: FrozenActivation) -> tuple[Tensor, Tensor]:
+    """Scale float32 [] and zero point uint8 [] of unsigned codes, which stand for the same values.
+
+    The kernel takes signed ones too, and turns them into unsigned ones first.
+    """
+    zero_point = activation.zero_points + 128
+    return activation.scales.reshape(()).clone(), zero_point.to(torch.uint8).reshape(()).clone()
 
 
 def matmulnbits_operands(weight: FrozenWeight) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,8 @@ SESSION_FILE, FOLDER = "session.json", "onnx"
 FORMAT_VERSION = 1
 MINIMUM_RUNTIME = "1.24"
 MINIMUM_RUNTIME_8_BITS = "1.31"
-"""1.24 does not fuse standard operators with 8-bit codes; versions between have not been tried."""
+"""1.24 does not fuse standard operators with 8-bit codes; versions between have not been tried, nor
+any but this one on quantized activations."""
 PROVIDERS = ["CPUExecutionProvider"]
 AGAIN = "copy the directory again or export the model again"
 

@@ -2,6 +2,8 @@
 
 gracec::dequantize_linear   gracec.DequantizeLinear, which `graphs` turns into the standard one:
                             torch has no 4-bit tensors, and the codes go through as bytes
+gracec::quantize_activation, gracec::dequantize_activation
+                            QuantizeLinear, DequantizeLinear
 gracec::matmul_nbits        com.microsoft.MatMulNBits
 gracec::last_positions      Slice from -count to the end, so that 0 keeps everything
 gracec::rms_norm, gracec::rotary_embedding, gracec::attention
@@ -27,6 +29,8 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     ops = torch.ops.gracec
     return {
         ops.dequantize_linear.default: _dequantize_linear,
+        ops.quantize_activation.default: _quantize_activation,
+        ops.dequantize_activation.default: _dequantize_activation,
         ops.matmul_nbits.default: _matmul_nbits,
         ops.last_positions.default: _last_positions,
         ops.rms_norm.default: _rms_norm,
@@ -62,6 +66,14 @@ _MATMUL = _operator(
 
 def _dequantize_linear(codes: Any, scales: Any, block_size: int) -> Any:
     return _DEQUANTIZE(codes, scales, block_size=block_size)
+
+
+def _quantize_activation(x: Any, scale: Any, zero_point: Any) -> Any:
+    return op.QuantizeLinear(x, scale, zero_point)
+
+
+def _dequantize_activation(codes: Any, scale: Any, zero_point: Any) -> Any:
+    return op.DequantizeLinear(codes, scale, zero_point)
 
 
 def _matmul_nbits(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from gracec.backends.onnx import gates, kernel
+from gracec.backends.onnx import gates, graphs, kernel
 from gracec.compiler import CompiledModel
 from gracec.errors import GateError
 from gracec.greedy import Step
@@ -55,9 +55,12 @@ def test_rounded_activations_are_not_faithful(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_matmul_that_is_not_fused_fails_the_count(exported: Path) -> None:
     path = exported / "onnx" / DECODER
-    assert gates.kernels_in_session(path, "qdq", "faithful", 14) == 14
+    assert gates.kernels_in_session(path, "qdq", "faithful", {kernel.MATMUL_NBITS: 14}) == 14
     with pytest.raises(GateError, match="14 matmuls run on the INT4 kernel, 15 are planned"):
-        gates.kernels_in_session(path, "qdq", "faithful", 15)
+        gates.kernels_in_session(path, "qdq", "faithful", {kernel.MATMUL_NBITS: 15})
+    planned = {kernel.MATMUL_NBITS: 14, kernel.MATMUL_INT8: 1}
+    with pytest.raises(GateError, match="0 matmuls run on the INT8 kernel, 1 are planned"):
+        gates.kernels_in_session(path, "qdq", "faithful", planned)
     assert not list(path.parent.glob(".optimized*"))
 
 
@@ -70,7 +73,42 @@ def test_shared_scales_fail_the_count(copied: Copied) -> None:
     same.input[1] = nodes[0].input[1]
     onnx.save(model, str(path))
     with pytest.raises(GateError, match="12 matmuls run on the INT4 kernel, 14 are planned"):
-        gates.kernels_in_session(path, "qdq", "faithful", 14)
+        gates.kernels_in_session(path, "qdq", "faithful", {kernel.MATMUL_NBITS: 14})
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+def test_the_int8_kernel_does_not_saturate_as_it_is_written(bits: int) -> None:
+    weight = random_weight((32, 256), QuantSpec(bits, granularity="per_channel"), 0)
+    codes, scales = kernel.int8_operands(weight)
+    lowered = LoweredWeight(codes, scales, 8, 0, 32, 256)
+    assert gates.matmul_error({"w": lowered}, "qdq", "faithful") <= 1e-6
+
+
+def saturated(bits: int, unsigned: bool | None) -> float:
+    """What the int8 kernel makes of 64 products 1 * 1, in the highest codes of both."""
+    highest = 2 ** (bits - 1) - 1
+    codes = np.full((64, 16), highest, dtype=np.int8)
+    scales = np.full(16, 1 / highest, dtype=np.float32)
+    x = np.ones((1, 64), dtype=np.float32)
+    scale = np.float32(1 / 255)
+    found = gates.run_int8(codes, scales, x, scale, np.uint8(0), unsigned)
+    return float(found[0, 0])
+
+
+def test_signed_codes_of_8_bits_are_a_trap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the processor saturates, the gate stops what would be wrong; what is written is not."""
+    for bits in (7, 8):
+        assert saturated(bits, None) == pytest.approx(64, rel=1e-5)
+    if saturated(8, unsigned=False) == pytest.approx(64, rel=1e-5):
+        pytest.skip("this processor has VNNI, whose int8 kernels do not saturate")
+    assert saturated(8, unsigned=False) < 40
+    monkeypatch.setattr(graphs, "needs_eight_bits", lambda codes: False)
+    weight = random_weight((32, 256), QuantSpec(8, granularity="per_channel"), 0)
+    lowered = LoweredWeight(*kernel.int8_operands(weight), 8, 0, 32, 256)
+    with pytest.raises(
+        GateError, match="w: INT8 matmul is off by .* saturates; quantize .* 7 bits"
+    ):
+        gates.matmul_error({"w": lowered}, "qdq", "faithful")
 
 
 def test_codes_are_read_back_by_another_package(exported: Path, compiled: CompiledModel) -> None:
