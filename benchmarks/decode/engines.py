@@ -180,6 +180,7 @@ def llama_cpp(file: Path, threads: int) -> tuple[Stream, int]:
         n_batch=512,
         n_threads=threads,
         n_threads_batch=threads,
+        flash_attn=True,  # what llama.cpp chooses by itself where it can
         verbose=False,
     )
     context, words = model.ctx, model.n_vocab()

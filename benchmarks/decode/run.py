@@ -285,7 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="smollm2")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", default="*", help="variants with such names, and the references")
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], help="variants with such names, and the references"
+    )
     parser.add_argument("--work", type=Path, default=WORK, help="the folder of prepare.py")
     parser.add_argument("--peers", type=Path, help="an environment as in peer_requirements.txt")
     parser.add_argument("--out", help="name of the result; default decode_MODEL")
@@ -297,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     missing: dict[str, str] = {}
     workers = []
     for variant in VARIANTS:
-        chosen = fnmatch.fnmatch(variant.name, options.only)
+        chosen = any(fnmatch.fnmatch(variant.name, pattern) for pattern in options.only)
         if not chosen and variant.name not in REFERENCES.values():
             continue
         facts = made["files"].get(variant.path, {"error": "not made yet: run prepare.py"})

@@ -8,9 +8,11 @@ nothing of gracec, so that the environment of the peers can run it too.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -68,7 +70,14 @@ def read(path: Path) -> None:
                     pass
 
 
+def end_with_parent() -> None:
+    """Have Linux kill this process when its parent ends: a stopped one would stay for ever."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> None:
+    end_with_parent()
     task = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what runtimes print does not end up among the answers
