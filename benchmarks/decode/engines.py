@@ -183,9 +183,10 @@ def llama_cpp(file: Path, threads: int) -> tuple[Stream, int]:
         flash_attn=True,  # what llama.cpp chooses by itself where it can
         verbose=False,
     )
-    context, words = model.ctx, model.n_vocab()
+    words = model.n_vocab()
 
     def decode(ids: Sequence[int]) -> int:
+        context = model.ctx  # which ends with the model, so that the model has to be kept
         array = (lib.llama_token * len(ids))(*ids)
         if lib.llama_decode(context, lib.llama_batch_get_one(array, len(ids))):
             raise RuntimeError("llama_decode failed")
@@ -194,7 +195,7 @@ def llama_cpp(file: Path, threads: int) -> tuple[Stream, int]:
         return int(np.ctypeslib.as_array(address, shape=(words,)).argmax())
 
     def stream(prompt: Sequence[int], count: int) -> Iterator[int]:
-        lib.llama_memory_clear(lib.llama_get_memory(context), True)
+        lib.llama_memory_clear(lib.llama_get_memory(model.ctx), True)
         token = decode(prompt)
         yield token
         for _ in range(count - 1):

@@ -117,9 +117,10 @@ class Worker:
         assert self.process is not None and self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
+            code = self.process.wait()
             self.end()
             lines = self.log.read_text(encoding="utf-8").strip().splitlines()
-            raise RuntimeError(lines[-1] if lines else "the process ended without a word")
+            raise RuntimeError(f"ended with {code}: {lines[-1] if lines else 'no message'}")
         found: dict[str, Any] = json.loads(line)
         return found
 
