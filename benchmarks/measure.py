@@ -82,19 +82,23 @@ def write_result(
     rows: Sequence[Mapping[str, Any]],
     *,
     arguments: str = "",
+    script: str = "",
     load: float | None = None,
+    versions: Mapping[str, str] | None = None,
 ) -> None:
     """Write `results/<name>.json`, as `scoreboard.py` reads it.
 
     Args:
         what: one line for a reader.
-        arguments: after `python benchmarks/<name>.py`.
+        arguments: of the command.
+        script: in `benchmarks`; `<name>.py` by default.
         load: of the machine when the benchmark began.
+        versions: of what was measured, beside torch.
     """
     result = {
         "what": what,
-        "command": f"python benchmarks/{name}.py {arguments}".strip(),
-        "environment": environment(load),
+        "command": f"python benchmarks/{script or f'{name}.py'} {arguments}".strip(),
+        "environment": environment(load) | ({"versions": versions} if versions else {}),
         "rows": rows,
     }
     text = json.dumps(result, indent=2)
