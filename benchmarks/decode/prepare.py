@@ -18,6 +18,7 @@ import sys
 import time
 import venv
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,14 @@ from variants import (
 from worker import COMPARED, CONTEXT, prompt, word_range
 
 import gracec
-from gracec.backends import onnx_hf
 from gracec.backends.onnx import graphs
 from gracec.backends.onnx.session import MINIMUM_RUNTIME, SessionConfig
 from gracec.backends.onnx_hf import FILES
 from gracec.capture import capture_serving
 from gracec.capture.serving_graph import DECODER
-from gracec.errors import GateError
 from gracec.models import load_config
+from gracec.passes import run_passes
+from gracec.passes.fuse_decoder import FuseDecoder
 from gracec.recipe import Recipe
 from gracec.store import file_sha256, read_store, write_directory
 
@@ -186,11 +187,14 @@ def export_float32(source: Path, directory: Path) -> None:
     def fill(target: Path) -> None:
         (target / folder.name).mkdir()
         model.config.save_pretrained(target)
+        serving = capture_serving(model)
+        fused = run_passes(serving[DECODER].program, [FuseDecoder()]).program
+        serving[DECODER] = replace(serving[DECODER], program=fused)
         files = {
             name: graphs.write_model(
                 graphs.to_onnx(graph, name), target / folder.name / f"{FILES[name]}.onnx"
             )
-            for name, graph in capture_serving(model).items()
+            for name, graph in serving.items()
         }
         write_session(target / folder.name, files)
 
@@ -242,27 +246,6 @@ def build_genai(shop: Workshop, path: Path) -> None:
     shutil.rmtree(cache, ignore_errors=True)
 
 
-def report_gates() -> None:
-    """Have the two gates that compare logits print their error instead of raising it.
-
-    Their inputs are random tokens and the features of a random tower, which a trained decoder
-    amplifies. Whether what is timed computes the model is then seen from its greedy tokens.
-    """
-
-    def reported(gate: Callable[..., Any]) -> Callable[..., Any]:
-        def check(*arguments: Any) -> Any:
-            try:
-                return gate(*arguments)
-            except GateError as error:
-                print(f"gate: {error}", flush=True)
-                return None
-
-        return check
-
-    for name in ("composed_equals_training", "lowered_is_as_good_as_dense"):
-        setattr(onnx_hf, name, reported(getattr(onnx_hf, name)))
-
-
 def prepare(shop: Workshop) -> None:
     if not make_decoder(shop):
         return
@@ -301,14 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--peers", type=Path, help=f"an environment that has {PEERS}")
     parser.add_argument("--again", default="", help="make files with such names again")
-    parser.add_argument(
-        "--report-gates",
-        action="store_true",
-        help="print what the gates of export_onnx find on its example inputs, and go on",
-    )
     options = parser.parse_args(arguments)
-    if options.report_gates:
-        report_gates()
     environment = options.peers or options.work / "peers"
     if not environment.exists() and options.model != "tiny":
         make_peers(environment)

@@ -76,12 +76,7 @@ def exported(ops: str, mode: str, artifact: Artifact, **options: Any) -> Variant
     return Variant(name, "onnx", path, artifact.folder, options, ops=ops, mode=mode)
 
 
-PLAIN, FINE, WIDE, NARROW = ARTIFACTS = (
-    Artifact(64),
-    Artifact(32),
-    Artifact(64, 8),
-    Artifact(64, 4),
-)
+PLAIN, WIDE, NARROW = ARTIFACTS = (Artifact(64), Artifact(64, 8), Artifact(64, 4))
 VARIANTS = (
     Variant(TORCH, "torch", DENSE, DENSE, {"dtype": "float32"}),
     Variant(HALF, "torch", DENSE, DENSE, {"dtype": "bfloat16"}),
@@ -91,14 +86,9 @@ VARIANTS = (
     Variant("onnxruntime-genai builder int4 g32", "genai", GENAI, peer=True),
     Variant(LLAMA, "llama.cpp", GGUF, peer=True),
     exported("qdq", "faithful", PLAIN),
-    exported("matmulnbits", "faithful", PLAIN),
     exported("qdq", "fast", PLAIN),
-    exported("qdq", "fast", PLAIN, spinning=True),
-    exported("matmulnbits", "fast", PLAIN),
-    exported("matmulnbits", "fast", FINE),
     exported("qdq", "faithful", WIDE),
     exported("qdq", "fast", WIDE),
-    exported("matmulnbits", "fast", WIDE),
     exported("qdq", "faithful", NARROW),
     exported("qdq", "fast", NARROW),
     exported("matmulnbits", "fast", NARROW),
