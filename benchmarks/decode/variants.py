@@ -87,9 +87,7 @@ VARIANTS = (
     Variant(LLAMA, "llama.cpp", GGUF, peer=True),
     exported("qdq", "faithful", PLAIN),
     exported("qdq", "fast", PLAIN),
-    exported("qdq", "faithful", WIDE),
     exported("qdq", "fast", WIDE),
-    exported("qdq", "faithful", NARROW),
     exported("qdq", "fast", NARROW),
     exported("matmulnbits", "fast", NARROW),
 )

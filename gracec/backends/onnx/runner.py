@@ -263,13 +263,16 @@ class OnnxModel:
             binding.bind_ortvalue_input(name, value)
         for name, value in (past or self._empty_cache(len(embeds))).items():
             binding.bind_ortvalue_input(name, value)
-        outputs = [value.name for value in session.get_outputs()]
-        for name in outputs:
+        for name in self._decoder_outputs:
             binding.bind_output(name, "cpu")
         session.run_with_iobinding(binding)
-        found = dict(zip(outputs, binding.get_outputs(), strict=True))
+        found = dict(zip(self._decoder_outputs, binding.get_outputs(), strict=True))
         logits = torch.from_numpy(found.pop("logits").numpy())
         return logits, {name.replace(GROWN_CACHE, CACHE): value for name, value in found.items()}
+
+    @cached_property
+    def _decoder_outputs(self) -> list[str]:
+        return [value.name for value in self._sessions[DECODER].get_outputs()]
 
     def _empty_cache(self, batch: int) -> dict[str, Any]:
         inputs = self._sessions[DECODER].get_inputs()
