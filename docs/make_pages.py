@@ -1,13 +1,15 @@
-"""Write the parts of these pages that repeat what the code says.
+"""Write the parts of these pages that repeat what the code or a results file says.
 
     python docs/make_pages.py       rewrites the text between <!-- NAME: begin --> and its end mark
 
-Passes, gates, the scale grid, recipes and their fields are read from the code; a test compares.
+Passes, gates, the scale grid, recipes and their fields are read from the code, measurements from
+`benchmarks/results/`; a test compares.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -33,6 +35,7 @@ from gracec.recipe import (
 )
 
 DOCS = Path(__file__).resolve().parent
+RESULTS = DOCS.parent / "benchmarks/results"
 TEXT_TYPES = {bool, int, float, str}
 
 MEANING = {
@@ -255,8 +258,73 @@ def allowed(field: dict[str, Any]) -> str:
     return text if below is None else f"{text} and below {below:g}"
 
 
+Row = dict[str, Any]
+
+
+def measured(
+    result: str, columns: dict[str, Callable[[Row], object]], rows: Callable[[Row], bool]
+) -> str:
+    """A table of some rows of a results file."""
+    found = json.loads((RESULTS / f"{result}.json").read_text(encoding="utf-8"))["rows"]
+    lines = [[str(cell(row)) for cell in columns.values()] for row in found if rows(row)]
+    return table(list(columns), lines)
+
+
+def answers_table() -> str:
+    columns: dict[str, Callable[[Row], object]] = {
+        "head": lambda row: row["head"],
+        "backend": lambda row: row["backend"],
+        "right, %": lambda row: row["percent_right"],
+        "against the original, points": lambda row: (
+            f"{row['change_points']:+} ±{row['standard_error']}"
+        ),
+        "other answers than its codes": lambda row: row["other_answers_than_its_codes"],
+        "KL, nats": lambda row: "" if row["kl_nats"] is None else f"{row['kl_nats']:.1e}",
+    }
+    return measured("onnx_answers", columns, lambda row: True)
+
+
+def activations_table() -> str:
+    columns: dict[str, Callable[[Row], object]] = {
+        "model": lambda row: row["model"],
+        "right, %": lambda row: f"{row['percent_right']:.1f} ±{row['standard_error']:.1f}",
+        "other answers than float32": lambda row: row["other_answers"],
+        "KL from float32, nats": lambda row: row["kl_nats"],
+    }
+    return measured("activations", columns, lambda row: "model" in row)
+
+
+def vision_speed_table() -> str:
+    columns: dict[str, Callable[[Row], object]] = {
+        "vision encoder": lambda row: row["vision_encoder"],
+        "weights": lambda row: row["weights"],
+        "median, ms": lambda row: row["milliseconds_median"],
+        "times float32 (middle half of the rounds)": lambda row: (
+            f"{row['times_float32']} ({row['middle_half']})"
+        ),
+    }
+    return measured("activations", columns, lambda row: "vision_encoder" in row)
+
+
+def decode_table() -> str:
+    columns: dict[str, Callable[[Row], object]] = {
+        "SmolLM2-135M": lambda row: row["variant"],
+        "tokens/s of an answer": lambda row: row["decode_tokens_per_s"],
+        "times torch bfloat16": lambda row: row["x_torch_bf16"],
+        "tokens/s of a prompt": lambda row: row["prefill_tokens_per_s"],
+        "weights, MiB": lambda row: row["weights_mib"],
+    }
+    return measured("decode_smollm2", columns, lambda row: "decode_tokens_per_s" in row)
+
+
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "architecture.md": {"passes": passes_table, "gates": gates_table, "grid": scale_grid},
+    "onnx.md": {
+        "activations": activations_table,
+        "vision speed": vision_speed_table,
+        "answers": answers_table,
+        "decode": decode_table,
+    },
     "recipes.md": {"recipes": recipes_table, "fields": fields_table},
 }
 
