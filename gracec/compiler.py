@@ -151,12 +151,20 @@ def compile(
     program = capture(model)
     figures: dict[str, Any] = {"captured_equals_eager": captured_equals_eager(program, model)}
     search = recipe.scale_search
+    held_out = _as_records(eval_data) if training is not None else None
+    observers = []
+    if recipe.quantizes_activations:
+        watched, problems = calibration_samples(
+            model, recipe, processor, train_data, held_out, strict
+        )
+        observers = [InsertObservers(watched)]
+        notes += [f"calibration: {problem}" for problem in problems]
     prepared = run_passes(
         program,
         [
             AnalyzeModality(),
             PlanQuantization(recipe=recipe, strict=strict),
-            *_observers(model, recipe, processor, train_data, eval_data, strict),
+            *observers,
             InsertFakeQuant(search.candidates, search.lowest, search.highest),
         ],
     )
@@ -172,7 +180,7 @@ def compile(
             recipe,
             processor,
             train_data,
-            _as_records(eval_data),
+            held_out,
             directory=None if output_dir is None else Path(f"{output_dir}.training"),
             resume=resume,
             strict=strict,
@@ -268,23 +276,6 @@ def _check_training(
     if strict or teacher is not None or resume:
         raise GracecError(note, where=where, fix="give train_data, or w4a16-ptq")
     return [note]
-
-
-def _observers(
-    model: PreTrainedModel,
-    recipe: Recipe,
-    processor: Any,
-    train_data: Any,
-    eval_data: Any,
-    strict: bool,
-) -> list[InsertObservers]:
-    """The pass that calibrates activations, where the recipe quantizes any."""
-    if not recipe.quantizes_activations:
-        return []
-    held = _as_records(eval_data)
-    return [
-        InsertObservers(calibration_samples(model, recipe, processor, train_data, held, strict))
-    ]
 
 
 def _teacher(

@@ -12,7 +12,7 @@ from transformers import LlavaForConditionalGeneration
 
 import gracec
 from gracec.compiler import CompiledModel
-from gracec.errors import GracecError
+from gracec.errors import GracecError, GracecWarning
 from gracec.evaluate import evaluate_vqa, load_samples
 from gracec.passes.freeze import QUANTIZE_DEQUANTIZE
 from tests.tiny import tiny_image, tiny_processor
@@ -60,6 +60,14 @@ def test_what_is_refused(llava: LlavaForConditionalGeneration, tmp_path: Path) -
         compile(llava, "w8a8", train_data=RECORDS, teacher=llava)
     with pytest.raises(GracecError, match="format hf: .*activations, which .* --format onnx"):
         compile(llava, "w8a8", train_data=RECORDS, output_dir=tmp_path / "never")
+
+
+def test_a_sample_that_does_not_calibrate_is_reported(llava: LlavaForConditionalGeneration) -> None:
+    broken = {**RECORDS[0], "question": "what <image> is <pad> this ?"}
+    with pytest.warns(GracecWarning, match="control token"):
+        notes = compile(llava, "w8a8", train_data=[*RECORDS, broken]).report.notes
+    (note,) = [note for note in notes if note.startswith("calibration: ")]
+    assert "'<pad>', a control token" in note
 
 
 @pytest.mark.slow

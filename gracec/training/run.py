@@ -109,10 +109,13 @@ def calibration_samples(
     train_data: Any,
     eval_data: Any = None,
     strict: bool = False,
-) -> list[dict[str, Tensor]]:
+) -> tuple[list[dict[str, Tensor]], list[str]]:
     """Inputs of the graph to watch activations on, one sample each, so that nothing is padding.
 
     They are evenly spaced in what is trained on, or in all of `train_data` where nothing is.
+
+    Returns:
+        The inputs, and a line for each sample that could not be used.
 
     Raises:
         GracecError: if the data cannot be read or none of it can be used.
@@ -134,7 +137,7 @@ def calibration_samples(
             found.append({name: tensor.to(model.device) for name, tensor in inputs.items()})
     if not found:
         raise GracecError("no sample can be used to calibrate on", where="train_data")
-    return found
+    return found, [*data.problems, *collate.problems]
 
 
 def join_ranks() -> None:
