@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,20 +24,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import in_a_process, write_result
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedModel,
-)
+from measure import in_a_process, random_llava, write_result
+from transformers import PreTrainedModel
 
 import gracec
 from gracec.backends.onnx import graphs
 from gracec.backends.onnx.session import open_session
 from gracec.capture import capture, capture_serving
 from gracec.capture.serving_graph import VISION
+from gracec.demo import write_questions
 from gracec.evaluate import VqaReport, evaluate_vqa, load_image, load_samples
 from gracec.evaluate.vqa import encode
 from gracec.gates import logit_agreement
@@ -136,31 +130,26 @@ def answers(name: str, data: Path, folder: Path) -> list[dict[str, Any]]:
 
 def tower() -> PreTrainedModel:
     """A LLaVA whose tower has the width and the tokens of CLIP-B/16, random and 3 of its layers."""
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=768,
-            intermediate_size=3072,
-            num_hidden_layers=4,  # the last is not used
-            num_attention_heads=12,
-            image_size=224,
-            patch_size=16,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=64,
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=1,
-            max_position_embeddings=1024,
-            pad_token_id=0,
-        ),
-        image_token_index=5,
-        image_seq_length=196,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-    )
-    torch.manual_seed(0)
-    return LlavaForConditionalGeneration(config).eval()
+    vision = {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 4,  # the last is not used
+        "num_attention_heads": 12,
+        "image_size": 224,
+        "patch_size": 16,
+    }
+    text = {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 1024,
+        "pad_token_id": 0,
+    }
+    model: PreTrainedModel = random_llava(vision, text)
+    return model
 
 
 def encoders(name: str, folder: Path) -> dict[str, Path]:
@@ -235,9 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(json.dumps(rows))
             return
         for split, limit in (("test", options.questions), ("train", CALIBRATION)):
-            command = [sys.executable, str(EXAMPLE / "make_dataset.py"), "--split", split]
-            command += ["--limit", str(limit), "--out", f"{folder}/{split}"]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            write_questions(EXAMPLE, split, Path(folder) / split, limit)
 
         def found(name: str) -> list[dict[str, Any]]:
             rows: list[dict[str, Any]] = in_a_process(__file__, {"row": name, "data": folder})

@@ -19,10 +19,11 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def random_llava(
     vision: Mapping[str, Any], text: Mapping[str, Any], dtype: torch.dtype = torch.float32
 ) -> Any:
-    """A LLaVA with seeded random weights, 16 visual tokens and 3 vision layers.
+    """A LLaVA with seeded random weights.
 
     Args:
-        vision, text: widths and sizes, as fields of `CLIPVisionConfig` and `LlamaConfig`.
+        vision, text: fields of `CLIPVisionConfig` and `LlamaConfig`; by default 3 vision layers,
+            pictures of 56 px in 16 patches, 8 key heads and 512 positions.
     """
     from transformers import (
         CLIPVisionConfig,
@@ -31,11 +32,13 @@ def random_llava(
         LlavaForConditionalGeneration,
     )
 
+    tower = {"num_hidden_layers": 3, "image_size": 56, "patch_size": 14, **vision}
+    decoder = {"num_key_value_heads": 8, "max_position_embeddings": 512, **text}
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**vision, num_hidden_layers=3, image_size=56, patch_size=14),
-        text_config=LlamaConfig(**text, num_key_value_heads=8, max_position_embeddings=512),
+        vision_config=CLIPVisionConfig(**tower),
+        text_config=LlamaConfig(**decoder),
         image_token_index=5,
-        image_seq_length=16,
+        image_seq_length=(tower["image_size"] // tower["patch_size"]) ** 2,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )

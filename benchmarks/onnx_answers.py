@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ from measure import write_result
 
 import gracec
 from gracec import Recipe
+from gracec.demo import write_questions
 from gracec.evaluate import VqaReport, evaluate_vqa, load_samples, paired_difference
 from gracec.models import load_model, load_processor
 
@@ -96,9 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
-        command = [sys.executable, str(EXAMPLE / "make_dataset.py"), "--split", "test"]
-        command += ["--limit", str(count), "--out", str(data)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        write_questions(EXAMPLE, "test", data, count)
         rows = list(measure(data, Path(folder)))
     what = f"answers of the shipped student to {count} test questions, decoder of w4a16-ptq"
     write_result("onnx_answers", what, rows, load=load)

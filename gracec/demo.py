@@ -59,8 +59,8 @@ def run_demo(
     for old in (data, train, *artifacts.values(), Path(f"{artifacts[GRACE]}.training")):
         shutil.rmtree(old, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
-    _write_questions(example, "test", data)
-    _write_questions(example, "train", train, TRAINING_QUESTIONS)
+    write_questions(example, "test", data)
+    write_questions(example, "train", train, TRAINING_QUESTIONS)
     samples = load_samples(data, limit)
 
     console.rule("post-training quantization")
@@ -129,7 +129,7 @@ def run_demo(
     return result
 
 
-def _write_questions(example: Path, split: str, folder: Path, limit: int | None = None) -> None:
+def write_questions(example: Path, split: str, folder: Path, limit: int | None = None) -> None:
     """Have the example's script write one split."""
     command = [sys.executable, str(example / "make_dataset.py"), "--split", split]
     command += ["--out", str(folder)] + ([] if limit is None else ["--limit", str(limit)])

@@ -165,6 +165,11 @@ def load_processor(path: str | Path) -> Any:
         ) from error
 
 
+def configurations(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """A configuration and those of its parts."""
+    return [config, *(getattr(config, name) for name in config.sub_configs)]
+
+
 def untie_head(model: PreTrainedModel) -> bool:
     """Give a head that is the token embedding a parameter of its own; the configuration says so.
 
@@ -178,8 +183,7 @@ def untie_head(model: PreTrainedModel) -> bool:
     if head is None or head.weight is not table.weight:
         return False
     head.weight = nn.Parameter(table.weight.detach(), requires_grad=table.weight.requires_grad)
-    config = model.config
-    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+    for part in configurations(model.config):
         if getattr(part, "tie_word_embeddings", False):
             part.tie_word_embeddings = False
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)

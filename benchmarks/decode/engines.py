@@ -91,21 +91,20 @@ def torch_bytes(model: Any) -> int:
     return total
 
 
-def onnx(directory: Path, threads: int, spinning: bool = False) -> tuple[Stream, int]:
+def onnx(directory: Path, threads: int) -> tuple[Stream, int]:
     """gracec's runner, as its users call it."""
     import torch
 
     from gracec.backends.onnx import runner
 
     torch.set_num_threads(threads)
-    if not spinning:
-        opened = runner.open_session
+    opened = runner.open_session
 
-        @functools.wraps(opened)
-        def without_spinning(path: Path, options: Any, **rest: Any) -> Any:
-            return opened(path, {**options, SPINNING: "0"}, **rest)
+    @functools.wraps(opened)
+    def without_spinning(path: Path, options: Any, **rest: Any) -> Any:
+        return opened(path, {**options, SPINNING: "0"}, **rest)
 
-        runner.open_session = without_spinning
+    runner.open_session = without_spinning
     model = runner.OnnxModel.load(directory, threads=threads)
     model.generation_config.eos_token_id = None
 

@@ -67,13 +67,12 @@ class Variant:
     mode: str = ""
 
 
-def exported(ops: str, mode: str, artifact: Artifact, **options: Any) -> Variant:
+def exported(ops: str, mode: str, artifact: Artifact) -> Variant:
     """gracec on ONNX Runtime."""
     head = f"int{artifact.head_bits}" if artifact.head_bits else "fp32"
     name = f"gracec {mode} {ops} g{artifact.group_size} head {head}"
-    name += "".join(f" {option}" for option in options)
     path = f"onnx-{ops}-{mode}-{artifact.folder}"
-    return Variant(name, "onnx", path, artifact.folder, options, ops=ops, mode=mode)
+    return Variant(name, "onnx", path, artifact.folder, ops=ops, mode=mode)
 
 
 PLAIN, WIDE, NARROW = ARTIFACTS = (Artifact(64), Artifact(64, 8), Artifact(64, 4))

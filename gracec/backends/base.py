@@ -37,6 +37,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 
 from gracec.errors import GateError, GracecError
+from gracec.models import configurations
 from gracec.ops import dtype_name
 from gracec.passes.freeze import FrozenWeight
 from gracec.report import Report
@@ -184,7 +185,7 @@ class Format(ABC):
         _write_tensors(revert_weight_conversion(model, tensors), metadata, directory)
         del tensors
         config = copy.deepcopy(artifact.config)
-        for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        for part in configurations(config):
             if part.dtype is not None or part is config:
                 part.dtype = self.dtype(artifact)
         config.architectures = [type(model).__name__]

@@ -38,7 +38,13 @@ from gracec.capture.serving_graph import DECODER, EMBEDDING, VISION
 from gracec.errors import GateError, GracecError
 from gracec.gates import logit_agreement, lowered_is_as_good_as_dense
 from gracec.greedy import prompt_logits
-from gracec.models import fill_while_running, quantize_inputs, set_tensor, stand_in
+from gracec.models import (
+    configurations,
+    fill_while_running,
+    quantize_inputs,
+    set_tensor,
+    stand_in,
+)
 from gracec.passes import run_passes
 from gracec.passes.apply_codes import ApplyCodes
 from gracec.passes.base import Pass
@@ -158,7 +164,9 @@ class Onnx(Format):
             minimum_runtime=MINIMUM_RUNTIME_8_BITS if wide else MINIMUM_RUNTIME,
         )
         session.write(directory)
-        figures |= self._run(OnnxModel(directory, model.config), serving, model, artifact)
+        # Which number of threads is fastest is not asked here, so none is tried.
+        runner = OnnxModel(directory, model.config, threads=torch.get_num_threads())
+        figures |= self._run(runner, serving, model, artifact)
         session.write(directory)
         return (*notes, f"onnx: {_summary(figures)}")
 
@@ -240,7 +248,7 @@ class Onnx(Format):
 def model_of(artifact: Artifact, dtype: torch.dtype) -> PreTrainedModel:
     """The model of an artifact, with stand-ins without memory for the quantized weights."""
     config = copy.deepcopy(artifact.config)
-    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+    for part in configurations(config):
         part.dtype = dtype
     model = empty_model(config)
     buffers = dict(model.named_buffers())  # rotary frequencies stay in float32

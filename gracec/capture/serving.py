@@ -19,14 +19,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gracec.capture.capture import gate_batches, trace
 from gracec.capture.families import Family, families, family_of
 from gracec.capture.serving_graph import (
-    BATCH,
-    CACHE,
     DECODER,
     EMBEDDING,
-    PAST,
     VISION,
     ServingGraph,
     Shape,
+    decoder_inputs,
+    empty_cache,
 )
 from gracec.errors import GateError
 from gracec.greedy import prompt_logits
@@ -262,30 +261,7 @@ class ServingRuntime:
         decoder = self.serving[DECODER]
         if past is None:
             past = empty_cache(decoder.inputs, len(embeds), embeds.dtype, embeds.device)
-        outputs = decoder.run(
-            {
-                "inputs_embeds": embeds,
-                "attention_mask": attention_mask,
-                "position_ids": position_ids,
-                "num_logits_to_keep": torch.tensor(keep),
-                **past,
-            }
-        )
+        given = decoder_inputs(embeds, attention_mask, position_ids, keep)
+        outputs = decoder.run({**given, **past})
         logits = outputs.pop("logits")
         return logits, dict(zip(past, outputs.values(), strict=True))
-
-
-def empty_cache(
-    inputs: Mapping[str, Shape], batch: int, dtype: torch.dtype, device: torch.device
-) -> dict[str, Tensor]:
-    """A cache of no positions for a decoder with these inputs."""
-    sizes = {BATCH: batch, PAST: 0}
-    return {
-        name: torch.empty(
-            [sizes[size] if isinstance(size, str) else size for size in shape],
-            dtype=dtype,
-            device=device,
-        )
-        for name, shape in inputs.items()
-        if name.startswith(f"{CACHE}.")
-    }

@@ -138,6 +138,41 @@ def decoder_graph(model: PreTrainedModel) -> ServingGraph:
     return ServingGraph(DecoderStep(model), example, inputs, outputs)
 
 
+def decoder_inputs(
+    embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, keep: int
+) -> dict[str, Tensor]:
+    """What a decoder takes beside its cache, by name.
+
+    Args:
+        embeds: [B, S, H], the tokens after the cache.
+        attention_mask: int64 [B, P + S].
+        position_ids: int64 [B, S].
+        keep: the last positions whose logits are computed, 0 for all.
+    """
+    return {
+        "inputs_embeds": embeds,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "num_logits_to_keep": torch.tensor(keep),
+    }
+
+
+def empty_cache(
+    inputs: Mapping[str, Shape], batch: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """A cache of no positions for a decoder with these inputs."""
+    sizes = {BATCH: batch, PAST: 0}
+    return {
+        name: torch.empty(
+            [sizes[size] if isinstance(size, str) else size for size in shape],
+            dtype=dtype,
+            device=device,
+        )
+        for name, shape in inputs.items()
+        if name.startswith(f"{CACHE}.")
+    }
+
+
 def cache_names(prefix: str, layers: int) -> Iterator[str]:
     """`prefix.0.key`, `prefix.0.value`, `prefix.1.key`, ..."""
     return (f"{prefix}.{layer}.{part}" for layer in range(layers) for part in ("key", "value"))

@@ -6,7 +6,8 @@
 
 They are what opset 23 of ONNX calls RMSNormalization, RotaryEmbedding and Attention. A runtime
 needs some microseconds for an operator, however small, and a token of a small decoder is hundreds
-of them. Whatever does not have exactly these forms stays as it is, which the notes say.
+of them. Whatever does not have exactly these forms stays as it is; the notes count what is fused,
+and the attentions that are not.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ def _fuse_rotary(graph: fx.Graph, node: fx.Node) -> bool:
                     for table in tables:
                         assert table is not None
                         arguments = (table, 2, 0, size // 2)
-                        known = (user for user in table.users if user.args == arguments)
-                        half = next(known, None)
+                        slices = (u for u in table.users if u.target == aten.slice.Tensor)
+                        half = next((u for u in slices if u.args == arguments), None)
                         if half is None:
                             half = graph.call_function(aten.slice.Tensor, arguments)
                             half.meta = {"val": table.meta["val"][..., : size // 2]}
@@ -133,14 +134,17 @@ def _fuse_attention(graph: fx.Graph, node: fx.Node) -> bool:
         fused = graph.call_function(ATTENTION, arguments)
         results = [graph.call_function(getitem, (fused, number)) for number in range(3)]
     for result, old in zip(results, (merged, *grown), strict=True):
-        assert old is not None
         result.meta = _like(old, node)
-        # A cache is read by what repeats its heads as well, which comes before and is not needed.
-        old.replace_all_uses_with(
-            result, lambda user, old=old: user.op == "output" or old is merged
-        )
+    merged.replace_all_uses_with(results[0])
+    for result, cache in zip(results[1:], grown, strict=True):
+        # What repeats its heads reads a cache as well; it comes before, and is not needed now.
+        cache.replace_all_uses_with(result, _is_output)
     fused.meta = _like(node, node) | {"val": tuple(result.meta["val"] for result in results)}
     return True
+
+
+def _is_output(node: fx.Node) -> bool:
+    return node.op == "output"
 
 
 def _replace(graph: fx.Graph, node: fx.Node, target: Any, arguments: tuple[Any, ...]) -> None:

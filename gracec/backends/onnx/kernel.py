@@ -107,9 +107,7 @@ def matmulnbits_operands(weight: FrozenWeight) -> tuple[Tensor, Tensor]:
     """Codes uint8 [N, K / block, block * bits / 8], the first lowest, and scales [N, K / block]."""
     bits = kernel_bits(weight, "matmulnbits")
     block = block_size(weight)
-    unsigned = (weight.codes + 2 ** (bits - 1)).to(torch.uint8)
-    if bits == 8:
-        unsigned = (weight.codes.to(torch.int16) + 128).to(torch.uint8)
+    unsigned = (weight.codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
     per_byte = 8 // bits
     packed = torch.zeros_like(unsigned[:, ::per_byte])
     for place in range(per_byte):

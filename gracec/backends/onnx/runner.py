@@ -22,7 +22,15 @@ from transformers import GenerationConfig, PreTrainedConfig
 from gracec.backends.onnx.session import FOLDER, SessionConfig, open_session
 from gracec.capture.families import families
 from gracec.capture.families.base import Family
-from gracec.capture.serving_graph import CACHE, DECODER, EMBEDDING, GROWN_CACHE, VISION
+from gracec.capture.serving_graph import (
+    CACHE,
+    DECODER,
+    EMBEDDING,
+    GROWN_CACHE,
+    VISION,
+    decoder_inputs,
+    empty_cache,
+)
 from gracec.errors import GracecError
 from gracec.greedy import Step, greedy, prompt_logits
 from gracec.models import load_config, load_processor
@@ -251,13 +259,7 @@ class OnnxModel:
         past: Any = None,
     ) -> tuple[Tensor, Any]:
         session = self._sessions[DECODER]
-        inputs = {
-            "inputs_embeds": embeds,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "num_logits_to_keep": torch.tensor(keep),
-        }
-        feed = {name: _ort_value(tensor.contiguous().numpy()) for name, tensor in inputs.items()}
+        feed = _ort_values(decoder_inputs(embeds, attention_mask, position_ids, keep))
         feed |= past or self._empty_cache(len(embeds))
         # As IOBinding does it, but with one call instead of one for every part of the cache.
         values = session.run_with_ort_values(self._decoder_outputs, feed)
@@ -270,14 +272,8 @@ class OnnxModel:
         return [value.name for value in self._sessions[DECODER].get_outputs()]
 
     def _empty_cache(self, batch: int) -> dict[str, Any]:
-        inputs = self._sessions[DECODER].get_inputs()
-        return {
-            value.name: _ort_value(
-                np.empty((batch, value.shape[1], 0, value.shape[3]), dtype=np.float32)
-            )
-            for value in inputs
-            if value.name.startswith(f"{CACHE}.")
-        }
+        inputs = {value.name: value.shape for value in self._sessions[DECODER].get_inputs()}
+        return _ort_values(empty_cache(inputs, batch, self.dtype, self.device))
 
     def _prepare(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Inputs of the graphs, checked; a prompt may come without an image."""
@@ -300,5 +296,8 @@ class OnnxModel:
         }
 
 
-def _ort_value(array: Any) -> Any:
-    return ort.OrtValue.ortvalue_from_numpy(array)
+def _ort_values(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {
+        name: ort.OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy())
+        for name, tensor in tensors.items()
+    }
