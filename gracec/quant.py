@@ -156,8 +156,10 @@ def dequantize(
     """
     weight = torch.empty(codes_shape(codes), dtype=dtype, device=codes.device)
     for part, scale, target in row_chunks(codes, scales, weight):
-        groups = grouped(read_codes(part).to(torch.float32), group_size)
-        target.copy_((groups * scale.to(torch.float32).unsqueeze(-1)).reshape(target.shape))
+        groups = grouped(read_codes(part), group_size)
+        torch.mul(
+            groups, scale.to(torch.float32).unsqueeze(-1), out=target.view(groups.shape)
+        )  # computed in float32
     return weight
 
 
@@ -206,13 +208,15 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
     """Inverse of `pack_nibbles`: uint8 [N, K / 2] -> int8 [N, K]."""
-    rows, half = packed.shape
-    codes = torch.empty(rows, 2 * half, dtype=torch.int8, device=packed.device)
-    # An arithmetic shift to the right extends the sign of the nibble that a shift to the left
-    # brought to the top.
-    codes[:, 0::2] = (packed << 4).view(torch.int8) >> 4
-    codes[:, 1::2] = packed.view(torch.int8) >> 4
-    return codes
+    # In place on pairs of bytes, low one first: writing to every other byte is four times slower.
+    pairs = packed.view(torch.int8).to(torch.int16, memory_format=torch.contiguous_format)
+    low = pairs << 12
+    low >>= 12  # an arithmetic shift extends the sign
+    low &= 0xFF
+    pairs >>= 4
+    pairs <<= 8
+    pairs |= low
+    return pairs.view(torch.int8)
 
 
 def row_chunks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from gracec.backends.base import Artifact, Format, empty_model, write_processor
 from gracec.backends.onnx import kernel
-from gracec.capture import capture, capture_serving, family_of
+from gracec.capture import capture_serving, family_of
 from gracec.capture.serving import (
     Serving,
     ServingProgram,
@@ -46,7 +46,6 @@ from gracec.models import (
     stand_in,
 )
 from gracec.passes import run_passes
-from gracec.passes.apply_codes import ApplyCodes
 from gracec.passes.base import Pass
 from gracec.passes.freeze import QUANTIZE_DEQUANTIZE, FrozenWeight, frozen_weights
 from gracec.passes.fuse_decoder import FuseDecoder
@@ -127,9 +126,10 @@ class Onnx(Format):
         model = model_of(artifact, torch.float32)
         serving, hashes = apply_codes(capture_serving(model), artifact.weights)
         figures: dict[str, Any] = {"equal_code_hashes": hashes}
-        training = run_passes(capture(model), [ApplyCodes(artifact.weights)]).program
+        dense = dense_model(artifact, torch.float32, rounded=False)
+        training = family_of(model).traced(dense)
         figures["composed_equals_training"] = composed_equals_training(serving, training, model)
-        del training
+        del dense, training
 
         files: dict[str, list[Path]] = {}
         kernels: dict[str, int] = {}
@@ -262,8 +262,12 @@ def model_of(artifact: Artifact, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def dense_model(artifact: Artifact, dtype: torch.dtype) -> PreTrainedModel:
-    """The same, but each quantized layer has its weight, codes times scales, while it runs."""
+def dense_model(artifact: Artifact, dtype: torch.dtype, *, rounded: bool = True) -> PreTrainedModel:
+    """The same, but each quantized layer has its weight, codes times scales, while it runs.
+
+    Args:
+        rounded: let linears put their inputs on the grids that the artifact has for them.
+    """
     model = model_of(artifact, dtype)
     fill_while_running(
         model,
@@ -271,7 +275,7 @@ def dense_model(artifact: Artifact, dtype: torch.dtype) -> PreTrainedModel:
         lambda fqn: artifact.weights[fqn].dequantize(dtype),
         lambda fqn: stand_in(artifact.weights[fqn].shape, dtype),
     )
-    grids = {fqn: weight.activation for fqn, weight in artifact.weights.items()}
+    grids = {fqn: weight.activation for fqn, weight in artifact.weights.items() if rounded}
     quantize_inputs(model, {fqn: grid for fqn, grid in grids.items() if grid is not None})
     return model
 
