@@ -3,8 +3,9 @@
 python benchmarks/activations.py       writes benchmarks/results/activations.json
 
 Rows of answers: the shipped student on questions of the test split; its activations are calibrated
-on the train split. Rows of speed: the vision encoder on one thread, the variants one after the
-other in each round, and the median over the rounds of the ratio to float32 in the same round.
+on the train split, and the rows that say so are trained there by the recipe of the demo. Rows of
+speed: the vision encoder on one thread, the variants one after the other in each round, and the
+median over the rounds of the ratio to float32 in the same round.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from gracec.backends.onnx import graphs
 from gracec.backends.onnx.session import open_session
 from gracec.capture import capture, capture_serving
 from gracec.capture.serving_graph import VISION
-from gracec.demo import write_questions
+from gracec.demo import TRAINING_QUESTIONS, write_questions
 from gracec.evaluate import VqaReport, evaluate_vqa, load_image, load_samples
 from gracec.evaluate.vqa import encode
 from gracec.gates import logit_agreement
@@ -57,6 +58,8 @@ VARIANTS = {
     "w4a8": ("faithful", "fast"),
     "w8a8": ("faithful",),
     "w8a8, 8-bit codes": ("faithful",),
+    "w4a16, trained": ("faithful", "fast"),
+    "w4a8, trained": ("faithful", "fast"),
 }
 TOWERS = {"shipped student": 64, "CLIP-B/16, 3 layers, random": 224}
 """Vision encoder -> side of its images."""
@@ -64,13 +67,15 @@ ROUNDS = 25
 
 
 def recipe_of(name: str) -> Recipe:
-    """A built-in recipe, or w8a8 with all 8 bits of a code."""
-    recipe = Recipe.load(name.partition(",")[0])
-    if "8-bit" not in name:
-        return recipe
-    fields = recipe.to_dict()
-    for rule in fields["weights"].values():
-        rule["bits"] = 8
+    """A built-in recipe, with all 8 bits of a code or the training of the demo where asked for."""
+    base, _, change = name.partition(", ")
+    fields = Recipe.load(base).to_dict()
+    if change == "8-bit codes":
+        for rule in fields["weights"].values():
+            rule["bits"] = 8
+    if change == "trained":
+        demo = Recipe.load(EXAMPLE / "grace.yaml").to_dict()
+        fields |= {part: demo[part] for part in ("weights", "training")}
     return Recipe.from_dict(fields)
 
 
@@ -119,8 +124,12 @@ def answers(name: str, data: Path, folder: Path) -> list[dict[str, Any]]:
     if name == ORIGINAL:
         return [row(name, reference, expected)]
     recipe, rows = recipe_of(name), []
-    shown = data / "train" if recipe.quantizes_activations else None
-    compiled = gracec.compile(EXAMPLE / "student", recipe, train_data=shown, progress=False)
+    shown = {}
+    if recipe.training is not None:
+        shown = {"train_data": data / "more", "teacher": EXAMPLE / "teacher"}
+    elif recipe.quantizes_activations:
+        shown = {"train_data": data / "train"}
+    compiled = gracec.compile(EXAMPLE / "student", recipe, progress=False, **shown)
     for mode in VARIANTS[name]:
         target = folder / mode
         compiled.export_onnx(target, mode=mode)
@@ -223,8 +232,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             print(json.dumps(rows))
             return
-        for split, limit in (("test", options.questions), ("train", CALIBRATION)):
-            write_questions(EXAMPLE, split, Path(folder) / split, limit)
+        written = {
+            "test": ("test", options.questions),
+            "train": ("train", CALIBRATION),
+            "more": ("train", TRAINING_QUESTIONS),
+        }
+        for name, (split, limit) in written.items():
+            write_questions(EXAMPLE, split, Path(folder) / name, limit)
 
         def found(name: str) -> list[dict[str, Any]]:
             rows: list[dict[str, Any]] = in_a_process(__file__, {"row": name, "data": folder})

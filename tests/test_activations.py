@@ -94,6 +94,12 @@ def test_onnx_runtime_runs_it_in_integers(
         assert rounded == 8
     found = gracec.load(tmp_path / "out", backend="onnx").generate(**batch, max_new_tokens=4)
     assert found.shape == (2, batch["input_ids"].shape[1] + 4)
+    quantized.export_onnx(tmp_path / "other", ops="matmulnbits")
+    session = json.loads((tmp_path / "other/onnx/session.json").read_text())
+    for gate in ("int4_kernels", "int8_kernels", "greedy"):
+        assert session["gates"].get(gate) == figures.get(gate)
+    other = gracec.load(tmp_path / "other", backend="onnx").generate(**batch, max_new_tokens=4)
+    assert torch.equal(other, found)
 
 
 @pytest.mark.slow
