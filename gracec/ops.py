@@ -6,6 +6,7 @@ one that it freezes to; and for ONNX the operators that it has no ATen equivalen
     gracec::dequantize                -> gracec::dequantize_linear, gracec::matmul_nbits
     gracec::quantize_dequantize       -> gracec::quantize_activation, gracec::dequantize_activation
     gracec::last_positions               (its result has as many positions as an input says)
+    gracec::conv2d                       (a convolution whose weight is a matrix)
 
 Each is one node with a registered gradient, so that it survives re-export and saving as one node
 and keeps only its inputs for backward; a composition of ATen ops would keep several weight-sized
@@ -127,6 +128,65 @@ def dequantize(
 @dequantize.register_fake
 def _(codes: Tensor, scales: Tensor, group_size: int, output_dtype: str = "float32") -> Tensor:
     return codes.new_empty(quant.codes_shape(codes), dtype=_DTYPES[output_dtype])
+
+
+@torch.library.custom_op("gracec::conv2d", mutates_args=())
+def conv2d(
+    x: Tensor,
+    matrix: Tensor,
+    bias: Tensor | None,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """The convolution of x [B, C, H, W] with the weight that a matrix [O, C / groups * kh * kw] is
+    a view of, so that it is quantized as the matrix of a linear is."""
+    weight = matrix.view(len(matrix), -1, *kernel)
+    return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+@conv2d.register_fake
+def _(
+    x: Tensor,
+    matrix: Tensor,
+    bias: Tensor | None,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    weight = matrix.view(len(matrix), -1, *kernel)
+    return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def _save_convolution(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, matrix, bias, *options = inputs
+    ctx.save_for_backward(x, matrix)
+    ctx.options = (bias is not None, *options)
+
+
+def _convolution_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    x, matrix = ctx.saved_tensors
+    has_bias, kernel, stride, padding, dilation, groups = ctx.options
+    rows = len(matrix)
+    wanted = [*ctx.needs_input_grad[:2], has_bias and ctx.needs_input_grad[2]]
+    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        grad_output,
+        x,
+        matrix.view(rows, -1, *kernel),
+        [rows] if has_bias else None,
+        *(stride, padding, dilation),
+        *(False, [0, 0], groups),  # neither transposed nor with padding of the output
+        wanted,
+    )
+    grad_matrix = None if grad_weight is None else grad_weight.reshape(matrix.shape)
+    return grad_x, grad_matrix, grad_bias, None, None, None, None, None
+
+
+conv2d.register_autograd(_convolution_backward, setup_context=_save_convolution)
 
 
 @torch.library.custom_op("gracec::fake_quantize_activation", mutates_args=())

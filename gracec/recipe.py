@@ -15,7 +15,8 @@ from gracec.quant import QuantSpec
 BUILT_IN = Path(__file__).parent / "recipes"
 
 Granularity = Literal["per_group", "per_channel", "per_tensor"]
-Part = Literal["decoder", "head", "projector", "vision"]
+Part = Literal["decoder", "head", "module", "projector", "vision"]
+"""`module` is all of a model that is no vision-language model."""
 
 
 class _Strict(BaseModel):

@@ -43,7 +43,7 @@ def capture(model: PreTrainedModel, batch: Mapping[str, Tensor] | None = None) -
 
 
 def trace(
-    model: PreTrainedModel,
+    model: nn.Module,
     module: nn.Module,
     inputs: Mapping[str, Tensor | list[Tensor]],
     dynamic_shapes: Mapping[str, Any],
@@ -52,7 +52,7 @@ def trace(
     """Export a module that wraps a model, in eval mode and without guards.
 
     Args:
-        module: holds the model as its only child, named `model`.
+        module: holds the model as its only child, named `model`; or the model itself.
         inputs: its arguments; those that are lists become one input an item, `name_0` and so on.
         dynamic_shapes: as `torch.export.export` takes them, by the names of the arguments.
 
@@ -83,15 +83,16 @@ def trace(
     assert isinstance(graph_module, fx.GraphModule)
     drop_assertions(graph_module)
     _drop_casts_that_change_nothing(graph_module)
+    floating = next(p for p in model.parameters() if p.is_floating_point())
     program = Program(
         graph_module=graph_module,
         example_inputs=_flat(inputs),
         dynamic_shapes=_flat(dynamic_shapes),
         output_names=output_names,
-        family=model.config.model_type,
-        fqns=_normalised_fqns(graph_module, model),
-        dtype=model.dtype,
-        device=model.device,
+        family=getattr(getattr(model, "config", None), "model_type", type(model).__name__),
+        fqns=_normalised_fqns(graph_module, model, "" if module is model else "model."),
+        dtype=floating.dtype,
+        device=floating.device,
     )
     if any(isinstance(value, list) for value in inputs.values()):
         program.set_signature()
@@ -206,7 +207,7 @@ def _drop_casts_that_change_nothing(graph_module: fx.GraphModule) -> None:
 
 
 def _normalised_fqns(
-    graph_module: fx.GraphModule, model: PreTrainedModel
+    graph_module: fx.GraphModule, model: nn.Module, prefix: str
 ) -> dict[str, tuple[str, ...]]:
     """Attribute path in the graph -> names in the model's state dict, tied names together."""
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
@@ -216,7 +217,7 @@ def _normalised_fqns(
         names.setdefault(id(tensor), []).append(name)
     fqns = {}
     for node in graph_module.graph.find_nodes(op="get_attr"):
-        own_name = str(node.target).removeprefix("model.")
+        own_name = str(node.target).removeprefix(prefix)
         if own_name in tensors:  # a constant that export lifted has no name in the model
             fqns[str(node.target)] = tuple(names[id(tensors[own_name])])
     return fqns

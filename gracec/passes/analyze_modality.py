@@ -36,6 +36,7 @@ ATTENTION = {aten.scaled_dot_product_attention.default, aten.softmax.int, aten._
 ADDITION = {aten.add.Tensor, aten.add_.Tensor}
 MATMULS: dict[Any, tuple[int, ...]] = {
     aten.linear.default: (1,),
+    torch.ops.gracec.conv2d.default: (1,),
     aten.conv2d.default: (1,),
     aten.conv3d.default: (1,),
     aten.mm.default: (1, 0),
@@ -68,6 +69,10 @@ VIEWS = {
 }
 
 
+STAND_INS = {torch.ops.gracec.fake_quantize.default, torch.ops.gracec.dequantize.default}
+"""What stands for a weight that is quantized."""
+
+
 def value(node: fx.Node) -> torch.Tensor | None:
     """The example (fake) tensor of a node, if its value is one tensor."""
     found = node.meta.get("val")
@@ -80,7 +85,7 @@ def weight_of(node: fx.Node) -> fx.Node | None:
         operand = node.args[position]
         assert isinstance(operand, fx.Node)
         while operand.op == "call_function" and (
-            operand.target in VIEWS or str(operand.target).startswith("gracec.")
+            operand.target in VIEWS or operand.target in STAND_INS
         ):
             operand = operand.all_input_nodes[0]
         if operand.op == "get_attr":
@@ -104,7 +109,7 @@ def activation_of(node: fx.Node) -> fx.Node:
 def _holds(node: fx.Node, weight: fx.Node | None) -> bool:
     """Whether a node is a view of the weight."""
     while node.op == "call_function" and node.all_input_nodes:
-        if node.target not in VIEWS and not str(node.target).startswith("gracec."):
+        if node.target not in VIEWS and node.target not in STAND_INS:
             return False
         node = node.all_input_nodes[0]
     return node is weight

@@ -18,6 +18,12 @@ The runtime fuses nothing either where both operands of a MatMul are dequantized
 so there the scale of the input is multiplied in a step of its own, which gives the same values:
 
     x' = dequantize_activation(quantize_activation(x, s, z), 1, z) * s
+
+No kernel takes a convolution with codes: its weight is dequantized, turned and seen as filters, and
+the convolution runs in float32.
+
+    conv2d(x, dequantize(codes [O, K], scales), ...)
+    ->  conv2d(x, view(transpose(dequantize_linear(codes [K, O], scales, block))), ...)
 """
 
 from __future__ import annotations
@@ -32,6 +38,7 @@ from torch import Tensor, fx, nn
 from gracec._memory import trim
 from gracec.backends.onnx import kernel
 from gracec.passes.base import Pass, PassResult
+from gracec.passes.flatten_convolutions import FLAT_CONVOLUTION
 from gracec.passes.freeze import (
     DEQUANTIZE,
     QUANTIZE_DEQUANTIZE,
@@ -69,12 +76,15 @@ class LowerQdq(Pass):
         nodes = frozen_nodes(program)
         rounded: dict[tuple[fx.Node, bool], fx.Node] = {}
         for node, target, fqn, frozen in nodes:
-            reason = kernel.refusal(frozen)
+            convolved = all(user.target == FLAT_CONVOLUTION for user in node.users)
+            reason = "" if convolved else kernel.refusal(frozen)
             if reason and self.strict:
                 raise self.refuse(reason, where=fqn, fix="change the recipe or drop strict")
             for number, linear in enumerate(list(node.users)):
                 suffix = f"_{number}" if number else ""
-                if reason:
+                if convolved:
+                    self._lower_convolution(program, linear, target + suffix, fqn + suffix, frozen)
+                elif reason:
                     self._make_dense(program, linear, node, target + suffix, fqn + suffix, frozen)
                 else:
                     x = linear.args[0]
@@ -140,6 +150,34 @@ class LowerQdq(Pass):
         annotate(product, kernel="int4" if bits <= 4 else "int8")
         linear.replace_all_uses_with(lowered)
         program.graph.erase_node(linear)
+
+    @staticmethod
+    def _lower_convolution(
+        program: Program, flat: fx.Node, target: str, fqn: str, frozen: FrozenWeight
+    ) -> None:
+        """gracec::conv2d(x, matrix, ...) -> conv2d(x, view(transpose(w')), ...)"""
+        x, _, bias, kernel_size, *options = flat.args
+        traced: Tensor = flat.meta["val"]
+        rows, columns = frozen.shape
+        shape = [rows, -1, *kernel_size]  # type: ignore[misc]
+        call = program.graph.call_function
+        with program.graph.inserting_before(flat):
+            block = kernel.block_size(frozen)
+            operands = kernel.qdq_operands(frozen) if block else kernel.filter_operands(frozen)
+            codes, scales = _constants(program, flat, target, fqn, _named(operands))
+            weight = call(DEQUANTIZE_LINEAR, (codes, scales, block))
+            turned = call(torch.ops.aten.t.default, (weight,))
+            filters = call(torch.ops.aten.view.default, (turned, shape))
+            lowered = call(torch.ops.aten.conv2d.default, (x, filters, bias, *options))
+        weight.meta["val"] = traced.new_empty(columns, rows)
+        turned.meta["val"] = traced.new_empty(rows, columns)
+        filters.meta["val"] = turned.meta["val"].view(shape)
+        for node in (weight, turned, filters, lowered):
+            node.meta |= {k: flat.meta[k] for k in STACK[1:] if k in flat.meta}
+        lowered.meta["val"] = traced
+        annotate(lowered, kernel="dequantized")
+        flat.replace_all_uses_with(lowered)
+        program.graph.erase_node(flat)
 
     @staticmethod
     def _lower_input(
@@ -240,6 +278,8 @@ def lowered_weights(program: Program) -> dict[str, LoweredWeight]:
     found: dict[str, LoweredWeight] = {}
     for node in program.graph.nodes:
         if node.target == DEQUANTIZE_LINEAR:
+            if any(user.target != torch.ops.aten.matmul.default for user in node.users):
+                continue  # of a convolution
             codes, scales, block = node.args
             columns, rows = node.meta["val"].shape
             bits = 4 if program.tensor(str(codes.target)).dtype == torch.uint8 else 8

@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from gracec.errors import GracecError
 from gracec.observers import ActivationSpec
-from gracec.passes.analyze_modality import MATMULS, value, weight_of
+from gracec.passes.analyze_modality import MATMULS, STAND_INS, value, weight_of
 from gracec.passes.base import Pass, PassResult
 from gracec.program import Program, annotate, annotation
 from gracec.quant import SUPPORTED_GROUP_SIZES, QuantSpec
@@ -27,6 +27,7 @@ from gracec.recipe import ActivationRule, Recipe
 
 aten = torch.ops.aten
 EMBEDDING = aten.embedding.default
+QUANTIZABLE = (aten.linear.default, torch.ops.gracec.conv2d.default)
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,10 @@ class PlanQuantization(Pass):
     def requires(self, program: Program) -> None:
         if not any("part" in annotation(node) for node in program.graph.nodes):
             raise self.refuse(
-                "the parts of the model are unknown", fix="run analyze-modality first"
+                "the parts of the model are unknown",
+                fix="run analyze-modality first, or analyze-module",
             )
-        if any(str(node.target).startswith("gracec.") for node in program.graph.nodes):
+        if any(node.target in STAND_INS for node in program.graph.nodes):
             raise self.refuse("weights are quantized already", fix="plan before insert-fake-quant")
 
     def apply(self, program: Program) -> PassResult:
@@ -273,7 +275,7 @@ class PlanQuantization(Pass):
         """Why this matmul cannot be quantized whatever the recipe says, or an empty string."""
         weight = _weight(node)
         assert weight is not None
-        if node.target != aten.linear.default:
+        if node.target not in QUANTIZABLE:
             return f"{node.target} is not a linear layer"
         if node.args[1] is not weight:
             return "only a view of the weight is used"

@@ -74,8 +74,11 @@ def test_the_index_names_every_page() -> None:
     assert all(f"({page})" in text for page in PAGES if page != "index.md")
 
 
-@pytest.mark.parametrize("page", ["recipes.md", "evaluation.md"])
-def test_the_python_of_a_page_prints_what_the_page_says(page: str) -> None:
+@pytest.mark.parametrize("page", ["recipes.md", "evaluation.md", "modules.md"])
+def test_the_python_of_a_page_prints_what_the_page_says(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     run_page(page)
 
 

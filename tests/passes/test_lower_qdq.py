@@ -8,12 +8,14 @@ from gracec import ir
 from gracec.backends.onnx import kernel
 from gracec.capture import capture
 from gracec.errors import GracecError, PassError
+from gracec.module import freeze_module, prepare_module
 from gracec.passes import parse_pipeline, run_passes
 from gracec.passes.freeze import QUANTIZE_DEQUANTIZE, frozen_weights
 from gracec.passes.lower_qdq import DEQUANTIZE_LINEAR, LowerQdq, lowered_weights
 from gracec.passes.plan_quantization import PlanQuantization
 from gracec.program import Program
 from gracec.recipe import Recipe
+from tests.nets import conv_net
 from tests.tiny import tiny_llava
 
 Golden = Callable[[str, str], None]
@@ -29,6 +31,22 @@ def pipeline(ops: str) -> str:
 @pytest.mark.parametrize("ops", OPS)
 def test_golden(after: After, golden: Golden, ops: str) -> None:
     golden(f"lower-qdq/llava-{ops}.txt", ir.diff(after(FROZEN), after(pipeline(ops))) + "\n")
+
+
+def test_convolutions(golden: Golden) -> None:
+    rule = {"bits": 8, "granularity": "per_channel"}
+    recipe = Recipe.from_dict({"name": "net", "weights": {"module": rule}})
+    images = {"x": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+    frozen = freeze_module(prepare_module(conv_net(), images, recipe))
+    lowered = LowerQdq(strict=True).run(frozen).program
+    golden("lower-qdq/convnet-qdq.txt", ir.diff(frozen, lowered) + "\n")
+    torch.testing.assert_close(lowered(**images)[0], frozen(**images)[0])
+    assert set(lowered_weights(lowered)) == {"head.weight"}
+    grouped = Recipe.from_dict(
+        {"name": "net", "weights": {"module": {"bits": 4, "group_size": 16}}}
+    )
+    lowered = LowerQdq().run(freeze_module(prepare_module(conv_net(), images, grouped))).program
+    assert lowered_weights(lowered).keys() == {"head.weight"}
 
 
 @pytest.mark.parametrize("ops", OPS)

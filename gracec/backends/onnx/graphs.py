@@ -34,11 +34,13 @@ EXTERNAL_FROM = 1 << 10
 """Bytes of the smallest tensor in that file."""
 
 
-def to_onnx(serving: ServingProgram, name: str) -> ir.Model:
+def to_onnx(serving: ServingProgram, name: str, *, decompose: bool = False) -> ir.Model:
     """Translate a serving graph whose weights are lowered.
 
     Args:
         name: of the graph, as it will be in the file.
+        decompose: trace the graph once more, so that operators without a translation become ones
+            with; a decoder needs none, and its trace takes long.
 
     Raises:
         GracecError: if torch.onnx cannot translate it.
@@ -47,7 +49,7 @@ def to_onnx(serving: ServingProgram, name: str) -> ir.Model:
     try:
         with _quiet():
             exported = torch.onnx.export(
-                lift(program),
+                program.reexport() if decompose else lift(program),
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=list(serving.inputs),
@@ -116,7 +118,7 @@ def _standard_dequantize(graph: ir.Graph, node: ir.Node) -> None:
     assert stored is not None and rows is not None
     if stored.dtype == ir.DataType.UINT8:  # two codes a byte, as ONNX lays them out
         packed = np.asarray(stored.numpy())
-        shape = ir.Shape((len(packed), rows[1]))
+        shape = ir.Shape((len(packed), rows[-1]))
         codes.const_value = ir.PackedTensor(
             packed.reshape(-1), ir.DataType.INT4, shape=shape, name=codes.name
         )

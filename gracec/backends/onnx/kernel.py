@@ -94,6 +94,21 @@ def int8_operands(weight: FrozenWeight) -> tuple[Tensor, Tensor]:
     return weight.codes.t().contiguous(), scales.contiguous()
 
 
+def filter_operands(weight: FrozenWeight) -> tuple[Tensor, Tensor]:
+    """Codes [K, N], two a byte where they are narrow and N is even, and one scale for each output.
+
+    Raises:
+        GracecError: if a scale is of fewer features than an output has.
+    """
+    if weight.scales.shape[1] != 1:
+        raise GracecError(
+            f"a scale has {weight.group_size} features, which is no block",
+            fix="use granularity per_channel",
+        )
+    codes, scales = int8_operands(weight)
+    return quant.store_codes(codes, weight.spec.bits), scales
+
+
 def activation_operands(activation: FrozenActivation) -> tuple[Tensor, Tensor]:
     """Scale float32 [] and zero point uint8 [] of unsigned codes, which stand for the same values.
 

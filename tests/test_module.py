@@ -1,0 +1,219 @@
+"""Modules that are no vision-language models: captured, trained by a loss of one's own, written."""
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import ViTConfig, ViTForImageClassification
+
+from gracec.errors import GateError, GracecError
+from gracec.module import capture_module, export_module, freeze_module, prepare_module
+from gracec.passes.freeze import frozen_weights
+from gracec.passes.insert_fake_quant import fake_quantized
+from gracec.program import Program
+from gracec.recipe import Recipe
+from tests.nets import conv_net
+
+DYNAMIC = {"x": {0: "batch_size"}}
+
+
+def recipe(**rule: Any) -> Recipe:
+    return Recipe.from_dict({"name": "test", "weights": {"module": rule}})
+
+
+EIGHT_BITS = recipe(bits=8, granularity="per_channel")
+
+
+class Conditioned(nn.Module):
+    """A net with a number beside its image, and two results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 32)
+
+    def forward(self, x: Tensor, strength: Tensor) -> dict[str, Tensor]:
+        y = self.linear(x)
+        return {"mixed": strength * y + (1 - strength) * x[..., :32], "plain": y}
+
+
+def vit() -> ViTForImageClassification:
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=16,
+        patch_size=8,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        num_labels=4,
+    )
+    return ViTForImageClassification(config).eval()
+
+
+def textures(count: int, size: int = 16) -> tuple[Tensor, Tensor]:
+    """Noise with stripes across, stripes down, a chessboard or nothing, and which of them."""
+    generator = torch.Generator().manual_seed(count)
+    images = torch.randn(count, 3, size, size, generator=generator)
+    labels = torch.randint(0, 4, (count,), generator=generator)
+    down, across = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    patterns = torch.stack([down % 2, across % 2, (down + across) % 2, 0 * down]) - 0.5
+    return images + patterns[labels, None], labels
+
+
+def run(path: Path, figures: dict[str, Any], **inputs: Tensor) -> list[Tensor]:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    for key, value in figures["session_options"].items():
+        options.add_session_config_entry(key, value)
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    found = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+    return [torch.from_numpy(output) for output in found]
+
+
+def train(student: Program, name: str, steps: int) -> list[float]:
+    images, labels = textures(64)
+    optimizer = torch.optim.Adam(student.graph_module.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(steps):
+        loss = functional.cross_entropy(student(**{name: images})[0], labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_convolutional_net(bits: int, tmp_path: Path) -> None:
+    net, (images, labels) = conv_net(), textures(256)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    student = prepare_module(
+        net,
+        {"x": images[:2]},
+        recipe(bits=bits, granularity="per_channel"),
+        dynamic_shapes=DYNAMIC,
+    )
+    assert {fake.fqn for fake in fake_quantized(student)} == {
+        *("first.weight", "depthwise.weight", "second.weight", "head.weight")
+    }
+    losses = train(student, "x", 60)
+    for fake in fake_quantized(student):
+        for part in (fake.fqn, fake.scale_fqn):
+            gradient = student.tensor(part).grad
+            assert gradient is not None and gradient.abs().sum() > 0, part
+    assert losses[-1] < losses[0] / 2
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+
+    frozen = freeze_module(student)
+    with torch.no_grad():
+        (logits,) = frozen(x=images)
+    assert (logits.argmax(-1) == labels).double().mean() > 0.95
+    weights = frozen_weights(frozen)
+    assert weights["depthwise.weight"].shape == (16, 9)
+    assert weights["second.weight"].scales.shape == (32, 1)
+    figures = export_module(frozen, tmp_path / "net.onnx")
+    assert figures["equal_weights"] == 4 and figures["kernels"] == 1
+    (found,) = run(tmp_path / "net.onnx", figures, x=images)
+    assert torch.allclose(found, logits, rtol=1e-4, atol=1e-5)
+    graph = onnx.load(str(tmp_path / "net.onnx")).graph
+    codes = {
+        tensor.name: tensor.data_type for tensor in graph.initializer if "codes" in tensor.name
+    }
+    kind = onnx.TensorProto.INT4 if bits == 4 else onnx.TensorProto.UINT8
+    assert codes["first.weight.codes"] == kind
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["net.onnx"]
+
+
+def test_a_classifier_of_transformers(tmp_path: Path) -> None:
+    images, _ = textures(5)
+    student = prepare_module(
+        vit(),
+        {"pixel_values": images[:2]},
+        recipe(bits=4, group_size=32),
+        dynamic_shapes={"pixel_values": {0: "batch_size"}},
+        strict=True,
+    )
+    assert student.output_names == ("logits",)
+    losses = train(student, "pixel_values", 30)
+    assert losses[-1] < losses[0]
+    frozen = freeze_module(student)
+    with torch.no_grad():
+        (logits,) = frozen(pixel_values=images)
+    for ops in ("qdq", "matmulnbits"):
+        path = tmp_path / f"{ops}.onnx"
+        figures = export_module(frozen, path, ops=ops, strict=True)
+        assert figures["kernels"] == 7 and figures["equal_weights"] == 8
+        (found,) = run(path, figures, pixel_values=images)
+        assert torch.allclose(found, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_number_and_several_results(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(3, 64), "strength": torch.tensor(0.25)}
+    student = prepare_module(Conditioned(), inputs, EIGHT_BITS, dynamic_shapes={"x": {0: "rows"}})
+    assert student.output_names == ("mixed", "plain")
+    frozen = freeze_module(student)
+    figures = export_module(frozen, tmp_path / "net.onnx")
+    other = {"x": torch.randn(7, 64), "strength": torch.tensor(0.75)}
+    for one, found in zip(
+        frozen(**other), run(tmp_path / "net.onnx", figures, **other), strict=True
+    ):
+        assert torch.allclose(one, found, rtol=1e-4, atol=1e-5)
+    value = onnx.load(str(tmp_path / "net.onnx")).graph.input[0]
+    assert value.type.tensor_type.shape.dim[0].dim_param == "rows"
+
+
+def test_what_does_not_fit_a_kernel_is_reported(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 8))
+    frozen = freeze_module(prepare_module(net, {"input": torch.randn(2, 20)}, EIGHT_BITS))
+    with pytest.raises(GracecError, match="0.weight: .*takes blocks of 16, a scale has 20"):
+        export_module(frozen, tmp_path / "net.onnx", strict=True)
+    figures = export_module(frozen, tmp_path / "net.onnx")
+    assert any("0.weight runs dense" in note for note in figures["notes"])
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) if x.sum() > 0 else x
+
+
+class Doubling(nn.Module):
+    """Counts rows when it is traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.rows = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rows += 1
+        y: Tensor = self.linear(x) * self.rows
+        return y
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    x = {"x": torch.randn(2, 16)}
+    with pytest.raises(GracecError, match=r"Branching at .*test_module.py:\d+: torch.export"):
+        capture_module(Branching(), x)
+    with pytest.raises(GateError, match="output of the captured graph differs"):
+        capture_module(Doubling(), x)
+    with pytest.raises(GracecError, match=r"example_inputs\['strength'\]: the input is a float"):
+        capture_module(Conditioned(), {"x": torch.randn(2, 64), "strength": 0.5})  # type: ignore[dict-item]
+    with pytest.raises(GracecError, match="no input is called 'y'; the inputs are x"):
+        capture_module(Branching(), x, {"y": {0: "n"}})
+    with pytest.raises(GracecError, match="the module has no weights"):
+        capture_module(nn.ReLU(), {"input": torch.randn(2)})
+    with pytest.raises(GracecError, match="recipe w4a16-ptq: decoder says nothing about a module"):
+        prepare_module(conv_net(), {"x": textures(1)[0]}, "w4a16-ptq")
+    with pytest.raises(GracecError, match="no matmul and no convolution has a weight"):
+        prepare_module(nn.BatchNorm1d(4).eval(), {"input": torch.randn(3, 4)}, EIGHT_BITS)
