@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from gracec.capture.families.base import Family
+if TYPE_CHECKING:  # capture checks its graphs by running them, with what is here
+    from gracec.capture.families.base import Family
 
 
 class Runtime(Protocol):
