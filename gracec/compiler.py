@@ -34,6 +34,7 @@ from gracec.models import (
     fill_while_running,
     load_model,
     load_processor,
+    merge_adapters,
     model_without_weights,
     quantize_inputs,
     set_tensor,
@@ -79,7 +80,8 @@ def compile(
     """Compile a vision-language model to INT4 weights.
 
     Args:
-        model: a Hugging Face model, or the directory of one.
+        model: a Hugging Face model, or the directory of one; or a `PeftModel`, whose LoRA adapters
+            are merged into a copy.
         recipe: a built-in name, the path of a YAML file, or a `Recipe`.
         teacher: what a training recipe distils from: a model of the same family and tokenizer, of
             any width. Without one, a frozen copy of the original teaches.
@@ -123,6 +125,8 @@ def compile(
         processor = processor or load_processor(model)
         model = load_model(model)
     else:
+        model, merged = merge_adapters(model, inplace=inplace)
+        notes += merged
         source = str(getattr(model.config, "_name_or_path", ""))
         source = Path(source).name if Path(source).exists() else source
         check_finite(model)

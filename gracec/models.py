@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import warnings
@@ -165,6 +166,37 @@ def load_processor(path: str | Path) -> Any:
         ) from error
 
 
+def merge_adapters(model: Any, *, inplace: bool = False) -> tuple[PreTrainedModel, list[str]]:
+    """A model whose LoRA adapters of PEFT, if it has any, are part of its weights.
+
+    Args:
+        inplace: let the caller's model be taken apart.
+
+    Returns:
+        The model, the same one if it has no adapters, and what to tell the user.
+
+    Raises:
+        GracecError: if adapters are in the model that cannot be merged.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise GracecError(
+            "adapters of PEFT are inside the model",
+            where=type(model).__name__,
+            fix="load them with peft.PeftModel.from_pretrained and compile that model",
+        )
+    if not hasattr(model, "merge_and_unload"):
+        return model, []
+    names = ", ".join(model.active_adapters)
+    try:
+        merged = (model if inplace else copy.deepcopy(model)).merge_and_unload(safe_merge=True)
+    except Exception as error:
+        raise GracecError(
+            f"adapters {names} cannot be merged: {_first_line(error)}", where=type(model).__name__
+        ) from error
+    assert isinstance(merged, PreTrainedModel)
+    return merged, [f"adapters of PEFT merged into the weights: {names}"]
+
+
 def configurations(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     """A configuration and those of its parts."""
     return [config, *(getattr(config, name) for name in config.sub_configs)]
@@ -302,6 +334,12 @@ def _directory(path: str | Path) -> Path:
     if not directory.is_dir():
         raise GracecError("no such model directory", where=str(directory))
     if not (directory / "config.json").is_file():
+        if (directory / "adapter_config.json").is_file():
+            raise GracecError(
+                "holds an adapter of PEFT, not a model",
+                where=str(directory),
+                fix="load it with peft.PeftModel.from_pretrained and compile that model",
+            )
         raise GracecError("no config.json, so this is no model", where=str(directory))
     return directory
 
