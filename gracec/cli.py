@@ -68,7 +68,7 @@ def compile(
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted training.")] = False,
     formats: Annotated[
         str,
-        typer.Option("--format", help="For other libraries: hf, torchao, awq, onnx or hf,onnx"),
+        typer.Option("--format", help="For other libraries: hf, torchao, awq, onnx; hf,onnx; all"),
     ] = "hf",
     overwrite: Annotated[
         bool, typer.Option(help="Replace the artifact that --out is, when all is done.")

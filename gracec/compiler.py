@@ -456,7 +456,7 @@ class CompiledModel:
 
         Args:
             formats: names of formats: "hf" (compressed-tensors, for plain transformers), "torchao",
-                "awq", "onnx", or a text "hf,awq"; () for none.
+                "awq", "onnx", a text "hf,awq", or "all"; () for none.
             overwrite: replace an artifact that is there, in a single step.
 
         Returns:
