@@ -16,7 +16,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from gracec.backends.onnx.session import FOLDER, SessionConfig
 from gracec.errors import GracecError
@@ -85,13 +85,13 @@ class Server(ThreadingHTTPServer):
 
     def find(self, target: str) -> Path | None:
         """The file of a request target, or None if there is none that may be read."""
-        parts = unquote(urlsplit(target).path).split("/")[1:]
+        start, *parts = unquote(target.partition("?")[0]).split("/")
         root = self.app
-        if parts[0] == MODEL:
+        if parts[:1] == [MODEL]:
             root, parts = self.model, parts[1:]
         elif parts == [""]:
             parts = ["index.html"]
-        if not parts or any(re.match(r"\.|$", part) or set(part) & {"\\", "\0"} for part in parts):
+        if start or not parts or any(re.match(r"\.|$|.*[\\\0]", part) for part in parts):
             return None
         path = root.joinpath(*parts).resolve()  # a link may lead to another file of the root
         return path if path.is_relative_to(root) and path.is_file() else None

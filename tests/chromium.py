@@ -13,8 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
-FLAGS = ("--headless", "--remote-debugging-pipe", "--no-first-run", "--no-sandbox", "--disable-dev-shm-usage")
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+FLAGS = (
+    "--headless",
+    "--remote-debugging-pipe",
+    "--no-first-run",
+    "--no-sandbox",
+    "--disable-dev-shm-usage",
+)
 KEYS = {"Tab": 9, "Enter": 13, " ": 32}
 
 
@@ -45,7 +53,9 @@ class Browser:
 
     def _enable(self) -> None:
         # Requests of a worker are seen only by one who is attached to it.
-        self.send("Target.setAutoAttach", autoAttach=True, waitForDebuggerOnStart=True, flatten=True)
+        self.send(
+            "Target.setAutoAttach", autoAttach=True, waitForDebuggerOnStart=True, flatten=True
+        )
         for domain in ("Network", "Runtime", "Page"):
             self.send(f"{domain}.enable")
 
@@ -57,7 +67,9 @@ class Browser:
         os.close(self._out)
         os.close(self._in)
 
-    def send(self, method: str, *, session: str | None = None, wait: float = 60, **params: Any) -> Any:
+    def send(
+        self, method: str, *, session: str | None = None, wait: float = 60, **params: Any
+    ) -> Any:
         """Call a method of the protocol and return its result."""
         self._number += 1
         number = self._number

@@ -47,13 +47,16 @@ const hears = {
     current.querySelector('.answer').append(text);
   },
   answer({ tokens, first, milliseconds }) {
-    const rate = tokens.length > 1 ? `, ${((1000 * (tokens.length - 1)) / (milliseconds - first)).toFixed(0)} tokens/s` : '';
-    current.querySelector('.figures').textContent =
-      `${NAMES[device.value]}: first token after ${seconds(first)}, ${seconds(milliseconds)} in all${rate}`;
+    const rate = (tokens.length - 1) / (milliseconds - first);
+    current.querySelector('.figures').textContent = [
+      NAMES[device.value],
+      `first token ${seconds(first)}`,
+      `total ${seconds(milliseconds)}`,
+      ...(tokens.length > 1 ? [`${(1000 * rate).toFixed(0)} tokens/s`] : []),
+    ].join(' · ');
     current.dataset.tokens = tokens.join(' ');
     current = undefined;
     update();
-    question.select();
   },
   error(message) {
     current?.remove();
