@@ -93,8 +93,11 @@ class Server(ThreadingHTTPServer):
             parts = ["index.html"]
         if start or not parts or any(re.match(r"\.|$|.*[\\\0]", part) for part in parts):
             return None
-        path = root.joinpath(*parts).resolve()  # a link may lead to another file of the root
-        return path if path.is_relative_to(root) and path.is_file() else None
+        try:
+            path = root.joinpath(*parts).resolve()  # a link may lead to another file of the root
+            return path if path.is_relative_to(root) and path.is_file() else None
+        except (OSError, RuntimeError):  # a name that is too long, links in a circle
+            return None
 
 
 class Handler(BaseHTTPRequestHandler):

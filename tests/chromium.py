@@ -23,6 +23,13 @@ FLAGS = (
     "--no-sandbox",
     "--disable-dev-shm-usage",
 )
+SOFTWARE_WEBGPU = (
+    "--enable-unsafe-webgpu",
+    "--enable-features=Vulkan",
+    "--use-vulkan=swiftshader",
+    "--use-webgpu-adapter=swiftshader",
+)
+"""Flags with which WebGPU computes on the CPU: slow, and needs no graphics card."""
 KEYS = {"Tab": 9, "Enter": 13, " ": 32}
 
 

@@ -53,6 +53,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     model, app = write_model(folder / "model"), write_app(folder / "app")
     (model / "link.json").symlink_to(folder / "outside.json")
     (model / "folder").symlink_to(folder)
+    (model / "circle").symlink_to("circle")
     (model / "inside.json").symlink_to("config.json")
     (model / "a b.txt").write_text("name with a blank")
     with Server(model, app, port=0) as found:
@@ -138,6 +139,8 @@ def test_files_of_the_page_and_the_model(
         "model/config.json",
         "/model/con\\fig.json",
         "//[",
+        "/model/circle",
+        "/model/" + 300 * "a",
     ],
 )
 def test_nothing_else_is_read(server: Server, target: str) -> None:

@@ -54,7 +54,7 @@ const hears = {
       `total ${seconds(milliseconds)}`,
       ...(tokens.length > 1 ? [`${(1000 * rate).toFixed(0)} tokens/s`] : []),
     ].join(' · ');
-    current.dataset.tokens = tokens.join(' ');
+    Object.assign(current.dataset, { first, milliseconds, tokens: tokens.join(' ') });
     current = undefined;
     update();
   },
