@@ -134,7 +134,13 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(HTTPStatus.FORBIDDEN)
             return
         with file:
-            size = os.fstat(file.fileno()).st_size
+            found = os.fstat(file.fileno())
+            size, tag = found.st_size, f'"{found.st_mtime_ns:x}-{found.st_size:x}"'
+            if self.headers.get("If-None-Match") == tag:
+                self.send_response(HTTPStatus.NOT_MODIFIED)
+                self.send_header("ETag", tag)
+                self.end_headers()
+                return
             part = byte_range(self.headers.get("Range"), size)
             if part is None:
                 self.send_response(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
@@ -147,6 +153,7 @@ class Handler(BaseHTTPRequestHandler):
             if not whole:
                 self.send_header("Content-Range", f"bytes {part.start}-{part.stop - 1}/{size}")
             self.send_header("Accept-Ranges", "bytes")
+            self.send_header("ETag", tag)
             self.send_header("Content-Length", str(len(part)))
             self.send_header("Content-Type", TYPES.get(path.suffix, "application/octet-stream"))
             self.end_headers()

@@ -162,6 +162,14 @@ def test_parts_of_a_file(server: Server) -> None:
     assert (status, body, headers["Content-Range"]) == (416, b"", "bytes */256000")
 
 
+def test_an_unchanged_file_is_not_sent_again(server: Server) -> None:
+    target, file = "/model/a%20b.txt", server.model / "a b.txt"
+    tag = ask(server, target)[2]["ETag"]
+    assert ask(server, target, **{"If-None-Match": tag})[:2] == (304, b"")
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+    assert ask(server, target, **{"If-None-Match": tag})[:2] == (200, file.read_bytes())
+
+
 @pytest.mark.parametrize(
     ("header", "part"),
     [
