@@ -135,15 +135,14 @@ class Browser:
             raise RuntimeError(str(found["exceptionDetails"]))
         return found["result"].get("value")
 
-    def wait_for(self, expression: str, seconds: float = 60) -> Any:
-        """Ask again until an expression is true; its value."""
+    def wait_for(self, expression: str, seconds: float = 60) -> None:
+        """Ask again until an expression is true."""
         deadline = time.monotonic() + seconds
-        while not (value := self.evaluate(expression)):
+        while not self.evaluate(f"!!({expression})"):
             if time.monotonic() > deadline:
                 text = self.evaluate("document.body.innerText")
                 raise TimeoutError(f"{expression}\n{text}\n{self.console}")
             time.sleep(0.02)
-        return value
 
     def resize(self, width: int, height: int, *, phone: bool = False, dark: bool = False) -> None:
         self.send(

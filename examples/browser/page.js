@@ -35,12 +35,13 @@ const hears = {
     progress.value = loaded / total;
     state.textContent = `Loading ${megabytes(loaded)} of ${megabytes(total)}`;
   },
-  ready({ device, family, mode, threads, total, milliseconds }) {
+  ready({ device, session, threads, total, milliseconds }) {
     ready = true;
     progress.hidden = true;
-    const count = threads > 1 ? `, ${threads} threads` : '';
+    const place = threads > 1 ? `${NAMES[device]}, ${threads} threads` : NAMES[device];
+    const kernels = `${session.gates.int4_kernels} INT4 kernels (${session.mode})`;
     state.textContent =
-      `${family}, INT4 (${mode}), ${megabytes(total)}, on ${NAMES[device]}${count}. Loaded in ${seconds(milliseconds)}.`;
+      `${session.family}, ${kernels}, ${megabytes(total)}, on ${place}. Loaded in ${seconds(milliseconds)}.`;
     update();
   },
   text(text) {

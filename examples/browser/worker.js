@@ -39,7 +39,7 @@ async function load(device) {
     },
   });
   const threads = device === 'wasm' ? library.env.backends.onnx.wasm.numThreads : undefined;
-  return { device, mode: session.mode, family: session.family, total, threads, milliseconds: performance.now() - started };
+  return { device, session, total, threads, milliseconds: performance.now() - started };
 }
 
 async function answer({ image, question }) {

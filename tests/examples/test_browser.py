@@ -73,7 +73,7 @@ def check_tokens(browser: Browser, tried: Tried, count: int) -> None:
 
 def test_the_tokens_are_those_of_python_and_come_one_by_one(tiny: Tried, open_page: Open) -> None:
     browser = open_page(tiny.directory)
-    assert "INT4 (faithful)" in browser.evaluate(STATE)
+    assert "llava, 14 INT4 kernels (faithful), 0.2 MB" in browser.evaluate(STATE)
     assert "on WebAssembly" in browser.evaluate(STATE)
     assert browser.evaluate("crossOriginIsolated") is True
     browser.evaluate(
