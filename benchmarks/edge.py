@@ -264,8 +264,8 @@ def main() -> None:
         rows = measure(directory, questions, arguments.rounds) + sizes(directory)
     write_result(
         "edge",
-        f"The shipped student in INT4 on {QUESTIONS} questions, {arguments.rounds} rounds in turn: "
-        "median (least to greatest)",
+        f"The shipped student in INT4: {QUESTIONS} questions, and again with enlarged pictures, "
+        f"{arguments.rounds} rounds in turn; median (least to greatest)",
         rows,
         load=load,
         versions=versions(),

@@ -1,5 +1,8 @@
 import http.client
 import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +13,7 @@ from gracec.backends.onnx.session import SessionConfig
 from gracec.errors import GracecError
 from gracec.serve import HEADERS, Server, byte_range
 from gracec.store import file_sha256
+from tests.test_cli import gracec
 
 GRAPH = bytes(range(256)) * 1000
 
@@ -217,3 +221,21 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path, server: Server) -> Non
     refused(f"onnxruntime-web is not installed; run: cd {app} && npm ci")
     os.truncate(model / "onnx/decoder.onnx", 10)
     refused("not the one that was written")
+
+
+def test_the_command_serves_until_it_is_interrupted(server: Server, tmp_path: Path) -> None:
+    options = ["--app", str(server.app), "--port", "0"]
+    command = [sys.executable, "-m", "gracec.cli", "serve", str(server.model), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        port = int(line.removeprefix("http://127.0.0.1:").partition("/")[0])
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection.request("GET", "/model/config.json")
+        assert connection.getresponse().read() == b"{}"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
+    refused = gracec("serve", tmp_path, *options)
+    assert refused.returncode == 2
+    assert refused.stdout == ""
+    assert refused.stderr.startswith(f"gracec: {tmp_path}: no folder 'onnx'")
