@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, CompressedTensorsConfig
+from transformers import AutoModelForImageTextToText
 
 import gracec
 from gracec.backends.hf import HuggingFace
@@ -68,10 +68,15 @@ def test_every_library_reads_the_same_codes(bundle: Path) -> None:
     assert len(set(stored.values())) == 14
     assert stored == hashes(HuggingFace().stored_weights(bundle))
     assert stored == hashes(Onnx().stored_weights(bundle / "onnx"))
-    loaded = AutoModelForImageTextToText.from_pretrained(
-        bundle, quantization_config=CompressedTensorsConfig(dequantize=True)
-    )
-    assert stored == hashes((fqn, loaded.get_parameter(fqn).detach()) for fqn in stored)
+
+
+def test_transformers_loads_it_too(
+    bundle: Path, compiled: CompiledModel, batch: dict[str, Tensor]
+) -> None:
+    loaded = AutoModelForImageTextToText.from_pretrained(bundle)
+    dense = dense_model(artifact_of(compiled), torch.bfloat16)
+    found, expected = (artifacts.logits_of(model, batch) for model in (loaded, dense))
+    assert torch.equal(found, expected)
 
 
 def test_the_figures_of_the_gates(bundle: Path) -> None:
