@@ -132,7 +132,7 @@ def answers(name: str, data: Path, folder: Path) -> list[dict[str, Any]]:
     compiled = gracec.compile(EXAMPLE / "student", recipe, progress=False, **shown)
     for mode in VARIANTS[name]:
         target = folder / mode
-        compiled.export_onnx(target, mode=mode)
+        compiled.export_onnx(target, "qdq", mode)
         rows.append(row(f"{name}, {mode}", *asked(gracec.load(target, backend="onnx"))))
     return rows
 

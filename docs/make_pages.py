@@ -317,8 +317,31 @@ def decode_table() -> str:
     return measured("decode_smollm2", columns, lambda row: "decode_tokens_per_s" in row)
 
 
+def edge_speed_table() -> str:
+    columns: dict[str, Callable[[Row], object]] = {
+        "client": lambda row: row["client"],
+        "runs on": lambda row: row["provider"],
+        "start, s": lambda row: row["start_s"],
+        "first token, ms": lambda row: row["first_token_ms"],
+        "tokens/s": lambda row: row["tokens_per_s"],
+        "tokens as in Python": lambda row: row["tokens_as_in_python"],
+        "with pictures to resize": lambda row: row["with_resized_pictures"],
+    }
+    return measured("edge", columns, lambda row: "client" in row)
+
+
+def edge_sizes_table() -> str:
+    columns: dict[str, Callable[[Row], object]] = {
+        "part": lambda row: f"`{row['part']}`",
+        "read by": lambda row: row["read_by"],
+        "KiB": lambda row: f"{row['kib']:,}",
+    }
+    return measured("edge", columns, lambda row: "part" in row)
+
+
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "architecture.md": {"passes": passes_table, "gates": gates_table, "grid": scale_grid},
+    "edge.md": {"speed": edge_speed_table, "sizes": edge_sizes_table},
     "onnx.md": {
         "activations": activations_table,
         "vision speed": vision_speed_table,

@@ -7,7 +7,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -68,7 +68,7 @@ def compile(
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted training.")] = False,
     formats: Annotated[
         str,
-        typer.Option("--format", help="For other libraries: hf, torchao, awq, onnx or hf,onnx"),
+        typer.Option("--format", help="For other libraries: hf, torchao, awq, onnx; hf,onnx; all"),
     ] = "hf",
     overwrite: Annotated[
         bool, typer.Option(help="Replace the artifact that --out is, when all is done.")
@@ -304,6 +304,26 @@ def run(
     )
     if as_json:
         _print_json({"model": str(model), "image": str(image), "prompt": prompt, "answer": text})
+
+
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(help="Directory compiled with --format onnx.")],
+    page: Annotated[
+        Path, typer.Option("--app", help="Folder of the page, with its packages installed.")
+    ] = Path("examples/browser"),
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; other machines reach 0.0.0.0.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
+) -> None:
+    """Let a browser on this machine run a model: serve it and a page that asks it about images."""
+    from gracec.serve import Server
+
+    with Server(model, page, host, port) as server:
+        typer.echo(f"{server.url} (Ctrl+C ends it)")
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
 
 
 @app.command()

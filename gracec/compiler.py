@@ -460,7 +460,7 @@ class CompiledModel:
 
         Args:
             formats: names of formats: "hf" (compressed-tensors, for plain transformers), "torchao",
-                "awq", "onnx", or a text "hf,awq"; () for none.
+                "awq", "onnx", a text "hf,awq", or "all"; () for none.
             overwrite: replace an artifact that is there, in a single step.
 
         Returns:
@@ -504,13 +504,14 @@ class CompiledModel:
         return tuple(notes)
 
     def export_onnx(
-        self, directory: str | Path, ops: str = "qdq", mode: str = "faithful"
+        self, directory: str | Path, ops: str = "matmulnbits", mode: str = "faithful"
     ) -> tuple[str, ...]:
         """Write ONNX graphs with their configuration and processor; `gracec.load(directory,
         backend="onnx")` runs them.
 
         Args:
-            ops: "qdq" (standard ONNX) or "matmulnbits" (the operator of ONNX Runtime).
+            ops: "matmulnbits" (the operator of ONNX Runtime, which holds its accuracy level and has
+                an INT4 kernel on GPUs) or "qdq" (standard ONNX).
             mode: "faithful" (kernels compute in float32) or "fast" (they round activations to 8
                 bits).
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
@@ -85,6 +86,53 @@ def after(captured: Program) -> Callable[[str], Program]:
 def compiled(llava: LlavaForConditionalGeneration) -> CompiledModel:
     """`llava` compiled by w4a16-ptq. Not to be changed by a test."""
     return compile(llava, "w4a16-ptq", processor=tiny_processor())
+
+
+@pytest.fixture(scope="session")
+def once(
+    tmp_path_factory: pytest.TempPathFactory, worker_id: str
+) -> Callable[[str, Callable[[Path], object]], Path]:
+    """once(name, write): a directory that one worker writes for all of them. Not to be changed."""
+    root = tmp_path_factory.getbasetemp()
+    root = root if worker_id == "master" else root.parent
+
+    def made(name: str, write: Callable[[Path], object]) -> Path:
+        with FileLock(root / f"{name}.lock"):
+            if not (root / name).exists():
+                write(root / name)
+        return root / name
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def bundle(
+    request: pytest.FixtureRequest, once: Callable[[str, Callable[[Path], object]], Path]
+) -> Path:
+    """The directory of `compiled` that every client loads. What was noted is in `notes.txt`."""
+
+    def write(directory: Path) -> None:
+        compiled: CompiledModel = request.getfixturevalue("compiled")
+        notes = compiled.save_pretrained(directory, "hf,onnx")
+        (directory / "notes.txt").write_text("\n".join(notes))
+
+    return once("bundle", write)
+
+
+@pytest.fixture(scope="session")
+def exported(
+    request: pytest.FixtureRequest, once: Callable[[str, Callable[[Path], object]], Path]
+) -> Path:
+    """`compiled` as graphs of standard operators whose tensors lie in files of their own."""
+    from gracec.backends.onnx import graphs
+
+    def write(directory: Path) -> None:
+        compiled: CompiledModel = request.getfixturevalue("compiled")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(graphs, "EXTERNAL_ABOVE", 40_000)
+            compiled.export_onnx(directory, "qdq")
+
+    return once("exported", write)
 
 
 @pytest.fixture(scope="session")

@@ -268,7 +268,7 @@ def all_formats() -> dict[str, Format]:
 
 
 def parse_formats(names: str | Iterable[str]) -> list[Format]:
-    """Formats by name: "hf,torchao" or a sequence of names.
+    """Formats by name: "hf,torchao", a sequence of names, or "all".
 
     Raises:
         GracecError: for an unknown format, with the nearest known name.
@@ -276,6 +276,8 @@ def parse_formats(names: str | Iterable[str]) -> list[Format]:
     known = all_formats()
     parts = names.split(",") if isinstance(names, str) else names
     wanted = dict.fromkeys(part.strip() for part in parts)
+    if "all" in wanted:
+        wanted = dict.fromkeys([name for name in wanted if name != "all"] + list(known))
     for name in wanted:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -392,7 +394,11 @@ def _write_tensors(
 
 
 def write_processor(processor: Any, directory: Path) -> None:
-    """The processor, also in the two places where transformers.js looks for it."""
+    """The processor, written so that transformers.js reads the same one as transformers.
+
+    transformers.js looks for the image processor and the chat template in files of their own, and
+    never subtracts the class token from the visual tokens of an image.
+    """
     processor.save_pretrained(directory)
     image_processor = getattr(processor, "image_processor", None)
     if image_processor is not None:
@@ -403,6 +409,13 @@ def write_processor(processor: Any, directory: Path) -> None:
     if path.is_file() and isinstance(processor.chat_template, str):
         fields = json.loads(path.read_text(encoding="utf-8"))
         _write_json({**fields, "chat_template": processor.chat_template}, path)
+    path = directory / "processor_config.json"
+    fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    extra = fields.get("num_additional_image_tokens", 0)
+    if extra and fields.get("vision_feature_select_strategy") == "default":
+        fields["num_additional_image_tokens"] = extra - 1
+        fields["vision_feature_select_strategy"] = "full"
+        _write_json(fields, path)
 
 
 def _write_json(fields: Mapping[str, Any], path: Path) -> None:

@@ -61,7 +61,7 @@ GATE_TOKENS = 16
 class Onnx(Format):
     """Options: `ops` (qdq or matmulnbits) and `mode` (faithful or fast)."""
 
-    ops: str = "qdq"
+    ops: str = "matmulnbits"
     mode: str = "faithful"
 
     name = "onnx"

@@ -22,7 +22,15 @@ from gracec.backends.hf import HuggingFace
 from gracec.errors import GateError, GracecError
 from gracec.quant import QuantSpec
 from tests.backends.artifacts import decoder_specs, random_artifact, random_weight
-from tests.tiny import tiny_image, tiny_processor
+from tests.tiny import (
+    CHAT_TEMPLATE,
+    IMAGE_SIZE,
+    IMAGE_TOKENS,
+    PATCH_SIZE,
+    tiny_batch,
+    tiny_image,
+    tiny_processor,
+)
 
 ROOT = Path(__file__).parents[2]
 G32 = QuantSpec(4, 32)
@@ -39,6 +47,8 @@ def test_formats_are_found_by_name_and_folder() -> None:
     assert len({form.folder for form in known.values()}) == len(known)
     assert [form.name for form in parse_formats("awq, hf,awq")] == ["awq", "hf"]
     assert [form.name for form in parse_formats(("hf",))] == ["hf"]
+    for text in ("all", "hf,all"):
+        assert {form.name for form in parse_formats(text)} == set(known)
 
 
 def test_an_unknown_format_is_refused_with_the_nearest_name() -> None:
@@ -186,3 +196,21 @@ def test_the_example_answers(artifact: Artifact, tmp_path: Path) -> None:
         check=True,
     )
     assert len(done.stdout.split()) == 3
+
+
+def test_the_processor_that_transformers_js_reads_makes_the_same_inputs(tmp_path: Path) -> None:
+    processor = tiny_processor()
+    base.write_processor(processor, tmp_path)
+    fields = json.loads((tmp_path / "processor_config.json").read_text())
+    rows = columns = IMAGE_SIZE // PATCH_SIZE  # transformers.js adds the extra tokens and no more
+    assert rows * columns + fields["num_additional_image_tokens"] == IMAGE_TOKENS
+    flat = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert flat["processor_class"] == "LlavaProcessor"
+    assert flat["size"] == {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    tokenizer = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert tokenizer["chat_template"] == CHAT_TEMPLATE
+    again = AutoProcessor.from_pretrained(tmp_path)
+    for name, expected in tiny_batch(processor).items():
+        assert torch.equal(tiny_batch(again)[name], expected), name
+    base.write_processor(again, tmp_path / "again")
+    assert json.loads((tmp_path / "again/processor_config.json").read_text()) == fields

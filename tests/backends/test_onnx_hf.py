@@ -1,11 +1,15 @@
+import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForImageTextToText
 
 import gracec
+from gracec.backends.hf import HuggingFace
 from gracec.backends.onnx_hf import Onnx, dense_model, model_of
 from gracec.compiler import CompiledModel
 from gracec.errors import GracecError
@@ -19,24 +23,18 @@ ROOT = Path(__file__).parents[2]
 STUDENT = ROOT / "examples/emojivqa/student"
 
 
-@pytest.fixture(scope="module")
-def saved(compiled: CompiledModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("saved") / "both"
-    notes = compiled.save_pretrained(directory, "hf,onnx")
+def test_one_directory_for_several_libraries(bundle: Path, batch: dict[str, Tensor]) -> None:
+    notes = (bundle / "notes.txt").read_text().splitlines()
     fused, note = (note for note in notes if note.startswith("onnx: "))
     assert fused.endswith("5 norms, 4 rotary embeddings, 2 attentions")
     assert note.startswith("onnx: 14 matmuls on INT4 kernels, KL ")
-    return directory
-
-
-def test_one_directory_for_several_libraries(saved: Path, batch: dict[str, Tensor]) -> None:
-    assert {path.name for path in (saved / "onnx").iterdir()} == {
+    assert {path.name for path in (bundle / "onnx").iterdir()} == {
         "vision_encoder.onnx",
         "embed_tokens.onnx",
         "decoder_model_merged_q4.onnx",
         "session.json",
     }
-    config = json.loads((saved / "config.json").read_text())
+    config = json.loads((bundle / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
     assert config["transformers.js_config"] == {
         "dtype": {
@@ -46,15 +44,43 @@ def test_one_directory_for_several_libraries(saved: Path, batch: dict[str, Tenso
         },
         "use_external_data_format": {},
     }
-    assert json.loads((saved / "preprocessor_config.json").read_text())["processor_class"]
-    assert json.loads((saved / "tokenizer_config.json").read_text())["chat_template"]
-    found = gracec.load(saved, backend="onnx").generate(**batch, max_new_tokens=4)
+    assert json.loads((bundle / "preprocessor_config.json").read_text())["processor_class"]
+    assert json.loads((bundle / "tokenizer_config.json").read_text())["chat_template"]
+    found = gracec.load(bundle, backend="onnx").generate(**batch, max_new_tokens=4)
     assert found.shape == (2, batch["input_ids"].shape[1] + 4)
-    assert gracec.load(saved).weights.keys() == dict(Onnx().stored_weights(saved / "onnx")).keys()
 
 
-def test_the_figures_of_the_gates(saved: Path) -> None:
-    session = json.loads((saved / "onnx/session.json").read_text())
+def test_every_library_reads_the_same_codes(bundle: Path) -> None:
+    weights = gracec.load(bundle).weights
+
+    def hashes(dense: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+        """Of the codes, which dense weights give back exactly."""
+        found = {}
+        for fqn, weight in dense:
+            scales = weights[fqn].scales.repeat_interleave(weights[fqn].group_size, dim=1)
+            codes = (weight.float() / scales).round().to(torch.int8)
+            found[fqn] = hashlib.sha256(codes.numpy().tobytes()).hexdigest()
+        return found
+
+    stored = {
+        fqn: hashlib.sha256(w.codes.numpy().tobytes()).hexdigest() for fqn, w in weights.items()
+    }
+    assert len(set(stored.values())) == 14
+    assert stored == hashes(HuggingFace().stored_weights(bundle))
+    assert stored == hashes(Onnx().stored_weights(bundle / "onnx"))
+
+
+def test_transformers_loads_it_too(
+    bundle: Path, compiled: CompiledModel, batch: dict[str, Tensor]
+) -> None:
+    loaded = AutoModelForImageTextToText.from_pretrained(bundle)
+    dense = dense_model(artifact_of(compiled), torch.bfloat16)
+    found, expected = (artifacts.logits_of(model, batch) for model in (loaded, dense))
+    assert torch.equal(found, expected)
+
+
+def test_the_figures_of_the_gates(bundle: Path) -> None:
+    session = json.loads((bundle / "onnx/session.json").read_text())
     figures = session["gates"]
     assert figures["equal_code_hashes"] == figures["int4_kernels"] == 14
     assert figures["composed_equals_training"] <= 1e-6
