@@ -134,7 +134,7 @@ def make_decoder(shop: Workshop) -> bool:
         shop.make(GGUF, lambda path: shop.peer(peer, "smollm2-gguf", path))
         made = shop.make(DENSE, lambda path: shop.peer(peer, "smollm2", path))
     else:
-        made = shop.make(DENSE, lambda path: random_decoder(shop.name).save_pretrained(path))
+        made = shop.make(DENSE, lambda path: write_random(shop.name, path))
         shop.make(GGUF, lambda path: shop.peer(peer, "gguf", shop.folder / DENSE, path))
     if made and DENSE not in shop.made["greedy"]:
         decoder = load_decoder(shop.folder / DENSE)
@@ -142,6 +142,13 @@ def make_decoder(shop: Workshop) -> bool:
         shop.made["greedy"][DENSE] = greedy_tokens(decoder)
         shop.write()
     return made
+
+
+def write_random(name: str, target: Path) -> None:
+    """A random decoder; the builder of onnxruntime-genai wants a tokenizer beside it."""
+    model = random_decoder(name)
+    model.save_pretrained(target)
+    processor(model.config.vocab_size).tokenizer.save_pretrained(target)
 
 
 def compile_artifact(source: Path, artifact: Artifact, target: Path) -> None:
