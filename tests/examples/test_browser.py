@@ -24,12 +24,16 @@ NO_WEBGPU = "--disable-blink-features=WebGPU"
 Open = Callable[..., Browser]
 
 
-@pytest.fixture
-def open_page(tmp_path: Path) -> Iterator[Open]:
-    """open_page(directory): a browser that shows the page, for a model that is served."""
+@pytest.fixture(scope="session", autouse=True)
+def _programs() -> None:
     install(PAGE)
     if not CHROMIUM:
         pytest.skip("chromium is not installed")
+
+
+@pytest.fixture
+def open_page(tmp_path: Path) -> Iterator[Open]:
+    """open_page(directory): a browser that shows the page, for a model that is served."""
     opened: list[tuple[Browser, Server]] = []
 
     def show(directory: Path, query: str = "", *flags: str, wait: bool = True) -> Browser:

@@ -13,8 +13,8 @@ from tests.npm import install
 NODE = ROOT / "examples/node"
 
 
-@pytest.fixture(autouse=True)
-def _packages() -> None:
+@pytest.fixture(scope="session", autouse=True)
+def _programs() -> None:
     install(NODE)
 
 
