@@ -260,7 +260,7 @@ class _Patient:
         picture = Image.new("RGB", (edge, edge) if isinstance(edge, int) else (64, 64), "teal")
         batch = encode(processor, ["What is this?"], [picture])
         prepared = family_of(model).prepare(model, batch)  # image tokens against image features
-        self.batch = prepared
+        self.batch = batch
         tokens = int((prepared["input_ids"] == self.config.image_token_id).sum())
         return f"{type(processor).__name__}, {tokens} tokens an image as the model takes"
 

@@ -130,7 +130,7 @@ def captured_equals_eager(
     for batch in batches:
         inputs = family.prepare(model, batch)
         with torch.no_grad():
-            expected = model(**inputs, use_cache=False).logits
+            expected = model(**family.model_inputs(model, batch), use_cache=False).logits
             (logits, *_) = program(**inputs)
         if not torch.equal(expected, logits):
             difference = (expected.double() - logits.double()).abs().max().item()

@@ -410,7 +410,7 @@ def encode(
     else:
         texts = [f"{_image_token(processor)}\n{question}" for question in questions]
         encoded = processor(images=[[image] for image in images], text=texts, **options)
-    return dict(encoded)
+    return {name: value for name, value in encoded.items() if name != "labels"}
 
 
 def _image_token(processor: Any) -> str:

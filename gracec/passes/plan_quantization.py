@@ -131,7 +131,7 @@ class PlanQuantization(Pass):
             raise self.refuse(
                 "the parts of the model are unknown", fix="run analyze-modality first"
             )
-        if any(str(node.target).startswith("gracec.") for node in program.graph.nodes):
+        if any("quantize" in str(node.target) for node in program.graph.nodes):
             raise self.refuse("weights are quantized already", fix="plan before insert-fake-quant")
 
     def apply(self, program: Program) -> PassResult:

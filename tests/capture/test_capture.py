@@ -101,7 +101,7 @@ def test_images_without_a_place_are_refused(
 ) -> None:
     family = family_of(llava)
     more = dict(batch, pixel_values=torch.zeros(3, 3, 32, 32))
-    with pytest.raises(GracecError, match="places for 2 images, 3 were given"):
+    with pytest.raises(GracecError, match="places for 32 visual tokens, the 3 images"):
         family.prepare(llava, more)
     wrong = dict(batch, pixel_values=torch.zeros(2, 3, 40, 40))
     with pytest.raises(GracecError, match="the tower takes 32"):

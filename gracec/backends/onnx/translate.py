@@ -6,6 +6,7 @@ gracec::quantize_activation, gracec::dequantize_activation
                             QuantizeLinear, DequantizeLinear
 gracec::matmul_nbits        com.microsoft.MatMulNBits
 gracec::last_positions      Slice from -count to the end, so that 0 keeps everything
+gracec::segment_attention   Attention with a mask of the segments, [P, P]
 gracec::rms_norm, gracec::rotary_embedding, gracec::attention
                             RMSNormalization, RotaryEmbedding, Attention
 """
@@ -33,6 +34,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.dequantize_activation.default: _dequantize_activation,
         ops.matmul_nbits.default: _matmul_nbits,
         ops.last_positions.default: _last_positions,
+        ops.segment_attention.default: _segment_attention,
         ops.rms_norm.default: _rms_norm,
         ops.rotary_embedding.default: _rotary_embedding,
         ops.attention.default: _attention,
@@ -96,6 +98,12 @@ def _last_positions(x: Any, count: Any) -> Any:
     axis: Any = op.Constant(value_ints=[1])
     start: Any = op.Reshape(op.Neg(count), axis)
     return op.Slice(x, start, op.Constant(value_ints=[_LAST]), axis)
+
+
+def _segment_attention(q: Any, k: Any, v: Any, segments: Any, scale: float) -> Any:
+    rows, columns = (op.Unsqueeze(segments, op.Constant(value_ints=[axis])) for axis in (1, 0))
+    found, *_ = op.Attention(q, k, v, op.Equal(rows, columns), scale=scale)
+    return op.Transpose(found, perm=[0, 2, 1, 3])
 
 
 def _rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
