@@ -1,6 +1,6 @@
 """The operators that gracec adds to a graph: for weights and for activations, one to train with and
-one that it freezes to; attention of packed sequences; and for ONNX the operators that it has no ATen
-equivalent of.
+one that it freezes to; attention of packed sequences; and for ONNX the operators that have no ATen
+equivalent.
 
     gracec::fake_quantize             -> gracec::dequantize
     gracec::fake_quantize_activation  -> gracec::quantize_dequantize
@@ -414,8 +414,9 @@ def _(
 
 def _segments(segments: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Tensors [1, H, P, D] split along P; all in the dtype of the first, as autocast may differ."""
+    tensors = tuple(tensor.to(tensors[0].dtype) for tensor in tensors)
     lengths = torch.unique_consecutive(segments, return_counts=True)[1].tolist()
-    return zip(*(tensor.to(tensors[0].dtype).split(lengths, dim=2) for tensor in tensors))
+    return zip(*(tensor.split(lengths, dim=2) for tensor in tensors), strict=True)
 
 
 def _save_segments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -12,8 +12,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModelForImageTextToText,
+    Gemma3Config,
+    Gemma3Processor,
     Idefics3Config,
     Idefics3Processor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionProcessor,
+    PaliGemmaConfig,
+    PaliGemmaProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -21,11 +27,18 @@ from transformers import (
     Qwen2_5_VLProcessor,
     Qwen2VLConfig,
     Qwen2VLProcessor,
+    Qwen3VLConfig,
+    Qwen3VLProcessor,
     SmolVLMConfig,
     SmolVLMProcessor,
 )
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
@@ -124,12 +137,98 @@ def idefics3_processor(cls: type, images: type) -> Any:
     )
 
 
+SIGLIP = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+    "vision_use_head": False,
+}
+
+
+def llava_onevision() -> PreTrainedConfig:
+    return LlavaOnevisionConfig(
+        vision_config=SIGLIP,
+        text_config={**TEXT, "model_type": "qwen2"},
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=[[32, 32], [32, 64], [64, 32], [64, 64], [96, 96]],
+        vision_aspect_ratio="anyres_max_4",
+    )
+
+
+def llava_onevision_processor() -> Any:
+    images: Any = LlavaOnevisionImageProcessorPil
+    build: Any = images_only(LlavaOnevisionProcessor)
+    return build(
+        image_processor=images(
+            size={"height": 32, "width": 32},
+            image_grid_pinpoints=[[32, 32], [32, 64], [64, 32], [64, 64], [96, 96]],
+        ),
+        tokenizer=tokenizer(),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_4",
+        chat_template=template("<image>"),
+    )
+
+
+def gemma3() -> PreTrainedConfig:
+    text = {**TEXT, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}
+    text["layer_types"] = ["sliding_attention", "full_attention"]
+    return Gemma3Config(
+        vision_config=SIGLIP, text_config=text, mm_tokens_per_image=4, image_token_index=IMAGE
+    )
+
+
+def gemma3_processor() -> Any:
+    images: Any = Gemma3ImageProcessorPil
+    build: Any = Gemma3Processor
+    return build(
+        image_processor=images(size={"height": 32, "width": 32}),
+        tokenizer=tokenizer(),
+        image_seq_length=4,
+        chat_template=template("<boi>"),
+    )
+
+
+def paligemma() -> PreTrainedConfig:
+    text = {**TEXT, "model_type": "gemma", "head_dim": 16}
+    return PaliGemmaConfig(
+        vision_config=SIGLIP, text_config=text, image_token_index=IMAGE, projection_dim=64
+    )
+
+
+def paligemma_processor() -> Any:
+    images: Any = SiglipImageProcessorPil
+    pictures = images(size={"height": 32, "width": 32})
+    pictures.image_seq_length = 16
+    build: Any = PaliGemmaProcessor
+    return build(image_processor=pictures, tokenizer=tokenizer())
+
+
+def qwen3_vl() -> PreTrainedConfig:
+    vision = {"depth": 3, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64}
+    vision |= {"patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    vision |= {"out_hidden_size": 64, "num_position_embeddings": 16}
+    text = {**TEXT, "head_dim": 16, "num_hidden_layers": 3, "rope_parameters": MROPE}
+    vision["deepstack_visual_indexes"] = [0, 1]
+    return Qwen3VLConfig(text_config=text, vision_config=vision, **QWEN_IDS)
+
+
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llava": tiny.tiny_config,
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "idefics3": lambda: idefics3(Idefics3Config),
     "smolvlm": lambda: idefics3(SmolVLMConfig),
+    "llava_onevision": llava_onevision,
+    "gemma3": gemma3,
+    "paligemma": paligemma,
+    "qwen3_vl": qwen3_vl,
 }
 PROCESSORS: dict[str, Callable[[], Any]] = {
     "llava": tiny.tiny_processor,
@@ -137,6 +236,10 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "qwen2_5_vl": lambda: qwen_processor(Qwen2_5_VLProcessor),
     "idefics3": lambda: idefics3_processor(Idefics3Processor, Idefics3ImageProcessorPil),
     "smolvlm": lambda: idefics3_processor(SmolVLMProcessor, SmolVLMImageProcessorPil),
+    "llava_onevision": llava_onevision_processor,
+    "gemma3": gemma3_processor,
+    "paligemma": paligemma_processor,
+    "qwen3_vl": lambda: qwen_processor(Qwen3VLProcessor),
 }
 
 

@@ -164,12 +164,16 @@ class Family(ABC):
     def logits(self, model: PreTrainedModel, inputs: Inputs) -> Tensor:
         """Logits [B, T, V] of prepared inputs, as they are traced."""
         found: Any = model(
-            **{name: inputs[name] for name in self.text},
+            **self.text_arguments(model, inputs),
             mm_encoder_outputs=self.encoder_outputs(model, inputs),
             use_cache=False,
         )
         logits: Tensor = found.logits
         return logits
+
+    def text_arguments(self, model: PreTrainedModel, inputs: Inputs) -> dict[str, Any]:
+        """Arguments of the Hugging Face forward beside images, as they are traced."""
+        return {name: inputs[name] for name in self.text}
 
     def encoder_outputs(self, model: PreTrainedModel, inputs: Inputs) -> dict[str, Any]:
         """What the Hugging Face forward takes in the place of pixels."""

@@ -1,4 +1,4 @@
-"""Idefics3: pictures cut into square images of one size, each projected to a fixed number of tokens.
+"""Idefics3: pictures cut into square images of one size, each of a fixed number of tokens.
 
 A processor pads prompts with fewer images by images of zeros; they are dropped on the host.
 """

@@ -1,4 +1,4 @@
-"""Qwen2-VL: patches of images of any size, packed into one sequence; rotary positions in three axes.
+"""Qwen2-VL: patches of images of any size, packed into one sequence; rotary positions in 3 axes.
 
 The positions of patches, and which image each belongs to, are computed in the graph from
 `image_grid_thw`: whole-number arithmetic on as many elements as there are patches, so that no size
@@ -49,8 +49,8 @@ class Qwen2VL(Family):
         features: Tensor = self.tower(model, inputs).pooler_output
         return features
 
-    def tower(self, model: PreTrainedModel, inputs: Inputs, **options: Any) -> Any:
-        """What the vision tower returns; `options` are its arguments too."""
+    def tower(self, model: PreTrainedModel, inputs: Inputs) -> Any:
+        """What the vision tower returns."""
         parts: Any = model.model
         config = parts.visual.config
         usual = config._attn_implementation
@@ -60,7 +60,6 @@ class Qwen2VL(Family):
                 inputs["pixel_values"],
                 grid_thw=inputs[GRID],
                 max_seqlen=1,  # not looked at
-                **options,
                 **self.patch_indices(config, inputs["pixel_values"].shape[0], inputs[GRID]),
             )
         finally:
