@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -197,6 +198,8 @@ def images_only(processor: type[ProcessorMixin]) -> type[ProcessorMixin] | None:
         return None
 
     class ImagesOnly(processor):  # type: ignore[misc,valid-type]
+        video_processor = SimpleNamespace(num_frames=None, fps=None)  # templates ask for these
+
         @classmethod
         def get_attributes(cls) -> list[str]:
             return kept

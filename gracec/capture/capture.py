@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
 from gracec.capture.culprit import culprit
-from gracec.capture.families import Family, family_of
+from gracec.capture.families import GENERIC, Family, family_of
 from gracec.errors import GateError, GracecError
 from gracec.program import Program, drop_assertions
 
@@ -33,11 +33,17 @@ def capture(model: PreTrainedModel, batch: Mapping[str, Tensor] | None = None) -
         batch: what the processor returned for some prompts; built from the config when missing.
 
     Raises:
-        GracecError: if the family is unknown or torch.export cannot trace the model.
+        GracecError: if it is none, or torch.export cannot trace it.
     """
     family = family_of(model)
     inputs = family.prepare(model, batch or family.example_batch(model))
-    return trace(model, family.traced(model), inputs, family.dynamic_shapes(), ("logits",))
+    try:
+        return trace(model, family.traced(model), inputs, family.dynamic_shapes(), ("logits",))
+    except GracecError as error:
+        if family is not GENERIC:
+            raise
+        refusal = GENERIC.refusal(model, error.what)
+        raise GracecError(refusal.what, where=error.where, fix=refusal.fix) from error
 
 
 def trace(

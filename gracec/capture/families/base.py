@@ -286,9 +286,9 @@ class Family(ABC):
 
     def check_image_size(self, model: PreTrainedModel, batch: Inputs) -> None:
         """Refuse images that are not of the size that the tower takes."""
-        size = model.config.vision_config.image_size
+        size = image_size(model)
         found = tuple(batch["pixel_values"].shape[-2:])
-        if found != (size, size):
+        if found != size:
             raise GracecError(
                 f"images are {found} pixels, the tower takes {size}",
                 where="pixel_values",
@@ -300,8 +300,8 @@ class Family(ABC):
     ) -> dict[str, Tensor]:
         """`pixel_values` [I, 3, S, S] of the size that the tower takes."""
         vision = model.config.vision_config
-        channels, size = getattr(vision, "num_channels", 3), vision.image_size
-        return {"pixel_values": torch.randn((images, channels, size, size), generator=generator)}
+        shape = (images, getattr(vision, "num_channels", 3), *image_size(model))
+        return {"pixel_values": torch.randn(shape, generator=generator)}
 
     def required(self, batch: Inputs, name: str) -> Tensor:
         """An input that there has to be.
@@ -316,6 +316,23 @@ class Family(ABC):
                 fix = "the graph needs an image; `generate` also takes prompts without one"
             raise GracecError(f"{name} is missing", where="batch", fix=fix)
         return found
+
+
+def image_size(model: PreTrainedModel) -> tuple[int, int]:
+    """Height and width of the images that the tower takes.
+
+    Raises:
+        GracecError: if the configuration does not say.
+    """
+    size = getattr(model.config.vision_config, "image_size", None)
+    if isinstance(size, int):
+        return size, size
+    if size is None:
+        raise GracecError(
+            "the configuration of the tower says no image_size", where=type(model).__name__
+        )
+    height, width = size
+    return int(height), int(width)
 
 
 class Flat(nn.Module):
