@@ -3,7 +3,8 @@
     python docs/families.py [FAMILY ...]      rewrites these rows of docs/results/families.json
     python docs/make_pages.py                 writes the table
 
-A test is a column and a family a row. A cell is what the test recorded when it passed, or its error.
+A test is a column and a family a row. A cell is what the test recorded when it passed, or its
+error.
 """
 
 from __future__ import annotations
@@ -51,11 +52,12 @@ class Recorder:
 
 def main(families: list[str]) -> int:
     """Run the tests of these families, or of all."""
-    chosen = ["-k", " or ".join(families)] if families else []
+    chosen = ["-k", " or ".join(f"[{family}]" for family in families)] if families else []
     columns = [f"{TESTS}::{test}" for test in COLUMNS]
-    options = ["-p", "no:logging", "-p", "no:xdist", "-q", *chosen]
+    flags = [flag for flag in sys.argv[1:] if flag.startswith("-")]
+    options = ["-p", "no:logging", "-p", "no:xdist", "-q", *chosen, *flags]
     return int(pytest.main([*columns, *options], plugins=[Recorder()]))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main([name for name in sys.argv[1:] if not name.startswith("-")]))

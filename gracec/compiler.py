@@ -119,7 +119,8 @@ def compile(
     training = recipe.training if train_data is not None else None
     if isinstance(model, (str, Path)):
         source = Path(model).resolve().name
-        family_of(model_without_weights(model))  # refused before gigabytes are read
+        shell = model_without_weights(model)
+        family_of(shell).example_batch(shell)  # refused before gigabytes are read
         processor = processor or load_processor(model)
         model = load_model(model)
     else:

@@ -215,10 +215,15 @@ class _Patient:
         family = family_of(model)
         if family is not GENERIC:
             return f"{family.model_type}: {type(family).__module__}"
+        try:
+            family.example_batch(model)
+        except GracecError:
+            self.model = None  # nothing below can work
+            raise
         known = ", ".join(sorted(families()))
         return (
-            f"no adapter for {self.config.model_type!r}, there are {known}; the model is captured "
-            "without one, if none of its sizes depends on data"
+            f"no adapter for {self.config.model_type!r}, there are {known}; the model's own "
+            "forward is traced"
         )
 
     def check_files(self) -> str:

@@ -248,6 +248,9 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(CONFIGS[family]())
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and not parameter.any():  # as Gemma 3 starts its projector
+                torch.nn.init.normal_(parameter, std=0.1)
     module: torch.nn.Module = model
     module.to(dtype).eval()
     return model

@@ -405,6 +405,7 @@ def encode(
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
+            return_tensors="pt",  # SmolVLM does not look for it among the options
             processor_kwargs=options,
         )
     else:

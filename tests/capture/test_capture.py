@@ -63,13 +63,6 @@ def test_a_text_model_is_refused() -> None:
         capture(LlamaForCausalLM(config))
 
 
-def test_an_unknown_family_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_llava()
-    monkeypatch.setattr(model.config, "model_type", "other_vlm")
-    with pytest.raises(GracecError, match="no adapter for the family 'other_vlm'.*llava"):
-        capture(model)
-
-
 def test_a_model_that_cannot_be_traced_gives_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llava()
     projector = model.model.multi_modal_projector
