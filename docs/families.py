@@ -1,6 +1,7 @@
 """Run the tests of all families and keep what they recorded, for the table of docs/families.md.
 
     python docs/families.py [FAMILY ...]      rewrites these rows of docs/results/families.json
+    python docs/families.py doctor            what `gracec doctor` says about three models
     python docs/make_pages.py                 writes the table
 
 A test is a column and a family a row. A cell is what the test recorded when it passed, or its
@@ -9,14 +10,17 @@ error.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the tests are no installed package
 TESTS = ROOT / "tests/capture/test_families.py"
 RESULTS = ROOT / "docs/results/families.json"
 COLUMNS = {
@@ -33,9 +37,7 @@ class Recorder:
     """Writes the cells of a family as its tests end."""
 
     def __init__(self) -> None:
-        self.rows: dict[str, dict[str, str]] = {}
-        if RESULTS.is_file():
-            self.rows = json.loads(RESULTS.read_text(encoding="utf-8"))
+        self.found = json.loads(RESULTS.read_text(encoding="utf-8"))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         test, _, family = report.nodeid.partition("::")[2].rstrip("]").partition("[")
@@ -45,15 +47,53 @@ class Recorder:
         if report.failed:
             crash: Any = getattr(report.longrepr, "reprcrash", None)
             cell = f"failed: {str(crash.message).splitlines()[0]}" if crash else "failed"
-        self.rows.setdefault(family, {})[COLUMNS[test]] = str(cell)
-        text = json.dumps(self.rows, indent=2, ensure_ascii=False)
-        RESULTS.write_text(text + "\n", encoding="utf-8")
+        self.found["families"].setdefault(family, {})[COLUMNS[test]] = str(cell)
+        write(self.found)
+
+
+def write(found: dict[str, Any]) -> None:
+    """Rewrite the results."""
+    text = json.dumps(found, indent=2, ensure_ascii=False)
+    RESULTS.write_text(text + "\n", encoding="utf-8")
+
+
+def doctor() -> None:
+    """Keep what `gracec doctor` says about three directories."""
+    from gracec.doctor import diagnose
+    from tests.capture.test_generic import mistral3
+    from tests.tiny_families import tiny_model, tiny_processor
+
+    examples = {
+        "qwen2-vl": "A model that can be compiled:",
+        "mistral3": "A family without an adapter, which needs one:",
+        "broken": "The first model again, with a file cut short and the processor of another:",
+    }
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))
+    found["doctor"] = {}
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        for name in ("qwen2-vl", "broken"):
+            tiny_model("qwen2_vl").save_pretrained(name)
+            tiny_processor("qwen2_vl").save_pretrained(name)
+        mistral3().save_pretrained("mistral3")
+        weights = Path("broken/model.safetensors")
+        weights.write_bytes(weights.read_bytes()[:-1000])
+        tiny_processor("qwen2_5_vl").save_pretrained("broken")
+        options = Path("broken/processor_config.json")
+        options.write_text(options.read_text().replace('"merge_size": 2', '"merge_size": 1'))
+        for name, what in examples.items():
+            diagnosis = diagnose(name)
+            lines = [check.line() for check in diagnosis.checks if check.needed]
+            found["doctor"][name] = {"what": what, "lines": [*lines, diagnosis.verdict()]}
+    write(found)
 
 
 def main(families: list[str]) -> int:
     """Run the tests of these families, or of all."""
     chosen = ["-k", " or ".join(f"[{family}]" for family in families)] if families else []
     columns = [f"{TESTS}::{test}" for test in COLUMNS]
+    if families == ["doctor"]:
+        doctor()
+        return 0
     flags = [flag for flag in sys.argv[1:] if flag.startswith("-")]
     options = ["-p", "no:logging", "-p", "no:xdist", "-q", *chosen, *flags]
     return int(pytest.main([*columns, *options], plugins=[Recorder()]))

@@ -23,13 +23,11 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import __version__ as transformers_version
+from transformers.models.auto.auto_mappings import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.processing_auto import (
-    PROCESSOR_MAPPING_NAMES,
-    processor_class_from_name,
-)
+from transformers.models.auto.processing_auto import processor_class_from_name
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import is_torchvision_available
+from transformers.utils.import_utils import is_torchvision_available
 
 from gracec.checkpoint import checkpoint_files, first_not_finite, stored_dtype
 from gracec.errors import GracecError, GracecWarning
@@ -193,7 +191,8 @@ def _without_videos(directory: Path) -> type[ProcessorMixin] | None:
 
 def images_only(processor: type[ProcessorMixin]) -> type[ProcessorMixin] | None:
     """The same class without a video processor; None if it has none."""
-    *kept, last = processor.get_attributes()
+    parts: list[str] = processor.get_attributes()
+    *kept, last = parts
     if last != "video_processor":
         return None
 

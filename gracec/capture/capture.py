@@ -87,6 +87,7 @@ def trace(
     assert isinstance(graph_module, fx.GraphModule)
     drop_assertions(graph_module)
     _drop_casts_that_change_nothing(graph_module)
+    _write_no_padding_as_a_number(graph_module)
     program = Program(
         graph_module=graph_module,
         example_inputs=_flat(inputs),
@@ -189,6 +190,20 @@ def _drop_casts_that_change_nothing(graph_module: fx.GraphModule) -> None:
             if before is not None and (before.dtype, before.device) == (after.dtype, after.device):
                 node.replace_all_uses_with(source)
                 graph_module.graph.erase_node(node)
+    graph_module.recompile()
+
+
+def _write_no_padding_as_a_number(graph_module: fx.GraphModule) -> None:
+    """`conv2d(padding="valid")` is a convolution like others; torch.onnx does not know it."""
+    for node in graph_module.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.conv2d.padding
+    ):
+        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        if given.get("padding", "valid") == "valid":
+            given["padding"] = [0, 0]
+            node.target = torch.ops.aten.conv2d.default
+            node.args, node.kwargs = (given.pop("input"), given.pop("weight")), given
     graph_module.recompile()
 
 

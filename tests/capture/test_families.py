@@ -15,10 +15,11 @@ import gracec
 from gracec import ops
 from gracec.backends.torchao import CountInt4Kernels
 from gracec.capture import capture, captured_equals_eager, family_of
+from gracec.capture.families import qwen2_vl
 from gracec.capture.families.qwen2_vl import rotary_positions
 from gracec.compiler import CompiledModel, own_weights
 from gracec.errors import GracecError
-from gracec.evaluate.vqa import encode
+from gracec.evaluate.vqa import _without_image, encode
 from gracec.passes import run_passes
 from gracec.passes.analyze_modality import AnalyzeModality, weight_of
 from gracec.passes.insert_fake_quant import InsertFakeQuant
@@ -193,6 +194,14 @@ def test_videos_are_refused(model: PreTrainedModel, asked: Batch) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_the_blind_control_keeps_its_images(model: PreTrainedModel, asked: Batch) -> None:
+    family = family_of(model)
+    blank = _without_image(asked)
+    assert blank["pixel_values"].abs().max() < 1e-30
+    found, usual = family.prepare(model, blank), family.prepare(model, asked)
+    assert found["pixel_values"].shape == usual["pixel_values"].shape
+
+
 def test_prompts_without_an_image(model: PreTrainedModel, asked: Batch) -> None:
     """The graph refuses them; an image less or a placeholder more is an error of one line."""
     family = family_of(model)
@@ -231,6 +240,16 @@ def test_positions_are_those_of_transformers() -> None:
         grid = torch.tensor(grids).reshape(-1, 3)
         expected, _ = model.model.get_rope_index(ids, (ids == image).int(), grid, None, mask)
         assert torch.equal(rotary_positions(index, mask, grid, merge), expected)
+
+
+def test_too_many_patches_for_a_serving_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("qwen2_vl")
+    family = family_of(model)
+    inputs = family.prepare(model, family.example_batch(model))
+    assert set(family.vision_feed(inputs)) == {"pixel_values", "grid_thw"}
+    monkeypatch.setattr(qwen2_vl, "SERVED_PATCHES", 10)
+    with pytest.raises(GracecError, match="56 patches, the vision encoder takes 10 at once"):
+        family.vision_feed(inputs)
 
 
 def test_attention_of_segments_is_that_of_a_mask() -> None:

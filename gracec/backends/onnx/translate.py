@@ -7,6 +7,7 @@ gracec::quantize_activation, gracec::dequantize_activation
 gracec::matmul_nbits        com.microsoft.MatMulNBits
 gracec::last_positions      Slice from -count to the end, so that 0 keeps everything
 gracec::segment_attention   Attention with a mask of the segments, [P, P]
+aten::bucketize             the number of boundaries below; torch.onnx has no translation
 gracec::rms_norm, gracec::rotary_embedding, gracec::attention
                             RMSNormalization, RotaryEmbedding, Attention
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 import onnxscript
 import torch
+from onnx import TensorProto
 from onnx.defs import OpSchema
 from onnxscript import opset23 as op
 
@@ -35,6 +37,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.matmul_nbits.default: _matmul_nbits,
         ops.last_positions.default: _last_positions,
         ops.segment_attention.default: _segment_attention,
+        torch.ops.aten.bucketize.Tensor: _bucketize,
         ops.rms_norm.default: _rms_norm,
         ops.rotary_embedding.default: _rotary_embedding,
         ops.attention.default: _attention,
@@ -101,9 +104,19 @@ def _last_positions(x: Any, count: Any) -> Any:
 
 
 def _segment_attention(q: Any, k: Any, v: Any, segments: Any, scale: float) -> Any:
-    rows, columns = (op.Unsqueeze(segments, op.Constant(value_ints=[axis])) for axis in (1, 0))
+    last: Any = op.Constant(value_ints=[1])
+    first: Any = op.Constant(value_ints=[0])
+    rows, columns = op.Unsqueeze(segments, last), op.Unsqueeze(segments, first)
     found, *_ = op.Attention(q, k, v, op.Equal(rows, columns), scale=scale)
     return op.Transpose(found, perm=[0, 2, 1, 3])
+
+
+def _bucketize(x: Any, boundaries: Any, out_int32: bool = False, right: bool = False) -> Any:
+    last: Any = op.Constant(value_ints=[-1])
+    values = op.Unsqueeze(x, last)
+    below = op.GreaterOrEqual(values, boundaries) if right else op.Greater(values, boundaries)
+    kind = TensorProto.INT32 if out_int32 else TensorProto.INT64
+    return op.ReduceSum(op.Cast(below, to=kind), last, keepdims=0)
 
 
 def _rms_norm(x: Any, weight: Any, epsilon: float) -> Any:

@@ -130,7 +130,7 @@ class Family(ABC):
         found["pixel_values"] = found["pixel_values"].to(model.dtype)
         return {name: found[name] for name in (*self.text, *self.vision)}
 
-    def model_inputs(self, model: PreTrainedModel, batch: Inputs) -> dict[str, Tensor]:
+    def model_inputs(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What the Hugging Face forward takes, from what the processor returned."""
         return {
             name: _in_dtype(tensor, model.dtype) if isinstance(tensor, Tensor) else tensor
@@ -262,7 +262,11 @@ class Family(ABC):
         return inputs
 
     def vision_feed(self, inputs: Inputs) -> dict[str, Tensor]:
-        """Inputs of the vision encoder, by the names that it has for them, of prepared ones."""
+        """Inputs of the vision encoder, by the names that it has for them, of prepared ones.
+
+        Raises:
+            GracecError: if there are more than it takes at once.
+        """
         return {self.serving_names.get(name, name): inputs[name] for name in self.vision}
 
     def merge(
@@ -373,8 +377,10 @@ def _reserved(config: PreTrainedConfig) -> Tensor:
 
 def _free(config: PreTrainedConfig) -> int:
     """An id that is no reserved one, after that of images if possible."""
-    vocab, reserved = config.get_text_config().vocab_size, set(_reserved(config).tolist())
-    candidates = ((config.image_token_id + step) % vocab for step in range(1, vocab))
+    vocab: int = config.get_text_config().vocab_size
+    image: int = config.image_token_id
+    reserved = set(_reserved(config).tolist())
+    candidates = ((image + step) % vocab for step in range(1, vocab))
     return next(number for number in candidates if number not in reserved)
 
 

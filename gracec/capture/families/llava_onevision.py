@@ -103,7 +103,8 @@ class LlavaOnevision(Llava):
         if ratio > SCALED_ABOVE:
             found = _scaled(picture, int(height // ratio), int(width // ratio))
         else:
-            found = tuple(x.view(height, width, 4) for x in _single(picture.flatten()))
+            taps, shares = _single(picture.flatten())
+            found = taps.view(height, width, 4), shares.view(height, width, 4)
         ends = _single(torch.full((len(found[0]),), -1))
         lines, weights = (
             torch.cat([part, end.unsqueeze(1)], 1).flatten(0, 1)

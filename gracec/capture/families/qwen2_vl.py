@@ -22,6 +22,10 @@ GRID = "image_grid_thw"
 SEGMENT_ATTENTION = "gracec_segments_as_flash_attention"
 """transformers hands over packed sequences whole where the name has "flash" in it."""
 
+SERVED_PATCHES = 1 << 13
+"""Patches that a serving graph takes at once. ONNX has no attention of segments: a mask of all
+patches and, in 16 heads, 4 GiB of scores. The graphs that torch runs need no such mask."""
+
 
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any
@@ -101,6 +105,17 @@ class Qwen2VL(Family):
             self.image_index(model, batch)[0], found["attention_mask"], batch[GRID], merge
         )
         return {**found, "position_ids": positions}
+
+    def vision_feed(self, inputs: Inputs) -> dict[str, Tensor]:
+        patches = len(inputs["pixel_values"])
+        if patches > SERVED_PATCHES:
+            raise GracecError(
+                f"the images have {patches} patches, the vision encoder takes {SERVED_PATCHES} at "
+                "once: its attention needs memory for the square of their number",
+                where="pixel_values",
+                fix="give fewer or smaller images at once, or use torch",
+            )
+        return super().vision_feed(inputs)
 
     def positions(self, attention_mask: Tensor) -> Tensor:
         return super().positions(attention_mask).expand(3, -1, -1)
