@@ -7,7 +7,8 @@ gracec::quantize_activation, gracec::dequantize_activation
 gracec::matmul_nbits        com.microsoft.MatMulNBits
 gracec::last_positions      Slice from -count to the end, so that 0 keeps everything
 gracec::segment_attention   Attention with a mask of the segments, [P, P]
-aten::bucketize             the number of boundaries below; torch.onnx has no translation
+aten::bucketize, aten::argsort
+                            the number of boundaries below, TopK; torch.onnx has no translation
 gracec::rms_norm, gracec::rotary_embedding, gracec::attention
                             RMSNormalization, RotaryEmbedding, Attention
 """
@@ -38,6 +39,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.last_positions.default: _last_positions,
         ops.segment_attention.default: _segment_attention,
         torch.ops.aten.bucketize.Tensor: _bucketize,
+        torch.ops.aten.argsort.default: _argsort,
         ops.rms_norm.default: _rms_norm,
         ops.rotary_embedding.default: _rotary_embedding,
         ops.attention.default: _attention,
@@ -117,6 +119,12 @@ def _bucketize(x: Any, boundaries: Any, out_int32: bool = False, right: bool = F
     below = op.GreaterOrEqual(values, boundaries) if right else op.Greater(values, boundaries)
     kind = TensorProto.INT32 if out_int32 else TensorProto.INT64
     return op.ReduceSum(op.Cast(below, to=kind), last, keepdims=0)
+
+
+def _argsort(x: Any, dim: int = -1, descending: bool = False) -> Any:
+    axis: Any = op.Constant(value_ints=[dim])
+    _, order = op.TopK(x, op.Gather(op.Shape(x), axis), axis=dim, largest=int(descending))
+    return order
 
 
 def _rms_norm(x: Any, weight: Any, epsilon: float) -> Any:

@@ -24,7 +24,8 @@ class Qwen25VL(Qwen2VL):
         window_column = torch.div(column[corner] // merge, side, rounding_mode="floor")
         windows_a_row = grid.max() // merge // side + 1
         window = (image[corner] * windows_a_row + window_row) * windows_a_row + window_column
-        order = torch.argsort(window, stable=True)
+        # All numbers differ, so that any sort keeps the order within a window.
+        order = torch.argsort(window * patches + torch.arange(window.shape[0], device=grid.device))
         return {
             "position_ids": torch.stack([row, column], dim=-1),
             "cu_seqlens": image,  # images keep their places
