@@ -242,6 +242,22 @@ def test_positions_are_those_of_transformers() -> None:
         assert torch.equal(rotary_positions(index, mask, grid, merge), expected)
 
 
+def test_features_that_are_scaled_down() -> None:
+    """Of an image with more tiles than there may be features; equal but for rounding."""
+    model: Any = tiny_model("llava_onevision")
+    family = family_of(model)
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        "pixel_values": torch.randn((2, 10, 3, 32, 32), generator=generator),
+        "image_sizes": torch.tensor([[96, 96], [90, 60]]),
+    }
+    with torch.no_grad():
+        expected = model.model.get_image_features(**batch).pooler_output
+        found = family.encode(model, family.vision_inputs(model, batch))
+    assert family.image_tokens(model, batch) == [len(image) for image in expected]
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-6, atol=1e-6)
+
+
 def test_too_many_patches_for_a_serving_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("qwen2_vl")
     family = family_of(model)
