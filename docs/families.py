@@ -36,9 +36,6 @@ COLUMNS = {
 class Recorder:
     """Writes the cells of a family as its tests end."""
 
-    def __init__(self) -> None:
-        self.found = json.loads(RESULTS.read_text(encoding="utf-8"))
-
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         test, _, family = report.nodeid.partition("::")[2].rstrip("]").partition("[")
         if test not in COLUMNS or not (report.failed or report.when == "call"):
@@ -47,8 +44,15 @@ class Recorder:
         if report.failed:
             crash: Any = getattr(report.longrepr, "reprcrash", None)
             cell = f"failed: {str(crash.message).splitlines()[0]}" if crash else "failed"
-        self.found["families"].setdefault(family, {})[COLUMNS[test]] = str(cell)
-        write(self.found)
+        found = read()
+        found["families"].setdefault(family, {})[COLUMNS[test]] = str(cell)
+        write(found)
+
+
+def read() -> dict[str, Any]:
+    """The results so far."""
+    found: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return found
 
 
 def write(found: dict[str, Any]) -> None:
@@ -68,7 +72,7 @@ def doctor() -> None:
         "mistral3": "A family without an adapter, which needs one:",
         "broken": "The first model again, with a file cut short and the processor of another:",
     }
-    found = json.loads(RESULTS.read_text(encoding="utf-8"))
+    found = read()
     found["doctor"] = {}
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for name in ("qwen2-vl", "broken"):
