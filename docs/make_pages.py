@@ -339,9 +339,30 @@ def edge_sizes_table() -> str:
     return measured("edge", columns, lambda row: "part" in row)
 
 
+def families_table() -> str:
+    found = json.loads((DOCS / "results/families.json").read_text(encoding="utf-8"))["families"]
+    columns = list(dict.fromkeys(column for cells in found.values() for column in cells))
+    rows = [
+        [f"`{family}`", *(cells.get(column, "not run") for column in columns)]
+        for family, cells in sorted(found.items())
+    ]
+    return table(["family", *columns], rows)
+
+
+def doctor_examples() -> str:
+    found = json.loads((DOCS / "results/families.json").read_text(encoding="utf-8"))["doctor"]
+    return "\n\n".join(
+        f"{example['what']}\n\n```\n$ gracec doctor {name}\n"
+        + "\n".join(example["lines"])
+        + "\n```"
+        for name, example in found.items()
+    )
+
+
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "architecture.md": {"passes": passes_table, "gates": gates_table, "grid": scale_grid},
     "edge.md": {"speed": edge_speed_table, "sizes": edge_sizes_table},
+    "families.md": {"families": families_table, "doctor": doctor_examples},
     "onnx.md": {
         "activations": activations_table,
         "vision speed": vision_speed_table,

@@ -121,7 +121,8 @@ def compile(
     training = recipe.training if train_data is not None else None
     if isinstance(model, (str, Path)):
         source = Path(model).resolve().name
-        family_of(model_without_weights(model))  # refused before gigabytes are read
+        shell = model_without_weights(model)
+        family_of(shell).example_batch(shell)  # refused before gigabytes are read
         processor = processor or load_processor(model)
         model = load_model(model)
     else:
@@ -193,7 +194,8 @@ def compile(
         curve = trained.to_dict()
         notes += [f"training: {note}" for note in trained.notes]
         teacher = None
-    inputs = program.example_inputs
+    batch = family_of(model).example_batch(model)
+    inputs = family_of(model).prepare(model, batch)
     rows = plan_rows(plan_of(prepared.program), sqnr_db(prepared.program), untrained)
     with torch.no_grad():
         reference = prepared.program(**inputs)[0]
@@ -213,7 +215,7 @@ def compile(
         check_formats(wanted, Artifact.of(model, weights, report, dtype=dtype))
     lowered = _lower(model, weights, dtype, strict)
     notes += lowered.notes
-    figures |= _lowering_gates(model, lowered, weights, inputs, reference)
+    figures |= _lowering_gates(model, lowered, weights, batch, reference)
     compiled = CompiledModel(model, lowered, weights, report, processor, source)
     trim()
     if samples and original:
@@ -443,9 +445,10 @@ class CompiledModel:
 
     def generate(self, **inputs: Any) -> Tensor:
         """Token ids [B, T + new]; takes what the model's own `generate` takes."""
-        if inputs.get("pixel_values") is not None:
-            inputs |= family_of(self.model).prepare(self.model, inputs)
         model: Any = self.model
+        if inputs.get("pixel_values") is not None:
+            family_of(model).prepare(model, inputs)  # checks
+            inputs |= family_of(model).model_inputs(model, inputs)
         tokens: Tensor = model.generate(**inputs)
         return tokens
 
@@ -589,22 +592,23 @@ def _lowering_gates(
     model: PreTrainedModel,
     lowered: Program,
     weights: Mapping[str, FrozenWeight],
-    inputs: Mapping[str, Tensor],
+    batch: Mapping[str, Tensor],
     reference: Tensor,
 ) -> dict[str, Any]:
     """Every gate on the lowered model; the figures go into the report."""
-    inputs = family_of(model).prepare(model, inputs)
+    family = family_of(model)
+    inputs, own_inputs = family.prepare(model, batch), family.model_inputs(model, batch)
     packed = lowered_weights(lowered)
     figures: dict[str, Any] = {
         "matmul_error": gates.matmul_error(packed, weights),
-        "int4_kernels": gates.int4_kernels_run(lowered, inputs, model),
+        "int4_kernels": gates.int4_kernels_run(lowered, inputs, model, own_inputs),
         "lowered_equals_generating": captured_equals_eager(lowered, model),
     }
     mask = inputs["attention_mask"]
     with torch.no_grad():
         found = gates.logit_agreement(reference, lowered(**inputs)[0], mask)
         with CountInt4Kernels() as kernels, _dense_weights(model, packed, weights):
-            logits = model(**inputs, use_cache=False).logits
+            logits = model(**own_inputs, use_cache=False).logits
     if kernels.count:
         raise GateError(f"{kernels.count} INT4 kernels ran among weights that are meant as dense")
     dense = gates.logit_agreement(reference, logits, mask)

@@ -6,7 +6,6 @@ what else is wrong.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import warnings
@@ -22,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gracec.backends import torchao
-from gracec.capture import capture, captured_equals_eager, families, family_of
+from gracec.capture import GENERIC, capture, captured_equals_eager, families, family_of
 from gracec.checkpoint import checkpoint_files, checkpoint_tensors, first_not_finite
 from gracec.errors import GracecError
 from gracec.evaluate.vqa import encode
@@ -213,19 +212,19 @@ class _Patient:
 
     def check_family(self) -> str:
         model = _need(self.model, "vision-language model")
-        model_type = str(self.config.model_type)
-        if model_type not in families():
+        family = family_of(model)
+        if family is not GENERIC:
+            return f"{family.model_type}: {type(family).__module__}"
+        try:
+            family.example_batch(model)
+        except GracecError:
             self.model = None  # nothing below can work
-            known = sorted(families())
-            near = difflib.get_close_matches(model_type, known, n=1)
-            hint = f"nearest is {near[0]!r}; " if near else ""
-            raise GracecError(
-                f"no adapter for {model_type!r}, there are {', '.join(known)}",
-                fix=f"{hint}an adapter is one file in gracec/capture/families with prepare (checks "
-                "and index arithmetic on the host), traced (images to features, then forward), "
-                "dynamic_shapes and example_batch",
-            )
-        return f"{family_of(model).model_type}: {type(family_of(model)).__module__}"
+            raise
+        known = ", ".join(sorted(families()))
+        return (
+            f"no adapter for {self.config.model_type!r}, there are {known}; the model's own "
+            "forward is traced"
+        )
 
     def check_files(self) -> str:
         _need(self.config, "vision-language model")
@@ -260,7 +259,7 @@ class _Patient:
         picture = Image.new("RGB", (edge, edge) if isinstance(edge, int) else (64, 64), "teal")
         batch = encode(processor, ["What is this?"], [picture])
         prepared = family_of(model).prepare(model, batch)  # image tokens against image features
-        self.batch = prepared
+        self.batch = batch
         tokens = int((prepared["input_ids"] == self.config.image_token_id).sum())
         return f"{type(processor).__name__}, {tokens} tokens an image as the model takes"
 

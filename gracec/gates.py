@@ -57,19 +57,27 @@ def matmul_error(packed: Mapping[str, PackedWeight], weights: Mapping[str, Froze
 
 
 def int4_kernels_run(
-    program: Program, inputs: Mapping[str, Tensor], model: nn.Module | None = None
+    program: Program,
+    inputs: Mapping[str, Tensor],
+    model: nn.Module | None = None,
+    model_inputs: Mapping[str, Tensor] | None = None,
 ) -> int:
     """Count of INT4 kernels that run in one forward; it must equal the planned count.
 
     Args:
         model: that generates with the same packed weights, held to the same count.
+        model_inputs: those of the model, where they are not those of the program.
     """
     planned = len([n for n in program.graph.nodes if annotation(n).get("kernel") == "int4"])
-    for name, run in (("the lowered graph", program), ("the generating model", model)):
+    runs = (
+        ("the lowered graph", program, inputs),
+        ("the generating model", model, model_inputs or inputs),
+    )
+    for name, run, given in runs:
         if run is None:
             continue
         with torch.no_grad(), CountInt4Kernels() as kernels:
-            run(**inputs)
+            run(**given)
         if kernels.count != planned:
             raise GateError(f"{kernels.count} INT4 kernels ran in {name}, {planned} are planned")
     return planned

@@ -23,7 +23,7 @@ class Runtime(Protocol):
     def family(self) -> Family: ...
 
     def encode(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Visual tokens [N, H] of the images among the prepared inputs."""
+        """Visual tokens [N, H] of images, from inputs of the vision encoder."""
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Embeddings [B, S, H] of token ids [B, S]."""
@@ -54,11 +54,11 @@ class Step(NamedTuple):
 
 def embed_prompt(runtime: Runtime, inputs: Mapping[str, Tensor]) -> Tensor:
     """Embeddings [B, T, H] of prepared inputs, visual tokens in their places."""
-    ids = inputs["input_ids"]
+    ids, family = inputs["input_ids"], runtime.family
     embeds = runtime.embed(ids)
-    if set(inputs) == {"input_ids", "attention_mask"}:  # a prompt without images
+    if not any(name in inputs for name in family.vision):  # a prompt without images
         return embeds
-    return runtime.family.merge(runtime.config, ids, embeds, runtime.encode(inputs))
+    return family.merge(runtime.config, ids, embeds, runtime.encode(family.vision_feed(inputs)))
 
 
 def prompt_logits(
@@ -69,7 +69,7 @@ def prompt_logits(
 ) -> Tensor:
     """Logits [B, T, V] of a whole prompt, read part by part."""
     embeds, mask = embed_prompt(runtime, inputs), inputs["attention_mask"]
-    positions = runtime.family.positions(mask) if positions is None else positions
+    positions = _prompt_positions(runtime, inputs) if positions is None else positions
     past, found = None, []
     for part in parts:
         seen = mask[:, : part.stop]
@@ -95,7 +95,7 @@ def greedy(
         chunk: positions of the prompt to read at once; all by default.
     """
     embeds, mask = embed_prompt(runtime, inputs), inputs["attention_mask"]
-    positions = runtime.family.positions(mask)
+    positions = _prompt_positions(runtime, inputs)
     length = embeds.shape[1]
     past, logits = None, embeds
     for start in range(0, length, chunk or length):
@@ -112,5 +112,24 @@ def greedy(
         if finished.all() or number + 1 == max_new_tokens:
             return
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        positions = positions[..., -1:] + 1
+        positions = next_positions(positions)
         logits, past = runtime.decode(runtime.embed(tokens[:, None]), mask, positions, 1, past)
+
+
+def next_positions(positions: Tensor) -> Tensor:
+    """Positions [..., B, 1] of one more token.
+
+    Args:
+        positions: int64 [B, T], or [3, B, T] where an image has rows and columns: the next token is
+            beyond all of them.
+    """
+    highest = positions.amax(-1, keepdim=True)
+    if positions.dim() == 3:
+        highest = highest.amax(0, keepdim=True).expand_as(highest)
+    return highest + 1
+
+
+def _prompt_positions(runtime: Runtime, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Those that were prepared, or those of text."""
+    found = inputs.get("position_ids")
+    return runtime.family.positions(inputs["attention_mask"]) if found is None else found

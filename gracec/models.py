@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,7 +24,11 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import __version__ as transformers_version
+from transformers.models.auto.auto_mappings import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.processing_auto import processor_class_from_name
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils.import_utils import is_torchvision_available
 
 from gracec.checkpoint import checkpoint_files, first_not_finite, stored_dtype
 from gracec.errors import GracecError, GracecWarning
@@ -157,7 +162,8 @@ def load_processor(path: str | Path) -> Any:
     """
     directory = _directory(path)
     try:
-        return AutoProcessor.from_pretrained(directory, local_files_only=True)
+        loader: Any = _without_videos(directory) or AutoProcessor
+        return loader.from_pretrained(directory, local_files_only=True)
     except Exception as error:
         raise GracecError(
             f"no processor can be loaded: {_first_line(error)}",
@@ -195,6 +201,46 @@ def merge_adapters(model: Any, *, inplace: bool = False) -> tuple[PreTrainedMode
         ) from error
     assert isinstance(merged, PreTrainedModel)
     return merged, [f"adapters of PEFT merged into the weights: {names}"]
+
+
+def _without_videos(directory: Path) -> type[ProcessorMixin] | None:
+    """The processor class without its part for videos, which needs torchvision, if that is missing.
+
+    Videos are not captured, and images need no torchvision.
+    """
+    if is_torchvision_available():
+        return None
+    model_type = json.loads((directory / "config.json").read_text(encoding="utf-8"))["model_type"]
+    name = PROCESSOR_MAPPING_NAMES.get(model_type)
+    for file in ("processor_config.json", "preprocessor_config.json"):
+        if (directory / file).is_file():
+            fields = json.loads((directory / file).read_text(encoding="utf-8"))
+            name = fields.get("processor_class", name)
+            break
+    found = processor_class_from_name(name) if name else None
+    return None if found is None else images_only(found)
+
+
+def images_only(processor: type[ProcessorMixin]) -> type[ProcessorMixin] | None:
+    """The same class without a video processor; None if it has none."""
+    parts: list[str] = processor.get_attributes()
+    *kept, last = parts
+    if last != "video_processor":
+        return None
+
+    class ImagesOnly(processor):  # type: ignore[misc,valid-type]
+        video_processor = SimpleNamespace(num_frames=None, fps=None)  # templates ask for these
+
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return kept
+
+        @classmethod
+        def _get_arguments_from_pretrained(cls, *args: Any, **options: Any) -> list[Any]:
+            return [*super()._get_arguments_from_pretrained(*args, **options), None]
+
+    ImagesOnly.__name__ = processor.__name__  # it is saved under its name
+    return ImagesOnly
 
 
 def configurations(config: PreTrainedConfig) -> list[PreTrainedConfig]:

@@ -1,5 +1,6 @@
 """The operators that gracec adds to a graph: for weights and for activations, one to train with and
-one that it freezes to; and for ONNX the operators that it has no ATen equivalent of.
+one that it freezes to; attention of packed sequences; and for ONNX the operators that have no ATen
+equivalent.
 
     gracec::fake_quantize             -> gracec::dequantize
     gracec::fake_quantize_activation  -> gracec::quantize_dequantize
@@ -7,6 +8,7 @@ one that it freezes to; and for ONNX the operators that it has no ATen equivalen
     gracec::quantize_dequantize       -> gracec::quantize_activation, gracec::dequantize_activation
     gracec::last_positions               (its result has as many positions as an input says)
     gracec::conv2d                       (a convolution whose weight is a matrix)
+    gracec::segment_attention            (of images of several sizes, packed into one sequence)
 
 Each is one node with a registered gradient, so that it survives re-export and saving as one node
 and keeps only its inputs for backward; a composition of ATen ops would keep several weight-sized
@@ -16,6 +18,7 @@ intermediates.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -415,3 +418,74 @@ def _(
     batch, _, past, size = past_key.shape
     grown = past_key.new_empty((batch, kv_heads, past + q.shape[1], size))
     return torch.empty_like(q), grown, torch.empty_like(grown)
+
+
+@torch.library.custom_op("gracec::segment_attention", mutates_args=())
+def segment_attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float
+) -> Tensor:
+    """Attention among the positions of the same segment, one segment after the other.
+
+    The memory it takes grows with the longest segment; a mask over all positions would take the
+    square of their number.
+
+    Args:
+        query, key, value: [1, H, P, D].
+        segments: int64 [P]; positions of one segment are next to each other.
+
+    Returns:
+        [1, P, H, D].
+    """
+    attend = torch.nn.functional.scaled_dot_product_attention
+    parts = _segments(segments, query, key, value)
+    found = [attend(q, k, v, scale=scale).transpose(1, 2).contiguous() for q, k, v in parts]
+    return torch.cat(found, dim=1).to(query.dtype)
+
+
+@segment_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float) -> Tensor:
+    batch, heads, positions, size = query.shape
+    return query.new_empty((batch, positions, heads, size))
+
+
+@torch.library.custom_op("gracec::segment_attention_backward", mutates_args=())
+def segment_attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, from that of the result [1, P, H, D]."""
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for part in _segments(segments, query, key, value, grad.transpose(1, 2)):
+        q, k, v, g = (tensor.to(torch.float32) for tensor in part)
+        weights = torch.softmax(q @ k.transpose(-1, -2) * scale, dim=-1)
+        by_weight = g @ v.transpose(-1, -2)
+        mean = (by_weight * weights).sum(-1, keepdim=True)
+        by_score = weights * (by_weight - mean) * scale
+        found.append((by_score @ k, by_score.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ g))
+    grads = [torch.cat(parts, dim=2) for parts in zip(*found, strict=True)]
+    return grads[0].to(query.dtype), grads[1].to(key.dtype), grads[2].to(value.dtype)
+
+
+@segment_attention_backward.register_fake
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.empty_like(t).contiguous() for t in (query, key, value))  # type: ignore[return-value]
+
+
+def _segments(segments: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors [1, H, P, D] split along P; all in the dtype of the first, as autocast may differ."""
+    tensors = tuple(tensor.to(tensors[0].dtype) for tensor in tensors)
+    lengths = torch.unique_consecutive(segments, return_counts=True)[1].tolist()
+    return zip(*(tensor.split(lengths, dim=2) for tensor in tensors), strict=True)
+
+
+def _save_segments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _segments_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*segment_attention_backward(grad, *ctx.saved_tensors, ctx.scale), None, None)
+
+
+segment_attention.register_autograd(_segments_backward, setup_context=_save_segments)

@@ -54,6 +54,13 @@ class HuggingFace(Format):
     def weight_refusal(self, weight: FrozenWeight) -> str:
         return ""
 
+    def model_refusal(self, artifact: Artifact, model: PreTrainedModel) -> str:
+        for name, module in model.named_modules():
+            inside = any(fqn.startswith(f"{name}.") for fqn in artifact.weights)
+            if type(module).__name__.startswith("Siglip") and inside:
+                return f"{name} is a SigLIP tower, of which transformers loads no quantized weights"
+        return ""
+
     def notes(self, artifact: Artifact) -> tuple[str, ...]:
         schemes = {_scheme_of(weight) for weight in artifact.weights.values()}
         mixed = (

@@ -221,15 +221,15 @@ class Onnx(Format):
         from gracec.backends.onnx import gates
 
         family = family_of(model)
-        inputs = family.prepare(model, family.example_batch(model))
+        batch = family.example_batch(model)
+        inputs = family.prepare(model, batch)
         mask = inputs["attention_mask"]
         reference = ServingRuntime(serving, model.config)
         with torch.no_grad():
             expected = prompt_logits(reference, inputs)
             agreement = logit_agreement(expected, prompt_logits(found, inputs), mask)
-            half = {name: _to(tensor, torch.bfloat16) for name, tensor in inputs.items()}
             dense: Any = dense_model(artifact, torch.bfloat16)
-            logits = dense(**half, use_cache=False).logits
+            logits = dense(**family.model_inputs(dense, batch), use_cache=False).logits
         beside = logit_agreement(expected, logits, mask)
         if self.mode == "faithful":
             lowered_is_as_good_as_dense(agreement, beside)

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
 from gracec.capture.culprit import culprit
-from gracec.capture.families import Family, family_of
+from gracec.capture.families import GENERIC, Family, family_of
 from gracec.errors import GateError, GracecError
 from gracec.program import Program, drop_assertions
 
@@ -35,11 +35,17 @@ def capture(model: PreTrainedModel, batch: Mapping[str, Tensor] | None = None) -
         batch: what the processor returned for some prompts; built from the config when missing.
 
     Raises:
-        GracecError: if the family is unknown or torch.export cannot trace the model.
+        GracecError: if it is none, or torch.export cannot trace it.
     """
     family = family_of(model)
     inputs = family.prepare(model, batch or family.example_batch(model))
-    return trace(model, family.traced(model), inputs, family.dynamic_shapes(), ("logits",))
+    try:
+        return trace(model, family.traced(model), inputs, family.dynamic_shapes(), ("logits",))
+    except GracecError as error:
+        if family is not GENERIC:
+            raise
+        refusal = GENERIC.refusal(model, error.what)
+        raise GracecError(refusal.what, where=error.where, fix=refusal.fix) from error
 
 
 def trace(
@@ -83,6 +89,7 @@ def trace(
     assert isinstance(graph_module, fx.GraphModule)
     drop_assertions(graph_module)
     _drop_casts_that_change_nothing(graph_module)
+    _write_no_padding_as_a_number(graph_module)
     floating = next(p for p in model.parameters() if p.is_floating_point())
     program = Program(
         graph_module=graph_module,
@@ -133,7 +140,7 @@ def captured_equals_eager(
     for batch in batches:
         inputs = family.prepare(model, batch)
         with torch.no_grad():
-            expected = model(**inputs, use_cache=False).logits
+            expected = model(**family.model_inputs(model, batch), use_cache=False).logits
             (logits, *_) = program(**inputs)
         if not torch.equal(expected, logits):
             difference = (expected.double() - logits.double()).abs().max().item()
@@ -203,6 +210,20 @@ def _drop_casts_that_change_nothing(graph_module: fx.GraphModule) -> None:
             if before is not None and (before.dtype, before.device) == (after.dtype, after.device):
                 node.replace_all_uses_with(source)
                 graph_module.graph.erase_node(node)
+    graph_module.recompile()
+
+
+def _write_no_padding_as_a_number(graph_module: fx.GraphModule) -> None:
+    """`conv2d(padding="valid")` is a convolution like others; torch.onnx does not know it."""
+    for node in graph_module.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.conv2d.padding
+    ):
+        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        if given.get("padding", "valid") == "valid":
+            given["padding"] = [0, 0]
+            node.target = torch.ops.aten.conv2d.default
+            node.args, node.kwargs = (given.pop("input"), given.pop("weight")), given
     graph_module.recompile()
 
 

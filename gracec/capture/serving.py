@@ -7,6 +7,7 @@ weights, and each weight has to be in exactly one graph.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -77,9 +78,13 @@ def capture_serving(model: PreTrainedModel) -> dict[str, ServingProgram]:
 
 
 def _capture(model: PreTrainedModel, name: str, graph: ServingGraph) -> ServingProgram:
-    symbols = {size for shape in graph.inputs.values() for size in shape if isinstance(size, str)}
-    # A sum cannot be told to torch.export; it may be anything there.
-    dims = {symbol: Dim.DYNAMIC if " " in symbol else Dim(symbol) for symbol in symbols}
+    sizes = (size for shape in graph.inputs.values() for size in shape if isinstance(size, str))
+    # A sum cannot be told to torch.export, and a size that is there once need not be; it may be a
+    # multiple of something.
+    dims = {
+        symbol: Dim(symbol) if count > 1 and " " not in symbol else Dim.DYNAMIC
+        for symbol, count in Counter(sizes).items()
+    }
     dynamic = {
         name: {axis: dims[size] for axis, size in enumerate(shape) if isinstance(size, str)}
         for name, shape in graph.inputs.items()
@@ -207,8 +212,9 @@ def composed_equals_training(
         inputs = family_of(model).prepare(model, batch)
         with torch.no_grad():
             expected = training(**inputs).double()
-        # Positions count padding, as in the training graph.
-        positions = runtime.family.positions(torch.ones_like(inputs["attention_mask"]))
+        positions = inputs.get("position_ids")
+        if positions is None:  # they count padding, as in the training graph
+            positions = runtime.family.positions(torch.ones_like(inputs["attention_mask"]))
         length = expected.shape[1]
         halves = slice(0, length // 2), slice(length // 2, length)
         for parts in ((slice(0, length),), halves):

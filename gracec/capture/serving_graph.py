@@ -80,7 +80,7 @@ class DecoderStep(nn.Module):
         past_key_values: list[Tensor],
     ) -> tuple[Tensor, ...]:
         model: Any = self.model
-        outputs = model.model.language_model(
+        outputs = model.get_decoder()(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -106,8 +106,12 @@ def embedding_graph(model: PreTrainedModel) -> ServingGraph:
     )
 
 
-def decoder_graph(model: PreTrainedModel) -> ServingGraph:
-    """The decoder of a family whose positions are [B, S]."""
+def decoder_graph(model: PreTrainedModel, positions: Shape = (BATCH, LENGTH)) -> ServingGraph:
+    """The decoder.
+
+    Args:
+        positions: shape of its position ids.
+    """
     text = model.config.get_text_config()
     heads = text.num_key_value_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -116,7 +120,7 @@ def decoder_graph(model: PreTrainedModel) -> ServingGraph:
     inputs: dict[str, Shape] = {
         "inputs_embeds": (BATCH, LENGTH, text.hidden_size),
         "attention_mask": (BATCH, TOTAL),
-        "position_ids": (BATCH, LENGTH),
+        "position_ids": positions,
         "num_logits_to_keep": (),
         **dict.fromkeys(cache_names(CACHE, text.num_hidden_layers), cached),
     }

@@ -405,12 +405,13 @@ def encode(
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
+            return_tensors="pt",  # SmolVLM does not look for it among the options
             processor_kwargs=options,
         )
     else:
         texts = [f"{_image_token(processor)}\n{question}" for question in questions]
         encoded = processor(images=[[image] for image in images], text=texts, **options)
-    return dict(encoded)
+    return {name: value for name, value in encoded.items() if name != "labels"}
 
 
 def _image_token(processor: Any) -> str:
@@ -467,7 +468,12 @@ def _place(inputs: Mapping[str, Any], model: Generator) -> dict[str, Any]:
 def _without_image(inputs: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(inputs.get(PIXELS), Tensor):
         raise GracecError(f"the processor returns no {PIXELS} to blank", fix="pass blind=False")
-    return {**inputs, PIXELS: torch.zeros_like(inputs[PIXELS])}
+    pixels = inputs[PIXELS]
+    blank = torch.zeros_like(pixels)
+    if pixels.dim() == 5:  # several images a prompt, where one of zeros is padding
+        real = pixels.flatten(2).any(-1)[..., None, None, None]
+        blank = blank.masked_fill(real, torch.finfo(pixels.dtype).tiny)
+    return {**inputs, PIXELS: blank}
 
 
 def _generate(

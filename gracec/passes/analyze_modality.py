@@ -32,7 +32,12 @@ from gracec.passes.base import Pass, PassResult
 from gracec.program import Program, annotate, annotation
 
 aten = torch.ops.aten
-ATTENTION = {aten.scaled_dot_product_attention.default, aten.softmax.int, aten._softmax.default}
+ATTENTION = {
+    aten.scaled_dot_product_attention.default,
+    aten.softmax.int,
+    aten._softmax.default,
+    torch.ops.gracec.segment_attention.default,
+}
 ADDITION = {aten.add.Tensor, aten.add_.Tensor}
 MATMULS: dict[Any, tuple[int, ...]] = {
     aten.linear.default: (1,),
@@ -236,8 +241,11 @@ class AnalyzeModality(Pass):
         used = nx.ancestors(dataflow.digraph, logits) | {logits}
         last_block = list(program.nodes(role="block_output"))[-1]
         after_blocks = dataflow.reach([last_block])
-        tower_ends = dataflow.last_residual_before(vision_tokens)
-        after_tower = dataflow.reach([tower_ends]) if tower_ends is not None else set()
+        pixels = next(program.nodes(role="pixels"))
+        residuals = _Dataflow(program.graph, sizes=False).residuals(pixels, vision_tokens)
+        after_tower = dataflow.reach(
+            residuals[-1:]
+        )  # the tower ends where its residual stream does
         sets: dict[fx.Node, int] = {}
         for node in program.graph.nodes:
             if weight_of(node) is None:
@@ -254,13 +262,21 @@ class AnalyzeModality(Pass):
 
 
 class _Dataflow:
-    """The graph as networkx sees it: an edge from every node to each of its users."""
+    """The graph as networkx sees it: an edge from every node to each of its users.
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self.order = {node: number for number, node in enumerate(graph.nodes)}
+    Args:
+        sizes: whether what is computed from the size of a tensor depends on the tensor.
+    """
+
+    def __init__(self, graph: fx.Graph, *, sizes: bool = True) -> None:
         self.digraph: Any = nx.DiGraph()  # its stubs take no node type of one's own
         self.digraph.add_nodes_from(graph.nodes)
-        self.digraph.add_edges_from((node, user) for node in graph.nodes for user in node.users)
+        self.digraph.add_edges_from(
+            (node, user)
+            for node in graph.nodes
+            for user in node.users
+            if sizes or not isinstance(user.meta.get("val"), (int, torch.SymInt))
+        )
 
     def reach(self, sources: list[fx.Node]) -> set[fx.Node]:
         """The sources and everything that depends on them."""
@@ -310,26 +326,6 @@ class _Dataflow:
                 blocks.append(node)
         return blocks
 
-    def last_residual_before(self, node: fx.Node) -> fx.Node | None:
-        """The last residual addition on the vision side: where the tower ends."""
-        upstream = nx.ancestors(self.digraph, node) | {node}
-        attention = [n for n in upstream if n.target in ATTENTION]
-        if not attention:
-            return None
-        first = min(attention, key=self.order.__getitem__)
-        start = min(
-            (n for n in nx.ancestors(self.digraph, first) if n.target in _NORMS | ADDITION),
-            key=self.order.__getitem__,
-            default=None,
-        )
-        if start is None:
-            return None
-        residuals = self.residuals(start, node)
-        return residuals[-1] if residuals else None
-
     def _has_attention(self, start: fx.Node, end: fx.Node) -> bool:
         between = nx.descendants(self.digraph, start) & nx.ancestors(self.digraph, end)
         return any(node.target in ATTENTION for node in between)
-
-
-_NORMS = {aten.layer_norm.default, aten.rms_norm.default}

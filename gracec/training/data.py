@@ -1029,6 +1029,7 @@ class Collator:
                     [_messages(sample.turns, sample.images) for sample in samples],
                     tokenize=True,
                     return_dict=True,
+                    return_tensors="pt",  # SmolVLM does not look for it among the options
                     return_assistant_tokens_mask=self._marks_answers,
                     processor_kwargs=options,
                 )

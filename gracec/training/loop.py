@@ -269,7 +269,7 @@ class _Run:
         micro = list(self._micro_batches())
         taught = [self._taught(batch) for batch in micro]
         inputs = [self.student.inputs(batch) for batch in micro]
-        targets = [self._targets(*pair) for pair in zip(micro, inputs, strict=True)]
+        targets = [self._targets(batch) for batch in micro]
         pairs = zip(taught, targets, strict=True)
         normalisers = torch.stack([self.objective.normalisers(*pair) for pair in pairs]).sum(0)
         self._add_over_ranks(normalisers)
@@ -315,13 +315,13 @@ class _Run:
             return None
         return self.teacher.outputs(self.teacher.program(**self.teacher.inputs(batch)))
 
-    def _targets(self, batch: Batch, inputs: Mapping[str, Tensor]) -> Targets:
+    def _targets(self, batch: Batch) -> Targets:
         model = self.student.model
         _, labels = supervised_positions(batch["labels"])
         if not self.objective.omega:
             return Targets(labels.to(model.device))
-        index, sizes = family_of(model).image_index(model, inputs)
-        return Targets(labels.to(model.device), index, sizes)
+        index, sizes = family_of(model).image_index(model, batch)
+        return Targets(labels.to(model.device), index.to(model.device), sizes)
 
     def _add_over_ranks(self, tensor: Tensor) -> None:
         if self.ranked:

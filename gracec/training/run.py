@@ -167,8 +167,7 @@ def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
             name: getattr(c, "image_token_id", None) for name, c in configs.items()
         },
         "the number of visual tokens": {
-            name: family_of(m).image_index(m, family_of(m).prepare(m, batches[name]))[1][0]
-            for name, m in models.items()
+            name: family_of(m).image_tokens(m, batches[name])[0] for name, m in models.items()
         },
         "the size of an image": {
             name: tuple(batch["pixel_values"].shape[1:]) for name, batch in batches.items()

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tests.backends.artifacts import (
     random_artifact,
     tokens_of,
 )
+from tests.tiny_families import tiny_model
 
 G32, CHANNEL = QuantSpec(4, 32), QuantSpec(8, granularity="per_channel")
 TOWER = "model.vision_tower.encoder.layers"
@@ -134,3 +136,10 @@ def test_two_writes_are_equal_byte_for_byte(tmp_path: Path) -> None:
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     for name in files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_weights_of_a_siglip_tower_are_refused() -> None:
+    name = "model.vision_tower.encoder.layers.0.self_attn.q_proj.weight"
+    model: Any = tiny_model("gemma3")
+    refusal = HuggingFace().refusal(random_artifact({name: G32}, model=model))
+    assert refusal.startswith("model.vision_tower") and "SigLIP" in refusal

@@ -63,13 +63,6 @@ def test_a_text_model_is_refused() -> None:
         capture(LlamaForCausalLM(config))
 
 
-def test_an_unknown_family_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_llava()
-    monkeypatch.setattr(model.config, "model_type", "other_vlm")
-    with pytest.raises(GracecError, match="no adapter for the family 'other_vlm'.*llava"):
-        capture(model)
-
-
 def test_a_model_that_cannot_be_traced_gives_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llava()
     projector = model.model.multi_modal_projector
@@ -101,10 +94,10 @@ def test_images_without_a_place_are_refused(
 ) -> None:
     family = family_of(llava)
     more = dict(batch, pixel_values=torch.zeros(3, 3, 32, 32))
-    with pytest.raises(GracecError, match="places for 2 images, 3 were given"):
+    with pytest.raises(GracecError, match="places for 32 visual tokens, the 3 images"):
         family.prepare(llava, more)
     wrong = dict(batch, pixel_values=torch.zeros(2, 3, 40, 40))
-    with pytest.raises(GracecError, match="the tower takes 32"):
+    with pytest.raises(GracecError, match=r"the tower takes \(32, 32\)"):
         family.prepare(llava, wrong)
     with pytest.raises(GracecError, match="pixel_values is missing"):
         family.prepare(llava, {"input_ids": batch["input_ids"]})

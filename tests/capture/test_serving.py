@@ -123,6 +123,6 @@ def test_a_dimension_that_came_out_fixed_is_an_error(
 def test_a_family_without_serving_graphs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llava()
     family = type(family_of(model))
-    monkeypatch.delattr(family, "serving_graphs")
+    monkeypatch.setattr(family, "serving", {})
     with pytest.raises(GracecError, match="family llava: has no serving graphs yet"):
         capture_serving(model)

@@ -32,7 +32,7 @@ from gracec.capture.serving_graph import (
     empty_cache,
 )
 from gracec.errors import GracecError
-from gracec.greedy import Step, greedy, prompt_logits
+from gracec.greedy import Step, greedy, next_positions, prompt_logits
 from gracec.models import load_config, load_processor
 
 TEXT = ("input_ids", "attention_mask")
@@ -235,7 +235,7 @@ class OnnxModel:
         seconds = []
         for _ in range(count):
             mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
-            positions = positions[..., -1:] + 1
+            positions = next_positions(positions)
             start = time.perf_counter()
             _, past = self.decode(embeds[:, :1], mask, positions, 1, past)
             seconds.append(time.perf_counter() - start)
@@ -277,12 +277,11 @@ class OnnxModel:
 
     def _prepare(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Inputs of the graphs, checked; a prompt may come without an image."""
-        vision = [value.name for value in self._sessions[VISION].get_inputs()]
-        unknown = [name for name in batch if name not in (*TEXT, *vision)]
+        vision = self.family.vision
+        known = [*TEXT, *vision, *self.family.computed]
+        unknown = [name for name in batch if name not in known]
         if unknown:
-            raise GracecError(
-                f"the ONNX runner does not take {unknown[0]!r}", fix=f"pass {[*TEXT, *vision]}"
-            )
+            raise GracecError(f"the ONNX runner does not take {unknown[0]!r}", fix=f"pass {known}")
         given = {name: tensor for name, tensor in batch.items() if tensor is not None}
         ids = given.get("input_ids")
         images = any(name in given for name in vision)

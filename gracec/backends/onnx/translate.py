@@ -6,6 +6,9 @@ gracec::quantize_activation, gracec::dequantize_activation
                             QuantizeLinear, DequantizeLinear
 gracec::matmul_nbits        com.microsoft.MatMulNBits
 gracec::last_positions      Slice from -count to the end, so that 0 keeps everything
+gracec::segment_attention   Attention with a mask of the segments, [P, P]
+aten::bucketize, aten::argsort
+                            the number of boundaries below, TopK; torch.onnx has no translation
 gracec::rms_norm, gracec::rotary_embedding, gracec::attention
                             RMSNormalization, RotaryEmbedding, Attention
 """
@@ -17,6 +20,7 @@ from typing import Any
 
 import onnxscript
 import torch
+from onnx import TensorProto
 from onnx.defs import OpSchema
 from onnxscript import opset23 as op
 
@@ -33,6 +37,9 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.dequantize_activation.default: _dequantize_activation,
         ops.matmul_nbits.default: _matmul_nbits,
         ops.last_positions.default: _last_positions,
+        ops.segment_attention.default: _segment_attention,
+        torch.ops.aten.bucketize.Tensor: _bucketize,
+        torch.ops.aten.argsort.default: _argsort,
         ops.rms_norm.default: _rms_norm,
         ops.rotary_embedding.default: _rotary_embedding,
         ops.attention.default: _attention,
@@ -96,6 +103,29 @@ def _last_positions(x: Any, count: Any) -> Any:
     axis: Any = op.Constant(value_ints=[1])
     start: Any = op.Reshape(op.Neg(count), axis)
     return op.Slice(x, start, op.Constant(value_ints=[_LAST]), axis)
+
+
+def _segment_attention(q: Any, k: Any, v: Any, segments: Any, scale: float) -> Any:
+    last: Any = op.Constant(value_ints=[1])
+    first: Any = op.Constant(value_ints=[0])
+    rows, columns = op.Unsqueeze(segments, last), op.Unsqueeze(segments, first)
+    found, *_ = op.Attention(q, k, v, op.Equal(rows, columns), scale=scale)
+    return op.Transpose(found, perm=[0, 2, 1, 3])
+
+
+def _bucketize(x: Any, boundaries: Any, out_int32: bool = False, right: bool = False) -> Any:
+    last: Any = op.Constant(value_ints=[-1])
+    values = op.Unsqueeze(x, last)
+    below = op.GreaterOrEqual(values, boundaries) if right else op.Greater(values, boundaries)
+    kind = TensorProto.INT32 if out_int32 else TensorProto.INT64
+    ones: Any = op.Cast(below, to=kind)
+    return op.ReduceSum(ones, last, keepdims=0)
+
+
+def _argsort(x: Any, dim: int = -1, descending: bool = False) -> Any:
+    axis: Any = op.Constant(value_ints=[dim])
+    _, order = op.TopK(x, op.Gather(op.Shape(x), axis), axis=dim, largest=int(descending))
+    return order
 
 
 def _rms_norm(x: Any, weight: Any, epsilon: float) -> Any:

@@ -1,6 +1,7 @@
 """One small adapter per model family: what happens on the host, and what is traced.
 
-Adding a family means adding one file here that defines one `Family` subclass.
+Adding a family means adding one file here that defines one `Family` subclass. A model whose family
+has none is captured by the generic one, if it can be.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ from functools import cache
 from transformers import PreTrainedModel
 
 from gracec.capture.families.base import Family
+from gracec.capture.families.generic import Generic
 from gracec.errors import GracecError
 
-__all__ = ["Family", "families", "family_of"]
+__all__ = ["GENERIC", "Family", "Generic", "families", "family_of"]
+
+GENERIC = Generic()
+"""The adapter for models of families that have none."""
 
 
 @cache
@@ -25,8 +30,10 @@ def families() -> dict[str, Family]:
         if module.name != "base":
             adapters = importlib.import_module(f"{__name__}.{module.name}")
             for value in vars(adapters).values():
-                if isinstance(value, type) and issubclass(value, Family) and value is not Family:
-                    found[value.model_type] = value()
+                if isinstance(value, type) and issubclass(value, Family):
+                    model_type = getattr(value, "model_type", "")
+                    if model_type:
+                        found[model_type] = value()
     return found
 
 
@@ -34,7 +41,7 @@ def family_of(model: PreTrainedModel) -> Family:
     """The adapter for a model.
 
     Raises:
-        GracecError: if the model is not a vision-language model or its family has no adapter.
+        GracecError: if the model is not a vision-language model.
     """
     config = model.config
     where = type(model).__name__
@@ -44,10 +51,4 @@ def family_of(model: PreTrainedModel) -> Family:
             where=where,
             fix="pass a ...ForConditionalGeneration model with a vision_config",
         )
-    if config.model_type not in families():
-        raise GracecError(
-            f"no adapter for the family {config.model_type!r}",
-            where=where,
-            fix=f"supported families: {', '.join(sorted(families()))}",
-        )
-    return families()[config.model_type]
+    return families().get(config.model_type, GENERIC)

@@ -2,76 +2,272 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, TypeAlias
 
+import torch
 from torch import Tensor, nn
+from torch.export import Dim
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from gracec.capture.serving_graph import ServingGraph
+from gracec.capture.serving_graph import (
+    BATCH,
+    DECODER,
+    EMBEDDING,
+    LENGTH,
+    VISION,
+    ServingGraph,
+    Shape,
+    decoder_graph,
+    embedding_graph,
+)
 from gracec.errors import GracecError
+
+Inputs: TypeAlias = Mapping[str, Tensor]
+Dims: TypeAlias = dict[str, tuple[int, ...]]
+"""Name of an input -> its dynamic dimensions."""
+
+VIDEO = ("pixel_values_videos", "video_grid_thw")
 
 
 class Family(ABC):
     """Adapter of one model family.
 
-    `prepare` runs on the host: everything that depends on data is computed there and becomes an
-    input of the graph. The module of `traced` is what `torch.export` sees: encode the images, then
-    the Hugging Face forward, with a flat, explicit signature whose names equal the keys of
-    `prepare` and of `dynamic_shapes`.
+    What depends on data is either computed on the host, by `prepare`, or in the graph without any
+    size that depends on it. The traced module encodes the images and then runs the Hugging Face
+    forward with the features in the place of the pixels.
+
+    Attributes:
+        model_type: of the Hugging Face config.
+        text: inputs of the graph that go to the Hugging Face forward as they are.
+        vision: inputs of the graph that `encode` takes.
+        computed: names that a processor returns and `prepare` computes itself.
+        serving: input of `vision` -> its dynamic dimensions and what a runtime calls them; without
+            it there are no serving graphs.
+        serving_names: input of `vision` -> its name in the vision encoder, where clients look for
+            another one.
+        serving_positions: shape of the decoder's position ids.
+        serving_refusal: why there are no serving graphs, where there are none.
     """
 
     model_type: ClassVar[str]
+    text: ClassVar[Dims] = {"input_ids": (0, 1), "attention_mask": (0, 1)}
+    vision: ClassVar[Dims]
+    computed: ClassVar[tuple[str, ...]] = ()
+    serving: ClassVar[dict[str, dict[int, str]]] = {}
+    serving_names: ClassVar[dict[str, str]] = {}
+    serving_positions: ClassVar[Shape] = (BATCH, LENGTH)
+    serving_refusal: ClassVar[str] = "has no serving graphs yet"
 
     @abstractmethod
-    def prepare(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The graph's inputs, in order, from what the processor returned.
+    def image_tokens(self, model: PreTrainedModel, batch: Inputs) -> list[int]:
+        """Visual tokens of each image of a batch from the processor, in order.
 
-        Raises:
-            GracecError: if an input is missing or image tokens and image features disagree.
+        Args:
+            model: only its config is looked at.
         """
 
     @abstractmethod
-    def image_index(
-        self, model: PreTrainedModel, inputs: Mapping[str, Tensor]
-    ) -> tuple[Tensor, list[int]]:
-        """Which image each token belongs to, from what `prepare` returned.
+    def encode(self, model: PreTrainedModel, inputs: Inputs) -> Tensor:
+        """Projected visual tokens [N, H] of all images, as they are traced.
+
+        Args:
+            inputs: those of `vision`.
+        """
+
+    @abstractmethod
+    def example_images(
+        self, model: PreTrainedModel, images: int, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """What a processor returns for some images, of several shapes if the family has them."""
+
+    def vision_inputs(self, model: PreTrainedModel, batch: Inputs) -> dict[str, Tensor]:
+        """The inputs of `vision` from what the processor returned."""
+        return {name: self.required(batch, name) for name in self.vision}
+
+    def text_inputs(self, model: PreTrainedModel, batch: Inputs) -> dict[str, Tensor]:
+        """The inputs of `text` from what the processor returned."""
+        ids = self.required(batch, "input_ids")
+        mask = batch.get("attention_mask")
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
+
+    def check(self, model: PreTrainedModel, batch: Inputs) -> None:
+        """Refuse a batch that the graph would compute nonsense from.
+
+        Raises:
+            GracecError: naming what is wrong.
+        """
+
+    def prepare(self, model: PreTrainedModel, batch: Inputs) -> dict[str, Tensor]:
+        """The graph's inputs, in order, from what the processor returned.
+
+        Args:
+            model: only its config and dtype are looked at.
+
+        Raises:
+            GracecError: if an input is missing, is of a kind that is not captured, or image tokens
+                and images disagree.
+        """
+        self.required(batch, "input_ids")
+        for name in VIDEO:
+            if batch.get(name) is not None:
+                raise GracecError(
+                    "videos are not captured: the graph takes images only",
+                    where=f"batch, {name}",
+                    fix="pass frames as images",
+                )
+        for name in self.vision:
+            if name == "pixel_values":
+                self.required(batch, name)
+        self.check(model, batch)
+        _check_image_tokens(
+            batch["input_ids"], self.image_mask(model, batch), self.image_tokens(model, batch)
+        )
+        found = {**self.text_inputs(model, batch), **self.vision_inputs(model, batch)}
+        found["pixel_values"] = found["pixel_values"].to(model.dtype)
+        return {name: found[name] for name in (*self.text, *self.vision)}
+
+    def model_inputs(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What the Hugging Face forward takes, from what the processor returned."""
+        return {
+            name: _in_dtype(tensor, model.dtype) if isinstance(tensor, Tensor) else tensor
+            for name, tensor in batch.items()
+            if name != "labels" and tensor is not None
+        }
+
+    def image_mask(self, model: PreTrainedModel, batch: Inputs) -> Tensor:
+        """bool [B, T]: which tokens are placeholders of images."""
+        mask: Tensor = batch["input_ids"] == model.config.image_token_id
+        return mask
+
+    def image_index(self, model: PreTrainedModel, batch: Inputs) -> tuple[Tensor, list[int]]:
+        """Which image each token belongs to, from what the processor returned.
 
         Returns:
             int64 [B, T], the number of the image in the batch or -1 for text, and the number of
             tokens of each image.
         """
+        visual, sizes = self.image_mask(model, batch), self.image_tokens(model, batch)
+        numbers = torch.arange(len(sizes), device=visual.device)
+        owners = numbers.repeat_interleave(torch.tensor(sizes, device=visual.device))
+        index = torch.full(visual.shape, -1, dtype=torch.int64, device=visual.device)
+        index[visual] = owners
+        return index, sizes
 
-    @abstractmethod
     def traced(self, model: PreTrainedModel) -> nn.Module:
         """The module to export; it holds the model as its only child, named `model`."""
+        return Flat(model, (*self.text, *self.vision), self.logits)
 
-    @abstractmethod
+    def logits(self, model: PreTrainedModel, inputs: Inputs) -> Tensor:
+        """Logits [B, T, V] of prepared inputs, as they are traced."""
+        found: Any = model(
+            **self.text_arguments(model, inputs),
+            mm_encoder_outputs=self.encoder_outputs(model, inputs),
+            use_cache=False,
+        )
+        logits: Tensor = found.logits
+        return logits
+
+    def text_arguments(self, model: PreTrainedModel, inputs: Inputs) -> dict[str, Any]:
+        """Arguments of the Hugging Face forward beside images, as they are traced."""
+        return {name: inputs[name] for name in self.text}
+
+    def encoder_outputs(self, model: PreTrainedModel, inputs: Inputs) -> dict[str, Any]:
+        """What the Hugging Face forward takes in the place of pixels."""
+        features: Any = [self.encode(model, inputs)]
+        return {"image": BaseModelOutputWithPooling(pooler_output=features)}
+
     def dynamic_shapes(self) -> dict[str, dict[int, Any]]:
-        """Dynamic dimensions of each input."""
+        """Dynamic dimensions of each input of the graph."""
+        dims = {**self.text, **self.vision}
+        return {name: dict.fromkeys(axes, Dim.DYNAMIC) for name, axes in dims.items()}
 
-    @abstractmethod
     def example_batch(
         self, model: PreTrainedModel, *, batch: int = 2, images: int = 3, text: int = 7
     ) -> dict[str, Tensor]:
-        """A left-padded batch built from the config alone.
+        """A left-padded batch built from the config alone, as a processor would return it.
 
         Args:
             batch: prompts; the images are shared out among them, the first ones getting one more.
             images: images in the whole batch.
-            text: text tokens of the longest prompt; each further prompt has one fewer.
+            text: text tokens of the longest prompt; each further prompt has one fewer, but enough
+                to keep its images apart.
         """
+        config = model.config
+        decoder = config.get_text_config()
+        generator = torch.Generator().manual_seed(0)
+        pictures = self.example_images(model, images, generator)
+        sizes = self.image_tokens(model, pictures)
+        pad = decoder.pad_token_id
+        pad = 0 if pad is None or pad < 0 else pad
+        prompts = []
+        for number in range(batch):
+            share = images // batch + (number < images % batch)
+            length = max(share + 1, text - number)
+            words = torch.randint(0, decoder.vocab_size, (length,), generator=generator)
+            words[torch.isin(words, _reserved(config))] = _free(config)
+            parts = []
+            for place in range(share):
+                picture = torch.full((sizes.pop(0),), config.image_token_id)
+                parts += [words[place : place + 1], picture]
+            prompts.append(torch.cat([*parts, words[share:]]))
+        longest = max(len(prompt) for prompt in prompts)
+        input_ids = torch.full((batch, longest), pad)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, longest - len(prompt) :] = prompt
+            attention_mask[row, longest - len(prompt) :] = 1
+        found = {"input_ids": input_ids, "attention_mask": attention_mask, **pictures}
+        found |= self.example_text(model, found)
+        return {
+            name: _in_dtype(tensor.to(model.device), model.dtype) for name, tensor in found.items()
+        }
+
+    def example_text(self, model: PreTrainedModel, batch: Inputs) -> dict[str, Tensor]:
+        """What else the processor of the family returns about an example batch."""
+        return {}
 
     def serving_graphs(self, model: PreTrainedModel) -> dict[str, ServingGraph]:
         """The graphs for a runtime: `vision_encoder`, `embed_tokens`, `decoder`.
 
-        The inputs of `vision_encoder` are some of those that `prepare` returns.
-
         Raises:
             GracecError: if there are none for this family.
         """
-        raise GracecError("has no serving graphs yet", where=f"family {self.model_type}")
+        if not self.serving:
+            raise GracecError(self.serving_refusal, where=f"family {self.model_type}")
+        outside = {self.serving_names.get(name, name): name for name in self.vision}
+
+        def encode(model: PreTrainedModel, inputs: Inputs) -> Tensor:
+            return self.encode(model, {own: inputs[name] for name, own in outside.items()})
+
+        prepared = self.prepare(model, self.example_batch(model, batch=2, images=4))
+        example = self.serving_example({name: prepared[own] for name, own in outside.items()})
+        shapes: dict[str, Shape] = {
+            name: tuple(self.serving[own].get(axis, size) for axis, size in enumerate(tensor.shape))
+            for (name, own), tensor in zip(outside.items(), example.values(), strict=True)
+        }
+        hidden = model.config.get_text_config().hidden_size
+        features: dict[str, Shape] = {"image_features": ("num_image_tokens", hidden)}
+        return {
+            VISION: ServingGraph(Flat(model, outside, encode), example, shapes, features),
+            EMBEDDING: embedding_graph(model),
+            DECODER: decoder_graph(model, self.serving_positions),
+        }
+
+    def serving_example(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs of the vision encoder in which no dynamic dimension is 1."""
+        return inputs
+
+    def vision_feed(self, inputs: Inputs) -> dict[str, Tensor]:
+        """Inputs of the vision encoder, by the names that it has for them, of prepared ones.
+
+        Raises:
+            GracecError: if there are more than it takes at once.
+        """
+        return {self.serving_names.get(name, name): inputs[name] for name in self.vision}
 
     def merge(
         self, config: PreTrainedConfig, input_ids: Tensor, embeds: Tensor, features: Tensor
@@ -82,5 +278,139 @@ class Family(ABC):
         return merged
 
     def positions(self, attention_mask: Tensor) -> Tensor:
-        """Positions int64 [B, T] of all tokens so far; padding on the left has position 0."""
+        """Positions of all tokens of prompts without images, as the decoder takes them.
+
+        Args:
+            attention_mask: int64 [B, T].
+
+        Returns:
+            int64 [B, T] (in some families [3, B, T]); padding on the left has position 0.
+        """
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+    def check_image_size(self, model: PreTrainedModel, batch: Inputs) -> None:
+        """Refuse images that are not of the size that the tower takes."""
+        size = image_size(model)
+        found = tuple(batch["pixel_values"].shape[-2:])
+        if found != size:
+            raise GracecError(
+                f"images are {found} pixels, the tower takes {size}",
+                where="pixel_values",
+                fix="use the model's own processor",
+            )
+
+    def square_images(
+        self, model: PreTrainedModel, images: int, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """`pixel_values` [I, 3, S, S] of the size that the tower takes."""
+        vision = model.config.vision_config
+        shape = (images, getattr(vision, "num_channels", 3), *image_size(model))
+        return {"pixel_values": torch.randn(shape, generator=generator)}
+
+    def required(self, batch: Inputs, name: str) -> Tensor:
+        """An input that there has to be.
+
+        Raises:
+            GracecError: if it is missing.
+        """
+        found = batch.get(name)
+        if found is None:
+            fix = "use the processor"
+            if name == "pixel_values":
+                fix = "the graph needs an image; `generate` also takes prompts without one"
+            raise GracecError(f"{name} is missing", where="batch", fix=fix)
+        return found
+
+
+def image_size(model: PreTrainedModel) -> tuple[int, int]:
+    """Height and width of the images that the tower takes.
+
+    Raises:
+        GracecError: if the configuration does not say.
+    """
+    size = getattr(model.config.vision_config, "image_size", None)
+    if isinstance(size, int):
+        return size, size
+    if size is None:
+        raise GracecError(
+            "the configuration of the tower says no image_size", where=type(model).__name__
+        )
+    height, width = size
+    return int(height), int(width)
+
+
+class Flat(nn.Module):
+    """A function of a model and named tensors as a module that has one argument a tensor.
+
+    torch.export names inputs and dynamic shapes by the arguments.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        names: Iterable[str],
+        compute: Callable[[PreTrainedModel, dict[str, Tensor]], Any],
+    ) -> None:
+        super().__init__()
+        self.model = model
+
+        def forward(**inputs: Tensor) -> Any:
+            return compute(model, inputs)
+
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [inspect.Parameter(name, kind) for name in names]
+        signature: Any = forward
+        signature.__signature__ = inspect.Signature(parameters)
+        self.forward = forward
+
+
+def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _reserved(config: PreTrainedConfig) -> Tensor:
+    """Ids that stand for something that is not text."""
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    found = [getattr(config, name, None) for name in names]
+    return torch.tensor([number for number in found if number is not None])
+
+
+def _free(config: PreTrainedConfig) -> int:
+    """An id that is no reserved one, after that of images if possible."""
+    vocab: int = config.get_text_config().vocab_size
+    image: int = config.image_token_id
+    reserved = set(_reserved(config).tolist())
+    candidates = ((image + step) % vocab for step in range(1, vocab))
+    return next(number for number in candidates if number not in reserved)
+
+
+def _check_image_tokens(input_ids: Tensor, visual: Tensor, sizes: list[int]) -> None:
+    """The traced graph no longer checks this, so every batch is checked here."""
+    ends = [0]
+    for size in sizes:
+        ends.append(ends[-1] + size)
+    found = 0
+    for row, count in enumerate(visual.sum(1).tolist()):
+        found += count
+        if found > ends[-1]:
+            break  # more places than there are images
+        if found not in ends:
+            raise GracecError(
+                f"the prompt holds {count} image tokens, which is no whole number of its images: "
+                f"{_listed(sizes)} tokens each (was it truncated inside an image?)",
+                where=f"sample {row} of the batch",
+                fix="allow longer prompts or drop the sample",
+            )
+    total = int(visual.sum())
+    if total != ends[-1]:
+        raise GracecError(
+            f"the prompts have places for {total} visual tokens, the {len(sizes)} images that were "
+            f"given have {ends[-1]}",
+            where="batch",
+            fix="put one image placeholder into the prompt for each image",
+        )
+
+
+def _listed(sizes: list[int]) -> str:
+    distinct = list(dict.fromkeys(map(str, sizes)))
+    return ", ".join(distinct[:3]) + (", ..." if len(distinct) > 3 else "")

@@ -131,7 +131,7 @@ def test_only_greedy_generation(
 
 
 def test_images_and_placeholders_are_counted(model: OnnxModel, batch: dict[str, Tensor]) -> None:
-    with pytest.raises(GracecError, match="places for 2 images, 1 were given"):
+    with pytest.raises(GracecError, match="places for 32 visual tokens, the 1 images"):
         model.generate(**{**batch, "pixel_values": batch["pixel_values"][:1]})
 
 

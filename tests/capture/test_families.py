@@ -1,0 +1,289 @@
+"""Every family, through the whole compiler. `docs/families.py` writes its table from these tests: a
+test is a column, a family a row, and a cell is what the test recorded."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+import gracec
+from gracec import ops
+from gracec.backends.torchao import CountInt4Kernels
+from gracec.capture import capture, captured_equals_eager, family_of
+from gracec.capture.families import qwen2_vl
+from gracec.capture.families.qwen2_vl import rotary_positions
+from gracec.compiler import CompiledModel, own_weights
+from gracec.errors import GracecError
+from gracec.evaluate.vqa import _without_image, encode
+from gracec.passes import run_passes
+from gracec.passes.analyze_modality import AnalyzeModality, weight_of
+from gracec.passes.insert_fake_quant import InsertFakeQuant
+from gracec.passes.plan_quantization import PlanQuantization
+from gracec.passes.strip import Strip
+from gracec.program import Program, annotation
+from gracec.recipe import Recipe
+from gracec.training.run import train_student
+from gracec.training.setup import trainable
+from tests.backends.artifacts import artifact_of, dense_model
+from tests.tiny import tiny_image
+from tests.tiny_families import CONFIGS, tiny_model, tiny_processor
+
+Golden = Callable[[str, str], None]
+Record = Callable[[str, object], None]
+Batch = dict[str, Tensor]
+WEIGHTS = {part: {"group_size": 32} for part in ("projector", "decoder")}
+# In float32 the kernels add up what the dense weights do, but for the order.
+RECIPE = Recipe.from_dict({"name": "check", "weights": WEIGHTS, "deploy": {"dtype": "float32"}})
+NEW = {"max_new_tokens": 5, "do_sample": False}
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def name(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(name: str) -> PreTrainedModel:
+    """Not to be changed by a test."""
+    return tiny_model(name)
+
+
+@pytest.fixture(scope="module")
+def program(model: PreTrainedModel) -> Program:
+    return run_passes(capture(model), [AnalyzeModality()]).program
+
+
+@pytest.fixture(scope="module")
+def compiled(name: str, model: PreTrainedModel) -> CompiledModel:
+    return gracec.compile(model, RECIPE, processor=tiny_processor(name))
+
+
+@pytest.fixture(scope="module")
+def asked(name: str) -> Batch:
+    """What the processor returns for two questions about pictures of different shape."""
+    pictures = [tiny_image(0, (40, 30)), tiny_image(1, (64, 32))]
+    questions = ["what is this ?", "where is the small red circle ?"]
+    batch = encode(tiny_processor(name), questions, pictures)
+    assert (batch["attention_mask"][:, 0] == 0).any(), "padded on the left"
+    return batch
+
+
+def test_capture(
+    model: PreTrainedModel, program: Program, asked: Batch, record_property: Record
+) -> None:
+    """Batch 1, left padding, several images in a prompt, images of several shapes."""
+    family = family_of(model)
+    shapes = ((1, 3, 4), (4, 5, 12), (2, 2, 30))
+    batches = [family.example_batch(model, batch=b, images=i, text=t) for b, i, t in shapes]
+    count = captured_equals_eager(program, model)
+    count += captured_equals_eager(program, model, [*batches, asked])
+    record_property("cell", f"equal bits, {count} shapes")
+
+
+def test_partition(program: Program, name: str, golden: Golden, record_property: Record) -> None:
+    lines, parts = [], []
+    for node in program.graph.nodes:
+        notes = annotation(node)
+        if "role" in notes:
+            block = f" {notes['block']}" if "block" in notes else ""
+            lines.append(f"{notes['role']}{block}: {node.target}")
+        if "part" in notes:
+            weight = weight_of(node)
+            assert weight is not None
+            parts.append(notes["part"])
+            lines.append(f"{notes['part']}: {program.fqn(str(weight.target))}")
+    golden(f"families/{name}.txt", "\n".join(lines) + "\n")
+    counts = [f"{parts.count(part)} {part}" for part in dict.fromkeys(parts)]
+    record_property("cell", ", ".join(counts))
+
+
+@pytest.mark.slow
+def test_grace_step(name: str, model: PreTrainedModel, record_property: Record) -> None:
+    """Every weight and every scale is moved by one step of the whole objective."""
+    recipe = Recipe.load("w4a16")
+    assert recipe.training is not None and recipe.training.distillation.omega
+    steps = {"steps": 1, "frozen": [], "warmup": 0.0, "weight_decay": 0.0, "keep": "last"}
+    training = recipe.training.model_copy(update=steps)
+    weights = {**RECIPE.weights, "vision": RECIPE.weights["decoder"]}
+    recipe = recipe.model_copy(update={"training": training, "weights": weights})
+    student = own_weights(model)
+    passes = [AnalyzeModality(), PlanQuantization(recipe=recipe), InsertFakeQuant()]
+    prepared = run_passes(capture(student), passes).program
+    before = {fqn: p.detach().clone() for fqn, p in trainable(prepared, []).items()}
+    records = [
+        {"image": tiny_image(number, (40, 32)), "question": "what is this ?", "answer": answer}
+        for number, answer in enumerate(("red circle", "two", "no"))
+    ]
+    processor = tiny_processor(name)
+    curve = train_student(
+        prepared, student, model, recipe, processor, records[:2], records[2:], progress=False
+    )
+    terms = curve.rows[0]
+    assert terms["ce"] > 0 and terms["distillation"] > 0 and terms["rcka"] > 0
+    needed = {names[0] for names in run_passes(prepared, [Strip()]).program.fqns.values()}
+    learnt = {fqn: p for fqn, p in trainable(prepared, []).items() if fqn in needed}
+    assert not [fqn for fqn, p in learnt.items() if torch.equal(p, before[fqn])]
+    scales = sum(fqn.endswith("_scale") for fqn in learnt)
+    record_property("cell", f"{len(learnt) - scales} weights and {scales} scales moved")
+
+
+@pytest.mark.slow
+def test_torchao(
+    compiled: CompiledModel, asked: Batch, tmp_path: Path, record_property: Record
+) -> None:
+    """INT4 kernels generate what the fake-quantized weights do; so does the reloaded artifact."""
+    dense = dense_model(artifact_of(compiled))
+    inputs = family_of(dense).model_inputs(dense, asked)
+    with CountInt4Kernels() as kernels:
+        found = compiled.generate(**asked, **NEW)
+    assert kernels.count
+    expected: Any = dense.generate(**inputs, **NEW)
+    assert torch.equal(found, expected)
+    compiled.save_pretrained(tmp_path / "out", ())
+    again = gracec.load(tmp_path / "out")
+    assert torch.equal(again(**asked).logits, compiled(**asked).logits)
+    assert torch.equal(again.generate(**asked, **NEW), found)
+    record_property("cell", f"same tokens, {len(compiled.weights)} weights")
+
+
+@pytest.mark.slow
+def test_hf(compiled: CompiledModel, asked: Batch, tmp_path: Path, record_property: Record) -> None:
+    """Plain transformers loads every key and computes the logits of the dense weights."""
+    compiled.save_pretrained(tmp_path / "out", "hf")
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(loaded[1].values())
+    dense = dense_model(artifact_of(compiled))
+    inputs = family_of(dense).model_inputs(dense, asked)
+    with torch.no_grad():
+        assert torch.equal(loaded[0](**inputs).logits, dense(**inputs).logits)
+    record_property("cell", "equal bits")
+
+
+@pytest.mark.slow
+def test_onnx(
+    compiled: CompiledModel, asked: Batch, tmp_path: Path, record_property: Record
+) -> None:
+    """ONNX Runtime generates the same tokens, with all gates; or there is a reason why not."""
+    family = family_of(compiled.model)
+    if not family.serving:
+        with pytest.raises(GracecError) as refused:
+            compiled.export_onnx(tmp_path / "out")
+        assert refused.value.what == family.serving_refusal
+        record_property("cell", f"refused: {refused.value.what}")
+        return
+    compiled.export_onnx(tmp_path / "out")
+    runner = gracec.load(tmp_path / "out", backend="onnx")
+    assert torch.equal(runner.generate(**asked, **NEW), compiled.generate(**asked, **NEW))
+    text = {"input_ids": torch.tensor([[6, 7, 8]])}
+    assert torch.equal(runner.generate(**text, **NEW), compiled.generate(**text, **NEW))
+    record_property("cell", "same tokens")
+
+
+def test_videos_are_refused(model: PreTrainedModel, asked: Batch) -> None:
+    video = {**asked, "pixel_values_videos": torch.zeros(1, 2, 3, 32, 32)}
+    with pytest.raises(GracecError, match="videos are not captured") as error:
+        family_of(model).prepare(model, video)
+    assert "\n" not in str(error.value)
+
+
+def test_the_blind_control_keeps_its_images(model: PreTrainedModel, asked: Batch) -> None:
+    family = family_of(model)
+    blank = _without_image(asked)
+    assert blank["pixel_values"].abs().max() < 1e-30
+    found, usual = family.prepare(model, blank), family.prepare(model, asked)
+    assert found["pixel_values"].shape == usual["pixel_values"].shape
+
+
+def test_prompts_without_an_image(model: PreTrainedModel, asked: Batch) -> None:
+    """The graph refuses them; an image less or a placeholder more is an error of one line."""
+    family = family_of(model)
+    text = {name: asked[name] for name in ("input_ids", "attention_mask")}
+    with pytest.raises(GracecError, match="pixel_values is missing.*generate"):
+        family.prepare(model, text)
+    ids = asked["input_ids"].clone()
+    ids[1, (ids[1] == model.config.image_token_id).nonzero()[0]] = 7
+    with pytest.raises(GracecError, match="sample 1 of the batch: the prompt holds") as error:
+        family.prepare(model, {**asked, "input_ids": ids})
+    assert "\n" not in str(error.value)
+
+
+def test_positions_are_those_of_transformers() -> None:
+    """Rotary positions in time, height and width, of random prompts with several images."""
+    draw = random.Random(0)
+    model: Any = tiny_model("qwen2_vl")
+    merge, image = 2, model.config.image_token_id
+    for _ in range(20):
+        rows, masks, indices, grids = [], [], [], []
+        for _ in range(2):
+            row, index = [6], [-1]
+            for _ in range(draw.randrange(3)):
+                height, width = draw.randrange(1, 4), draw.randrange(1, 4)
+                row += [image] * (height * width) + [8] * draw.randrange(1, 4)
+                index += [len(grids)] * (height * width)
+                index += [-1] * (len(row) - len(index))
+                grids.append((1, merge * height, merge * width))
+            rows.append(row)
+            indices.append(index)
+        length = max(map(len, rows))
+        masks = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
+        ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
+        index = torch.tensor([[-1] * (length - len(row)) + row for row in indices])
+        mask = torch.tensor(masks)
+        grid = torch.tensor(grids).reshape(-1, 3)
+        expected, _ = model.model.get_rope_index(ids, (ids == image).int(), grid, None, mask)
+        assert torch.equal(rotary_positions(index, mask, grid, merge), expected)
+
+
+def test_features_that_are_scaled_down() -> None:
+    """Of an image with more tiles than there may be features; equal but for rounding."""
+    model: Any = tiny_model("llava_onevision")
+    family = family_of(model)
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        "pixel_values": torch.randn((2, 10, 3, 32, 32), generator=generator),
+        "image_sizes": torch.tensor([[96, 96], [90, 60]]),
+    }
+    with torch.no_grad():
+        expected = model.model.get_image_features(**batch).pooler_output
+        found = family.encode(model, family.vision_inputs(model, batch))
+    assert family.image_tokens(model, batch) == [len(image) for image in expected]
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-6, atol=1e-6)
+
+
+def test_too_many_patches_for_a_serving_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("qwen2_vl")
+    family = family_of(model)
+    inputs = family.prepare(model, family.example_batch(model))
+    assert set(family.vision_feed(inputs)) == {"pixel_values", "grid_thw"}
+    monkeypatch.setattr(qwen2_vl, "SERVED_PATCHES", 10)
+    with pytest.raises(GracecError, match="56 patches, the vision encoder takes 10 at once"):
+        family.vision_feed(inputs)
+
+
+def test_attention_of_segments_is_that_of_a_mask() -> None:
+    """And it needs no more memory than the longest segment."""
+    generator = torch.Generator().manual_seed(0)
+    segments = torch.tensor([0, 0, 0, 4, 4, 5, 5, 5, 5])
+    q, k, v = (torch.randn(1, 2, 9, 8, generator=generator, requires_grad=True) for _ in range(3))
+    found = ops.segment_attention(q, k, v, segments, 0.3)
+    mask = segments[:, None] == segments[None, :]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    expected = attend(q, k, v, mask, scale=0.3).transpose(1, 2)
+    torch.testing.assert_close(found, expected)
+    weight = torch.randn(found.shape, generator=generator)
+    grads = torch.autograd.grad((found * weight).sum(), (q, k, v))
+    wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    for grad, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, want)
+    long = torch.zeros(1, 1, 32768, 4)  # a mask would have 2^30 elements
+    parts = torch.arange(32768) // 64
+    assert ops.segment_attention(long, long, long, parts, 1.0).shape == (1, 32768, 1, 4)
+    torch.library.opcheck(ops.segment_attention, (q, k, v, segments, 0.3))

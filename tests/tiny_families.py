@@ -1,0 +1,292 @@
+"""Tiny random models of every family and their processors: the real classes, as small as their
+quantization allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    Gemma3Processor,
+    Idefics3Config,
+    Idefics3Processor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionProcessor,
+    PaliGemmaConfig,
+    PaliGemmaProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLProcessor,
+    Qwen2VLConfig,
+    Qwen2VLProcessor,
+    Qwen3VLConfig,
+    Qwen3VLProcessor,
+    SmolVLMConfig,
+    SmolVLMProcessor,
+)
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.smolvlm import processing_smolvlm
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+from gracec.models import images_only
+from tests import tiny
+from tests.tiny import BOS, CHAT_TEMPLATE, EOS, IMAGE, PAD, SPECIAL_TOKENS, VOCAB_SIZE, WORDS
+
+# It writes numbers of seconds into prompts about videos, and is not installed everywhere.
+processing_smolvlm.num2words = processing_smolvlm.num2words or str
+
+TEXT: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.12,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+MARKS = (
+    *("<video>", "<vision_start>", "<vision_end>", "<fake_token_around_image>"),
+    *("<global-img>", "<boi>", "<eoi>", "<end_of_utterance>"),
+)
+"""Further special tokens, at the end of the vocabulary."""
+VIDEO, VISION_START, VISION_END, *_ = range(VOCAB_SIZE - len(MARKS), VOCAB_SIZE)
+QWEN_IDS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": VISION_START,
+    "vision_end_token_id": VISION_END,
+}
+
+
+def qwen2_vl() -> PreTrainedConfig:
+    vision = {"depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "hidden_size": 64}
+    vision |= {"patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    text = {**TEXT, "rope_parameters": MROPE}
+    return Qwen2VLConfig(text_config=text, vision_config=vision, **QWEN_IDS)
+
+
+def qwen2_5_vl() -> PreTrainedConfig:
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64}
+    vision |= {"patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    vision |= {"out_hidden_size": 64, "window_size": 32, "fullatt_block_indexes": [1]}
+    text = {**TEXT, "rope_parameters": MROPE}
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **QWEN_IDS)
+
+
+def qwen_processor(cls: type) -> Any:
+    images: Any = Qwen2VLImageProcessorPil
+    build: Any = images_only(cls)  # a video processor needs torchvision
+    return build(
+        image_processor=images(
+            patch_size=8,
+            merge_size=2,
+            temporal_patch_size=2,
+            size={"shortest_edge": 32 * 32, "longest_edge": 48 * 48},
+        ),
+        tokenizer=tokenizer(),
+        chat_template=template("<vision_start><image><vision_end>"),
+    )
+
+
+def idefics3(cls: type) -> PreTrainedConfig:
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    build: Any = cls
+    config: PreTrainedConfig = build(
+        text_config={**TEXT, "model_type": "llama"},
+        vision_config={**vision, "initializer_range": 0.2},
+        scale_factor=2,
+        image_token_id=IMAGE,
+        pad_token_id=PAD,
+    )
+    return config
+
+
+def idefics3_processor(cls: type, images: type) -> Any:
+    build_images: Any = images
+    without = images_only(cls)
+    options: Any = {} if without is None else {"video_processor": None}
+    build: Any = without or cls
+    return build(
+        **options,
+        image_processor=build_images(
+            size={"longest_edge": 32}, max_image_size={"longest_edge": 32}, do_image_splitting=False
+        ),
+        tokenizer=tokenizer(),
+        image_seq_len=4,
+        chat_template=template("<image>"),
+    )
+
+
+SIGLIP = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+    "vision_use_head": False,
+}
+
+
+def llava_onevision() -> PreTrainedConfig:
+    return LlavaOnevisionConfig(
+        vision_config=SIGLIP,
+        text_config={**TEXT, "model_type": "qwen2"},
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=[[32, 32], [32, 64], [64, 32], [64, 64], [96, 96]],
+        vision_aspect_ratio="anyres_max_4",
+    )
+
+
+def llava_onevision_processor() -> Any:
+    images: Any = LlavaOnevisionImageProcessorPil
+    build: Any = images_only(LlavaOnevisionProcessor)
+    return build(
+        image_processor=images(
+            size={"height": 32, "width": 32},
+            image_grid_pinpoints=[[32, 32], [32, 64], [64, 32], [64, 64], [96, 96]],
+        ),
+        tokenizer=tokenizer(),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_4",
+        chat_template=template("<image>"),
+    )
+
+
+def gemma3() -> PreTrainedConfig:
+    text = {**TEXT, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}
+    text["layer_types"] = ["sliding_attention", "full_attention"]
+    return Gemma3Config(
+        vision_config=SIGLIP, text_config=text, mm_tokens_per_image=4, image_token_index=IMAGE
+    )
+
+
+def gemma3_processor() -> Any:
+    images: Any = Gemma3ImageProcessorPil
+    build: Any = Gemma3Processor
+    return build(
+        image_processor=images(size={"height": 32, "width": 32}),
+        tokenizer=tokenizer(),
+        image_seq_length=4,
+        chat_template=template("<boi>"),
+    )
+
+
+def paligemma() -> PreTrainedConfig:
+    text = {**TEXT, "model_type": "gemma", "head_dim": 16}
+    return PaliGemmaConfig(
+        vision_config=SIGLIP, text_config=text, image_token_index=IMAGE, projection_dim=64
+    )
+
+
+def paligemma_processor() -> Any:
+    images: Any = SiglipImageProcessorPil
+    pictures = images(size={"height": 32, "width": 32})
+    pictures.image_seq_length = 16
+    build: Any = PaliGemmaProcessor
+    return build(image_processor=pictures, tokenizer=tokenizer())
+
+
+def qwen3_vl() -> PreTrainedConfig:
+    vision = {"depth": 3, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64}
+    vision |= {"patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    vision |= {"out_hidden_size": 64, "num_position_embeddings": 16}
+    text = {**TEXT, "head_dim": 16, "num_hidden_layers": 3, "rope_parameters": MROPE}
+    vision["deepstack_visual_indexes"] = [0, 1]
+    return Qwen3VLConfig(text_config=text, vision_config=vision, **QWEN_IDS)
+
+
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llava": tiny.tiny_config,
+    "qwen2_vl": qwen2_vl,
+    "qwen2_5_vl": qwen2_5_vl,
+    "idefics3": lambda: idefics3(Idefics3Config),
+    "smolvlm": lambda: idefics3(SmolVLMConfig),
+    "llava_onevision": llava_onevision,
+    "gemma3": gemma3,
+    "paligemma": paligemma,
+    "qwen3_vl": qwen3_vl,
+}
+PROCESSORS: dict[str, Callable[[], Any]] = {
+    "llava": tiny.tiny_processor,
+    "qwen2_vl": lambda: qwen_processor(Qwen2VLProcessor),
+    "qwen2_5_vl": lambda: qwen_processor(Qwen2_5_VLProcessor),
+    "idefics3": lambda: idefics3_processor(Idefics3Processor, Idefics3ImageProcessorPil),
+    "smolvlm": lambda: idefics3_processor(SmolVLMProcessor, SmolVLMImageProcessorPil),
+    "llava_onevision": llava_onevision_processor,
+    "gemma3": gemma3_processor,
+    "paligemma": paligemma_processor,
+    "qwen3_vl": lambda: qwen_processor(Qwen3VLProcessor),
+}
+
+
+def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A random model of a family in eval mode; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForImageTextToText.from_config(CONFIGS[family]())
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and not parameter.any():  # as Gemma 3 starts its projector
+                torch.nn.init.normal_(parameter, std=0.1)
+    module: torch.nn.Module = model
+    module.to(dtype).eval()
+    return model
+
+
+def tiny_processor(family: str) -> Any:
+    """The processor of `tiny_model`."""
+    return PROCESSORS[family]()
+
+
+def template(image: str) -> str:
+    """A chat template with this text in the place of an image."""
+    return CHAT_TEMPLATE.replace("<image>", image)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer with the special tokens of all families."""
+    words = [*SPECIAL_TOKENS, *WORDS]
+    words += [f"w{number}" for number in range(VOCAB_SIZE - len(words) - len(MARKS))]
+    numbers = {word: number for number, word in enumerate([*words, *MARKS])}
+    backend: Any = Tokenizer(WordLevel(numbers, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()
+    build: Any = PreTrainedTokenizerFast  # untyped upstream
+    found: PreTrainedTokenizerFast = build(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>", *MARKS],
+        extra_special_tokens={
+            "image_token": "<image>",
+            "video_token": "<video>",
+            "boi_token": "<boi>",
+            "eoi_token": "<eoi>",
+        },
+        padding_side="left",
+    )
+    return found
