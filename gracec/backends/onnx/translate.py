@@ -118,8 +118,8 @@ def _bucketize(x: Any, boundaries: Any, out_int32: bool = False, right: bool = F
     values = op.Unsqueeze(x, last)
     below = op.GreaterOrEqual(values, boundaries) if right else op.Greater(values, boundaries)
     kind = TensorProto.INT32 if out_int32 else TensorProto.INT64
-    ones: Any = op.Cast(below, to=kind)
-    return op.ReduceSum(ones, last, keepdims=0)
+    counted: Any = op.Cast(below, to=kind)
+    return op.ReduceSum(counted, last, keepdims=0)
 
 
 def _argsort(x: Any, dim: int = -1, descending: bool = False) -> Any:

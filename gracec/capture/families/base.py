@@ -294,7 +294,7 @@ class Family(ABC):
         found = tuple(batch["pixel_values"].shape[-2:])
         if found != size:
             raise GracecError(
-                f"images are {found} pixels, the tower takes {size}",
+                f"images are {found[0]} x {found[1]} pixels, the tower takes {size[0]} x {size[1]}",
                 where="pixel_values",
                 fix="use the model's own processor",
             )
