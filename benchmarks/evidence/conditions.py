@@ -105,7 +105,6 @@ def _long() -> Iterator[Condition]:
     yield Condition("long", "w4a16-qat-1000", "w4a16-qat", **training)
     yield Condition("long", "w2-grace-1000", "w4a16", "teacher", **training, weights=STRESS)
     yield Condition("long", "w2-qat-1000", "w4a16-qat", **training, weights=STRESS)
-    yield Condition("long", "w4a16-kl-1000", "w4a16", "teacher", **training, distillation=PLAIN_KL)
 
 
 def _stress() -> Iterator[Condition]:

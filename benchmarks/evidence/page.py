@@ -611,7 +611,6 @@ REMEDIES = {
 LONG_ROWS = {
     "student": WORDS["student"],
     "w4a16-qat-1000": "INT4, cross-entropy QAT",
-    "w4a16-kl-1000": "INT4, cross-entropy and plain KL",
     "w4a16-1000": "INT4, GRACE",
     "w2-qat-1000": "2 bits in decoder and projector, cross-entropy QAT",
     "w2-grace-1000": "2 bits in decoder and projector, GRACE",
