@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -226,15 +227,21 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path, server: Server) -> Non
 def test_the_command_serves_until_it_is_interrupted(server: Server, tmp_path: Path) -> None:
     options = ["--app", str(server.app), "--port", "0"]
     command = [sys.executable, "-m", "gracec.cli", "serve", str(server.model), *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        port = int(line.removeprefix("http://127.0.0.1:").partition("/")[0])
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-        connection.request("GET", "/model/config.json")
-        assert connection.getresponse().read() == b"{}"
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 0
+    heard = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # a test in the background is deaf
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heard) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            port = int(line.removeprefix("http://127.0.0.1:").partition("/")[0])
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+            connection.request("GET", "/model/config.json")
+            assert connection.getresponse().read() == b"{}"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=60) == 0
+        finally:
+            process.kill()
     refused = gracec("serve", tmp_path, *options)
     assert refused.returncode == 2
     assert refused.stdout == ""
