@@ -215,15 +215,17 @@ def _drop_casts_that_change_nothing(graph_module: fx.GraphModule) -> None:
 
 def _write_no_padding_as_a_number(graph_module: fx.GraphModule) -> None:
     """`conv2d(padding="valid")` is a convolution like others; torch.onnx does not know it."""
+    defaults = {"bias": None, "stride": [1, 1], "padding": "valid", "dilation": [1, 1], "groups": 1}
     for node in graph_module.graph.find_nodes(
         op="call_function", target=torch.ops.aten.conv2d.padding
     ):
-        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-        given = dict(zip(names, node.args, strict=False)) | node.kwargs
-        if given.get("padding", "valid") == "valid":
-            given["padding"] = [0, 0]
+        given = dict(zip(("input", "weight", *defaults), node.args, strict=False)) | node.kwargs
+        found = {**defaults, **given}
+        if found["padding"] == "valid":
+            found["padding"] = [0, 0]
             node.target = torch.ops.aten.conv2d.default
-            node.args, node.kwargs = (given.pop("input"), given.pop("weight")), given
+            inputs = given["input"], given["weight"]
+            node.args, node.kwargs = (*inputs, *(found[name] for name in defaults)), {}
     graph_module.recompile()
 
 

@@ -56,6 +56,7 @@ class FlattenConvolutions(Pass):
 
     @staticmethod
     def _flatten(graph: fx.Graph, node: fx.Node, kernel: list[int]) -> None:
+        assert not node.kwargs
         given: tuple[Any, ...] = node.args
         x, weight, *rest = given
         bias, *sizes, groups = (*rest, *_DEFAULTS[len(rest) :])

@@ -72,3 +72,13 @@ def test_a_weight_that_is_read_otherwise_stays() -> None:
     program = capture_module(Shared(), IMAGES)
     result = run_passes(program, [FlattenConvolutions()])
     assert not result.modified and len(list(result.program.nodes(CONVOLUTION))) == 1
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_no_padding_by_name_keeps_the_other_sizes(bias: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Conv2d(3, 8, 3, padding="valid", stride=2, dilation=(1, 2), bias=bias)
+    captured = capture_module(net, {"input": IMAGES["x"]})
+    result = run_passes(captured, [FlattenConvolutions()])
+    assert result.notes == ("flatten-convolutions: 1 convolutions",)
+    assert torch.equal(result.program(input=IMAGES["x"])[0], net(IMAGES["x"]))
