@@ -78,11 +78,16 @@ class Family(ABC):
             inputs: those of `vision`.
         """
 
-    @abstractmethod
     def example_images(
         self, model: PreTrainedModel, images: int, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """What a processor returns for some images, of several shapes if the family has them."""
+        """What a processor returns for some images, of several shapes if the family has them.
+
+        By default `pixel_values` [I, C, H, W] of the size that the tower takes.
+        """
+        channels = getattr(model.config.vision_config, "num_channels", 3)
+        shape = (images, channels, *image_size(model))
+        return {"pixel_values": torch.randn(shape, generator=generator)}
 
     def vision_inputs(self, model: PreTrainedModel, batch: Inputs) -> dict[str, Tensor]:
         """The inputs of `vision` from what the processor returned."""
@@ -97,9 +102,19 @@ class Family(ABC):
     def check(self, model: PreTrainedModel, batch: Inputs) -> None:
         """Refuse a batch that the graph would compute nonsense from.
 
+        By default images that are not of the size that the tower takes.
+
         Raises:
             GracecError: naming what is wrong.
         """
+        size = image_size(model)
+        found = tuple(batch["pixel_values"].shape[-2:])
+        if found != size:
+            raise GracecError(
+                f"images are {found[0]} x {found[1]} pixels, the tower takes {size[0]} x {size[1]}",
+                where="pixel_values",
+                fix="use the model's own processor",
+            )
 
     def prepare(self, model: PreTrainedModel, batch: Inputs) -> dict[str, Tensor]:
         """The graph's inputs, in order, from what the processor returned.
@@ -119,9 +134,7 @@ class Family(ABC):
                     where=f"batch, {name}",
                     fix="pass frames as images",
                 )
-        for name in self.vision:
-            if name == "pixel_values":
-                self.required(batch, name)
+        self.required(batch, "pixel_values")
         self.check(model, batch)
         _check_image_tokens(
             batch["input_ids"], self.image_mask(model, batch), self.image_tokens(model, batch)
@@ -287,25 +300,6 @@ class Family(ABC):
             int64 [B, T] (in some families [3, B, T]); padding on the left has position 0.
         """
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-    def check_image_size(self, model: PreTrainedModel, batch: Inputs) -> None:
-        """Refuse images that are not of the size that the tower takes."""
-        size = image_size(model)
-        found = tuple(batch["pixel_values"].shape[-2:])
-        if found != size:
-            raise GracecError(
-                f"images are {found[0]} x {found[1]} pixels, the tower takes {size[0]} x {size[1]}",
-                where="pixel_values",
-                fix="use the model's own processor",
-            )
-
-    def square_images(
-        self, model: PreTrainedModel, images: int, generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        """`pixel_values` [I, 3, S, S] of the size that the tower takes."""
-        vision = model.config.vision_config
-        shape = (images, getattr(vision, "num_channels", 3), *image_size(model))
-        return {"pixel_values": torch.randn(shape, generator=generator)}
 
     def required(self, batch: Inputs, name: str) -> Tensor:
         """An input that there has to be.

@@ -46,14 +46,6 @@ class Gemma3(Family):
     def image_tokens(self, model: PreTrainedModel, batch: Inputs) -> list[int]:
         return [int(model.config.mm_tokens_per_image)] * len(batch["pixel_values"])
 
-    def check(self, model: PreTrainedModel, batch: Inputs) -> None:
-        self.check_image_size(model, batch)
-
-    def example_images(
-        self, model: PreTrainedModel, images: int, generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        return self.square_images(model, images, generator)
-
     def example_text(self, model: PreTrainedModel, batch: Inputs) -> dict[str, Tensor]:
         return {"token_type_ids": self.token_types(model, batch)}
 

@@ -45,7 +45,7 @@ class Generic(Family):
     def image_tokens(self, model: PreTrainedModel, batch: Inputs) -> list[int]:
         """As many as the model makes of one image, which is asked once."""
         if model not in self._tokens:
-            pixels = self.square_images(model, 1, torch.Generator())["pixel_values"]
+            pixels = super().example_images(model, 1, torch.Generator())["pixel_values"]
             try:
                 with torch.no_grad():
                     found = self.encode(
@@ -65,14 +65,14 @@ class Generic(Family):
         more = [name for name in batch if name in taken and name not in known]
         if more:
             raise self.refusal(model, f"it takes {', '.join(more)} beside ids and pixels")
-        self.check_image_size(model, batch)
+        super().check(model, batch)
 
     def example_images(
         self, model: PreTrainedModel, images: int, generator: torch.Generator
     ) -> dict[str, Tensor]:
         if getattr(model.config, "image_token_id", None) is None:
             raise self.refusal(model, "its configuration names no image token")
-        return self.square_images(model, images, generator)
+        return super().example_images(model, images, generator)
 
     @staticmethod
     def refusal(model: PreTrainedModel, reason: str) -> GracecError:

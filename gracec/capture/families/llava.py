@@ -37,11 +37,3 @@ class Llava(Family):
         tokens = (vision.image_size // vision.patch_size) ** 2
         keeps_class = model.config.vision_feature_select_strategy != "default"
         return [int(tokens) + int(keeps_class)] * len(batch["pixel_values"])
-
-    def check(self, model: PreTrainedModel, batch: Inputs) -> None:
-        self.check_image_size(model, batch)
-
-    def example_images(
-        self, model: PreTrainedModel, images: int, generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        return self.square_images(model, images, generator)
