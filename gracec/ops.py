@@ -133,8 +133,7 @@ def _(codes: Tensor, scales: Tensor, group_size: int, output_dtype: str = "float
     return codes.new_empty(quant.codes_shape(codes), dtype=_DTYPES[output_dtype])
 
 
-@torch.library.custom_op("gracec::conv2d", mutates_args=())
-def conv2d(
+def _conv2d(
     x: Tensor,
     matrix: Tensor,
     bias: Tensor | None,
@@ -150,19 +149,8 @@ def conv2d(
     return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
-@conv2d.register_fake
-def _(
-    x: Tensor,
-    matrix: Tensor,
-    bias: Tensor | None,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    weight = matrix.view(len(matrix), -1, *kernel)
-    return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+conv2d = torch.library.custom_op("gracec::conv2d", _conv2d, mutates_args=())
+conv2d.register_fake(_conv2d)
 
 
 def _save_convolution(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
