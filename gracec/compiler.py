@@ -198,11 +198,11 @@ def compile(
     inputs = family_of(model).prepare(model, batch)
     rows = plan_rows(plan_of(prepared.program), sqnr_db(prepared.program), untrained)
     with torch.no_grad():
-        reference = prepared.program(**inputs)[0]
+        fake_quantized = prepared.program(**inputs)
     weights: dict[str, FrozenWeight] = {}
     if plan_of(prepared.program).quantized:
         frozen = run_passes(prepared.program, [Freeze(release=True)])
-        gates.frozen_equals_fake_quantized(reference, frozen.program, inputs)
+        gates.frozen_equals_fake_quantized(fake_quantized, frozen.program, inputs)
         figures["frozen_equals_fake_quantized"] = True
         weights = frozen_weights(frozen.program)
         notes += frozen.notes
@@ -215,7 +215,7 @@ def compile(
         check_formats(wanted, Artifact.of(model, weights, report, dtype=dtype))
     lowered = _lower(model, weights, dtype, strict)
     notes += lowered.notes
-    figures |= _lowering_gates(model, lowered, weights, batch, reference)
+    figures |= _lowering_gates(model, lowered, weights, batch, fake_quantized[0])
     compiled = CompiledModel(model, lowered, weights, report, processor, source)
     trim()
     if samples and original:

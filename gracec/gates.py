@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +22,15 @@ NEAR_TIE = 0.02
 
 
 def frozen_equals_fake_quantized(
-    expected: Tensor, frozen: Program, inputs: Mapping[str, Tensor]
+    fake_quantized: Sequence[Tensor], frozen: Program, inputs: Mapping[str, Tensor]
 ) -> None:
-    """Frozen codes compute exactly the logits [B, T, V] of the fake-quantized graph."""
+    """Frozen codes compute exactly every output of the fake-quantized graph, logits or others."""
     with torch.no_grad():
-        logits = frozen(**inputs)[0]
-    if not torch.equal(expected, logits):
-        difference = (expected.double() - logits.double()).abs().max().item()
-        raise GateError(f"frozen and fake-quantized logits differ by {difference:.3g}")
+        outputs = frozen(**inputs)
+    for name, expected, found in zip(frozen.output_names, fake_quantized, outputs, strict=True):
+        if not torch.equal(expected, found):
+            difference = (expected.double() - found.double()).abs().max().item()
+            raise GateError(f"frozen and fake-quantized {name} differ by {difference:.3g}")
 
 
 def matmul_error(packed: Mapping[str, PackedWeight], weights: Mapping[str, FrozenWeight]) -> float:

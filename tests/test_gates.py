@@ -21,7 +21,7 @@ Q_PROJ = "model.language_model.layers.0.self_attn.q_proj.weight"
 
 
 def test_frozen_gate_catches_one_changed_code(after: After, batch: dict[str, Tensor]) -> None:
-    expected = after(FAKE)(**batch)[0]
+    expected = after(FAKE)(**batch)
     gates.frozen_equals_fake_quantized(expected, after(FROZEN), batch)
     broken = after(FROZEN).copy()
     codes = broken.tensor(f"model.{Q_PROJ}_codes").clone()

@@ -120,7 +120,7 @@ def matmul_error(weights: Mapping[str, LoweredWeight], ops: str, mode: str) -> f
             session = open_session(path, session_options(ops, mode), threads=1)
             (found,) = session.run(None, {"x": x})
         exact = x.astype(np.float64) @ dense.double().numpy().T
-        error = _relative_error(found, exact)
+        error = relative_error(found, exact)
         if not error <= MATMUL_BOUND[mode]:
             raise GateError(
                 f"INT4 matmul is off by {error:.3g} relative to float64, "
@@ -131,7 +131,7 @@ def matmul_error(weights: Mapping[str, LoweredWeight], ops: str, mode: str) -> f
     return worst
 
 
-def _relative_error(found: np.ndarray, exact: np.ndarray) -> float:
+def relative_error(found: np.ndarray, exact: np.ndarray) -> float:
     """The largest difference, relative to the largest output."""
     return float(np.abs(found - exact).max() / max(np.abs(exact).max(), 1e-30))
 
@@ -170,7 +170,7 @@ def _int8_error(fqn: str, weight: LoweredWeight) -> float:
     for tried in (codes, extremes):
         found = run_int8(tried, weight.scales.numpy(), x, scale, zero_point)
         exact = rounded @ (tried * weight.scales.numpy().astype(np.float64))
-        error = _relative_error(found, exact)
+        error = relative_error(found, exact)
         if not error <= MATMUL_BOUND["faithful"]:
             raise GateError(
                 f"INT8 matmul is off by {error:.3g} relative to float64: the kernel saturates",
