@@ -157,9 +157,8 @@ def dequantize(
     weight = torch.empty(codes_shape(codes), dtype=dtype, device=codes.device)
     for part, scale, target in row_chunks(codes, scales, weight):
         groups = grouped(read_codes(part), group_size)
-        torch.mul(
-            groups, scale.to(torch.float32).unsqueeze(-1), out=target.view(groups.shape)
-        )  # computed in float32
+        # The product is computed in float32, whatever `out` is.
+        torch.mul(groups, scale.to(torch.float32).unsqueeze(-1), out=target.view(groups.shape))
     return weight
 
 

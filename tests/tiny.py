@@ -52,21 +52,24 @@ CHAT_TEMPLATE = (
 DEFAULT_PROMPTS = ("what is this ?", "where is the small red circle in the picture ?")
 
 
+TEXT: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.12,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
+
+
 def tiny_config(*, tie: bool = False, **overrides: Any) -> LlavaConfig:
     """The configuration of `tiny_llava`; see there for the overrides."""
-    text: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.12,
-        "pad_token_id": PAD,
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
-    }
+    text = dict(TEXT)
     vision: dict[str, Any] = {
         "hidden_size": 32,
         "intermediate_size": 64,

@@ -44,24 +44,19 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 
 from gracec.models import images_only
 from tests import tiny
-from tests.tiny import BOS, CHAT_TEMPLATE, EOS, IMAGE, PAD, SPECIAL_TOKENS, VOCAB_SIZE, WORDS
+from tests.tiny import (
+    CHAT_TEMPLATE,
+    IMAGE,
+    PAD,
+    SPECIAL_TOKENS,
+    TEXT,
+    VOCAB_SIZE,
+    WORDS,
+)
 
 # It writes numbers of seconds into prompts about videos, and is not installed everywhere.
 processing_smolvlm.num2words = processing_smolvlm.num2words or str
 
-TEXT: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.12,
-    "pad_token_id": PAD,
-    "bos_token_id": BOS,
-    "eos_token_id": EOS,
-}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 MARKS = (
     *("<video>", "<vision_start>", "<vision_end>", "<fake_token_around_image>"),

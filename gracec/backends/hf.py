@@ -56,8 +56,9 @@ class HuggingFace(Format):
 
     def model_refusal(self, artifact: Artifact, model: PreTrainedModel) -> str:
         for name, module in model.named_modules():
-            inside = any(fqn.startswith(f"{name}.") for fqn in artifact.weights)
-            if type(module).__name__.startswith("Siglip") and inside:
+            if not type(module).__name__.startswith("Siglip"):
+                continue
+            if any(fqn.startswith(f"{name}.") for fqn in artifact.weights):
                 return f"{name} is a SigLIP tower, of which transformers loads no quantized weights"
         return ""
 

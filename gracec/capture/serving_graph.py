@@ -150,7 +150,7 @@ def decoder_inputs(
     Args:
         embeds: [B, S, H], the tokens after the cache.
         attention_mask: int64 [B, P + S].
-        position_ids: int64 [B, S].
+        position_ids: int64 [B, S]; of Qwen's families [3, B, S].
         keep: the last positions whose logits are computed, 0 for all.
     """
     return {

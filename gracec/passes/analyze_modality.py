@@ -243,9 +243,8 @@ class AnalyzeModality(Pass):
         after_blocks = dataflow.reach([last_block])
         pixels = next(program.nodes(role="pixels"))
         residuals = _Dataflow(program.graph, sizes=False).residuals(pixels, vision_tokens)
-        after_tower = dataflow.reach(
-            residuals[-1:]
-        )  # the tower ends where its residual stream does
+        # The tower ends where its residual stream does.
+        after_tower = dataflow.reach(residuals[-1:])
         sets: dict[fx.Node, int] = {}
         for node in program.graph.nodes:
             if weight_of(node) is None:
