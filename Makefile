@@ -23,7 +23,7 @@ SOURCES := $(wildcard gracec tests examples benchmarks docs)
 .PHONY: test test-all lint format demo evidence install constraints clean
 
 test: lint
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" --timeout 600
 
 test-all: lint
 	$(PYTEST)

@@ -141,7 +141,7 @@ def gates_table() -> str:
         ["`captured_equals_eager`", "logits of the captured graph and of the model", "equal bits"],
         [
             "`frozen_equals_fake_quantized`",
-            "logits of the frozen and of the fake-quantized graph",
+            "every output of the frozen and of the fake-quantized graph",
             "equal bits",
         ],
         [
@@ -261,82 +261,106 @@ def allowed(field: dict[str, Any]) -> str:
 Row = dict[str, Any]
 
 
-def measured(
-    result: str, columns: dict[str, Callable[[Row], object]], rows: Callable[[Row], bool]
-) -> str:
-    """A table of some rows of a results file."""
+def measured(result: str, only: str, columns: dict[str, str | Callable[[Row], object]]) -> str:
+    """A table of the rows of a results file that have a field `only`.
+
+    Args:
+        columns: header -> field, or what to write of a row.
+    """
     found = json.loads((RESULTS / f"{result}.json").read_text(encoding="utf-8"))["rows"]
-    lines = [[str(cell(row)) for cell in columns.values()] for row in found if rows(row)]
+    lines = [
+        [str(row[cell] if isinstance(cell, str) else cell(row)) for cell in columns.values()]
+        for row in found
+        if only in row
+    ]
     return table(list(columns), lines)
 
 
 def answers_table() -> str:
-    columns: dict[str, Callable[[Row], object]] = {
-        "head": lambda row: row["head"],
-        "backend": lambda row: row["backend"],
-        "right, %": lambda row: row["percent_right"],
-        "against the original, points": lambda row: (
-            f"{row['change_points']:+} ±{row['standard_error']}"
-        ),
-        "other answers than its codes": lambda row: row["other_answers_than_its_codes"],
-        "KL, nats": lambda row: "" if row["kl_nats"] is None else f"{row['kl_nats']:.1e}",
-    }
-    return measured("onnx_answers", columns, lambda row: True)
+    return measured(
+        "onnx_answers",
+        "head",
+        {
+            "head": "head",
+            "backend": "backend",
+            "right, %": "percent_right",
+            "against the original, points": lambda row: (
+                f"{row['change_points']:+} ±{row['standard_error']}"
+            ),
+            "other answers than its codes": "other_answers_than_its_codes",
+            "KL, nats": lambda row: "" if row["kl_nats"] is None else f"{row['kl_nats']:.1e}",
+        },
+    )
 
 
 def activations_table() -> str:
-    columns: dict[str, Callable[[Row], object]] = {
-        "model": lambda row: row["model"],
-        "right, %": lambda row: f"{row['percent_right']:.1f} ±{row['standard_error']:.1f}",
-        "other answers than float32": lambda row: row["other_answers"],
-        "KL from float32, nats": lambda row: row["kl_nats"],
-    }
-    return measured("activations", columns, lambda row: "model" in row)
+    return measured(
+        "activations",
+        "model",
+        {
+            "model": "model",
+            "right, %": lambda row: f"{row['percent_right']:.1f} ±{row['standard_error']:.1f}",
+            "other answers than float32": "other_answers",
+            "KL from float32, nats": "kl_nats",
+        },
+    )
 
 
 def vision_speed_table() -> str:
-    columns: dict[str, Callable[[Row], object]] = {
-        "vision encoder": lambda row: row["vision_encoder"],
-        "weights": lambda row: row["weights"],
-        "median, ms": lambda row: row["milliseconds_median"],
-        "times float32 (middle half of the rounds)": lambda row: (
-            f"{row['times_float32']} ({row['middle_half']})"
-        ),
-    }
-    return measured("activations", columns, lambda row: "vision_encoder" in row)
+    return measured(
+        "activations",
+        "vision_encoder",
+        {
+            "vision encoder": "vision_encoder",
+            "weights": "weights",
+            "median, ms": "milliseconds_median",
+            "times float32 (middle half of the rounds)": lambda row: (
+                f"{row['times_float32']} ({row['middle_half']})"
+            ),
+        },
+    )
 
 
 def decode_table() -> str:
-    columns: dict[str, Callable[[Row], object]] = {
-        "SmolLM2-135M": lambda row: row["variant"],
-        "tokens/s of an answer": lambda row: row["decode_tokens_per_s"],
-        "times torch bfloat16": lambda row: row["x_torch_bf16"],
-        "tokens/s of a prompt": lambda row: row["prefill_tokens_per_s"],
-        "weights, MiB": lambda row: row["weights_mib"],
-    }
-    return measured("decode_smollm2", columns, lambda row: "decode_tokens_per_s" in row)
+    return measured(
+        "decode_smollm2",
+        "decode_tokens_per_s",
+        {
+            "SmolLM2-135M": "variant",
+            "tokens/s of an answer": "decode_tokens_per_s",
+            "times torch bfloat16": "x_torch_bf16",
+            "tokens/s of a prompt": "prefill_tokens_per_s",
+            "weights, MiB": "weights_mib",
+        },
+    )
 
 
 def edge_speed_table() -> str:
-    columns: dict[str, Callable[[Row], object]] = {
-        "client": lambda row: row["client"],
-        "runs on": lambda row: row["provider"],
-        "start, s": lambda row: row["start_s"],
-        "first token, ms": lambda row: row["first_token_ms"],
-        "tokens/s": lambda row: row["tokens_per_s"],
-        "tokens as in Python": lambda row: row["tokens_as_in_python"],
-        "with pictures to resize": lambda row: row["with_resized_pictures"],
-    }
-    return measured("edge", columns, lambda row: "client" in row)
+    return measured(
+        "edge",
+        "client",
+        {
+            "client": "client",
+            "runs on": "provider",
+            "start, s": "start_s",
+            "first token, ms": "first_token_ms",
+            "tokens/s": "tokens_per_s",
+            "tokens as in Python": "tokens_as_in_python",
+            "with pictures to resize": "with_resized_pictures",
+        },
+    )
 
 
 def edge_sizes_table() -> str:
-    columns: dict[str, Callable[[Row], object]] = {
-        "part": lambda row: f"`{row['part']}`",
-        "read by": lambda row: row["read_by"],
-        "KiB": lambda row: f"{row['kib']:,}",
-    }
-    return measured("edge", columns, lambda row: "part" in row)
+    return measured(
+        "edge",
+        "part",
+        {
+            "part": lambda row: f"`{row['part']}`",
+            "read by": "read_by",
+            "KiB": lambda row: f"{row['kib']:,}",
+        },
+    )
 
 
 def families_table() -> str:

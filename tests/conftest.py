@@ -19,8 +19,7 @@ from gracec.passes import parse_pipeline, run_passes
 from gracec.program import Program
 from tests.tiny import tiny_batch, tiny_llava, tiny_processor
 
-# Sums come out the same on every machine, and a forked child may compute: OpenMP threads do not
-# survive a fork.
+# Sums come out the same on every machine.
 torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -99,20 +99,18 @@ def test_nothing_half_written_is_left(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def save_with_small_files(directory: Path) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails instead
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    with pytest.raises(GracecError, match="a: cannot be written: .*File too large"):
+        write_directory(directory, lambda target: write_store(example(), target), overwrite=True)
+
+
 def test_a_full_disk_is_one_line_and_the_old_artifact_stays(tmp_path: Path) -> None:
     """A real limit of the system, on the size of files, reached inside of safetensors."""
     write_directory(tmp_path / "a", lambda target: write_store(example(), target))
     before = snapshot(tmp_path / "a")
-
-    def save() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails instead
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-        with pytest.raises(GracecError, match="a: cannot be written: .*File too large"):
-            write_directory(
-                tmp_path / "a", lambda target: write_store(example(), target), overwrite=True
-            )
-
-    assert in_a_child(save) == 0
+    assert in_a_child(save_with_small_files, tmp_path / "a") == 0
     assert snapshot(tmp_path / "a") == before
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
@@ -120,33 +118,32 @@ def test_a_full_disk_is_one_line_and_the_old_artifact_stays(tmp_path: Path) -> N
 POINTS = ["created", "filled", "flushed", "in place", "cleaned"]
 
 
-@pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("kill", [True, False])
-def test_an_interrupted_save_leaves_a_whole_artifact(
-    point: str, kill: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_directory(tmp_path / "a", lambda target: write_store(example(), target))
-    write_directory(tmp_path / "new", lambda target: write_store(example(1), target))
-    old, new = snapshot(tmp_path / "a"), snapshot(tmp_path / "new")
-    passed = tmp_path / "points"
-
+def save_until(point: str, kill: bool, directory: Path) -> None:
     def reached(name: str) -> None:
-        with passed.open("a") as file:
+        with (directory / "points").open("a") as file:
             file.write(f"{name}\n")
         if name == point and kill:
             os.kill(os.getpid(), signal.SIGKILL)
         if name == point:
             raise KeyboardInterrupt
 
-    def save() -> None:
-        with pytest.raises(KeyboardInterrupt):
-            write_directory(
-                tmp_path / "a", lambda target: write_store(example(1), target), overwrite=True
-            )
+    store._reached = reached
+    with pytest.raises(KeyboardInterrupt):
+        write_directory(
+            directory / "a", lambda target: write_store(example(1), target), overwrite=True
+        )
 
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "_reached", reached)
-        assert in_a_child(save) == (signal.SIGKILL if kill else 0)
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("kill", [True, False])
+def test_an_interrupted_save_leaves_a_whole_artifact(
+    point: str, kill: bool, tmp_path: Path
+) -> None:
+    write_directory(tmp_path / "a", lambda target: write_store(example(), target))
+    write_directory(tmp_path / "new", lambda target: write_store(example(1), target))
+    old, new = snapshot(tmp_path / "a"), snapshot(tmp_path / "new")
+    assert in_a_child(save_until, point, kill, tmp_path) == (signal.SIGKILL if kill else 0)
+    passed = tmp_path / "points"
     assert passed.read_text().splitlines() == POINTS[: POINTS.index(point) + 1]
     in_place = POINTS.index(point) >= POINTS.index("in place")
     assert snapshot(tmp_path / "a") == (new if in_place else old)

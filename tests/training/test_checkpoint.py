@@ -43,7 +43,8 @@ from gracec.training.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
-from tests.test_store import in_a_child, snapshot
+from tests.children import in_a_child
+from tests.test_store import snapshot
 
 RUN = Fingerprint(model="a" * 64, teacher="", data="d" * 64, processor="p", recipe="r")
 
@@ -471,23 +472,26 @@ def press_control_c() -> None:
     raise KeyboardInterrupt
 
 
+def save_until_killed(point: str, steps: int, run: Path, log: Path) -> None:
+    held = Trainer.resumed(run).train(steps).checkpoint()
+    with pytest.MonkeyPatch.context() as patch:
+        interrupted(point, log, patch, kill)
+        save_checkpoint(held, RUN, run, keep=1)
+
+
 @pytest.mark.parametrize(
     ("point", "steps"), [*((point, 2) for point in POINTS), *((point, 0) for point in AGAIN)]
 )
 def test_a_run_that_is_killed_while_it_saves_goes_on_with_the_same_bits(
-    point: str, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    point: str, steps: int, tmp_path: Path
 ) -> None:
     """At any point, also where the checkpoint of the same step is written again.
 
     One checkpoint is kept, so that there is no other to fall back on.
     """
     run, log, sequence = tmp_path / "run", tmp_path / "log", POINTS if steps else AGAIN
-    trainer = Trainer().train(4)
-    trainer.save(run, keep=1)
-    held = trainer.train(steps).checkpoint()  # here, because a fork seeds Python's generator anew
-    undo = interrupted(point, log, monkeypatch, kill)
-    assert in_a_child(lambda: save_checkpoint(held, RUN, run, keep=1)) == signal.SIGKILL
-    undo()
+    Trainer().train(4).save(run, keep=1)
+    assert in_a_child(save_until_killed, point, steps, run, log) == signal.SIGKILL
     assert log.read_text().splitlines() == sequence[: sequence.index(point) + 1]
 
     in_place = sequence.index(point) >= sequence.index("in place")
@@ -518,21 +522,20 @@ def test_a_save_that_is_stopped_from_the_keyboard_leaves_the_run_as_it_was(
         assert load_checkpoint(latest, RUN).best_score == -1.0
 
 
+def save_with_small_files(run: Path) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails instead
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    for step in (4, 5):
+        checkpoint = Trainer().train(step).checkpoint()
+        message = f"step-0000000{step}: cannot be written: .*File too large"
+        with pytest.raises(GracecError, match=message):
+            save_checkpoint(checkpoint, RUN, run)
+
+
 def test_a_full_disk_is_one_line_and_the_checkpoints_stay(saved: Path) -> None:
     """A real limit of the system, on the size of files, reached inside of safetensors."""
     before = snapshot(saved)
-    # Computed here: threads of torch do not survive a fork.
-    held = [Trainer().train(step).checkpoint() for step in (4, 5)]
-
-    def save() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails instead
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-        for checkpoint in held:
-            message = f"step-0000000{checkpoint.step}: cannot be written: .*File too large"
-            with pytest.raises(GracecError, match=message):
-                save_checkpoint(checkpoint, RUN, saved)
-
-    assert in_a_child(save) == 0
+    assert in_a_child(save_with_small_files, saved) == 0
     assert snapshot(saved) == before
     assert listed(saved) == ["step-00000002", "step-00000004"]
 

@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,14 +46,24 @@ def rule(**fields: object) -> Training:
 
 @pytest.fixture(scope="module")
 def teacher() -> Learner:
-    """Wider and deeper than the student."""
-    model = tiny_llava(seed=7, hidden_size=96, num_hidden_layers=3, num_attention_heads=6)
-    return Learner(run_passes(capture(model), parse_pipeline(TEACHER)).program, model)
+    return a_teacher()
 
 
 @pytest.fixture
 def student(after: After, llava: LlavaForConditionalGeneration) -> Learner:
     return Learner(with_own_tensors(after(STUDENT)), llava)
+
+
+def a_teacher() -> Learner:
+    """Wider and deeper than the student."""
+    model = tiny_llava(seed=7, hidden_size=96, num_hidden_layers=3, num_attention_heads=6)
+    return Learner(run_passes(capture(model), parse_pipeline(TEACHER)).program, model)
+
+
+def a_student() -> Learner:
+    """Another of those that the fixture makes."""
+    model = tiny_llava(tie=True)
+    return Learner(run_passes(capture(model), parse_pipeline(STUDENT)).program, model)
 
 
 def with_own_tensors(program: Program) -> Program:
@@ -177,6 +188,16 @@ def test_bfloat16_matmuls_stay_near_float32(
     assert rows[0]["ce"] != rows[1]["ce"]
 
 
+def train_until_killed(stop: int, directory: Path) -> None:
+    def die(row: dict[str, object]) -> None:
+        if row["step"] == stop and "ce" in row:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    options = rule(distillation={"tau": "auto"})
+    more: dict[str, Any] = {"fingerprint": FINGERPRINT, "directory": directory, "log": die}
+    go(a_student(), a_teacher(), options, **more)
+
+
 def test_an_interrupted_run_resumes_to_the_same_bytes(
     after: After, llava: LlavaForConditionalGeneration, teacher: Learner, tmp_path: Path
 ) -> None:
@@ -185,16 +206,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     expected = go(whole, teacher, options, fingerprint=FINGERPRINT, directory=tmp_path / "whole")
     for stop in (1, 3, 5):
         directory = tmp_path / str(stop)
-
-        def die(row: dict[str, object], stop: int = stop) -> None:
-            if row["step"] == stop and "ce" in row:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        def interrupted(directory: Path = directory, die: object = die) -> None:
-            learner = Learner(with_own_tensors(after(STUDENT)), llava)
-            go(learner, teacher, options, fingerprint=FINGERPRINT, directory=directory, log=die)
-
-        assert in_a_child(interrupted) == signal.SIGKILL
+        assert in_a_child(train_until_killed, stop, directory) == signal.SIGKILL
         again = Learner(with_own_tensors(after(STUDENT)), llava)
         curve = go(
             again, teacher, options, fingerprint=FINGERPRINT, directory=directory, resume=True
@@ -239,23 +251,31 @@ def test_a_loss_that_is_not_finite_is_skipped_counted_and_stops_the_run(
     assert latest_checkpoint(tmp_path) is not None
 
 
+TWO_STEPS = {
+    "steps": 2,
+    "batch_size": 3,
+    "micro_batch_size": 1,
+    "distillation": {"omega_warmup": 0},
+}
+
+
+def train_as_rank(rank: int, directory: Path) -> None:
+    store = f"file://{directory / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    learner = a_student()
+    rows = go(learner, a_teacher(), rule(**TWO_STEPS)).rows
+    torch.save({"rows": rows, "weights": weights(learner)}, directory / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
 def test_two_processes_take_the_step_of_one(
     after: After, llava: LlavaForConditionalGeneration, teacher: Learner, tmp_path: Path
 ) -> None:
     """Unequal numbers of tokens on each rank; weights to 1e-5, the same β on both."""
-    options = rule(steps=2, batch_size=3, micro_batch_size=1, distillation={"omega_warmup": 0})
     alone = Learner(with_own_tensors(after(STUDENT)), llava)
-    curve = go(alone, teacher, options)
+    curve = go(alone, teacher, rule(**TWO_STEPS))
 
-    def member(rank: int) -> None:
-        store = f"file://{tmp_path / 'store'}"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-        learner = Learner(with_own_tensors(after(STUDENT)), llava)
-        rows = go(learner, teacher, options).rows
-        torch.save({"rows": rows, "weights": weights(learner)}, tmp_path / f"{rank}.pt")
-        dist.destroy_process_group()
-
-    children = [start(lambda rank=rank: member(rank)) for rank in range(2)]
+    children = [start(train_as_rank, rank, tmp_path) for rank in range(2)]
     assert [wait(child) for child in children] == [0, 0]
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for result in results:

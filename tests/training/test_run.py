@@ -229,17 +229,17 @@ def test_a_control_is_trained_and_not_quantized(
     assert torch.equal(gracec.load(tmp_path / "out")(**batch).logits, expected)
 
 
-def test_a_killed_compilation_resumes_to_the_same_codes(
-    llava: LlavaForConditionalGeneration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options: dict[str, Any] = {
+def options() -> dict[str, Any]:
+    return {
         "recipe": recipe(training={"distillation": {"kind": "none", "omega": 0}}),
         "train_data": records(),
         "processor": tiny_processor(),
         "progress": False,
         "formats": (),
     }
-    whole = gracec.compile(llava, output_dir=tmp_path / "whole", **options)
+
+
+def compile_until_killed(directory: Path) -> None:
     train = run.train
 
     def killed(*arguments: Any, **more: Any) -> Any:
@@ -249,14 +249,19 @@ def test_a_killed_compilation_resumes_to_the_same_codes(
 
         return train(*arguments, **{**more, "log": die})
 
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "train", killed)
-        ended = in_a_child(lambda: gracec.compile(llava, output_dir=tmp_path / "out", **options))
-    assert ended == signal.SIGKILL
+    run.train = killed
+    gracec.compile(tiny_llava(tie=True), output_dir=directory, **options())
+
+
+def test_a_killed_compilation_resumes_to_the_same_codes(
+    llava: LlavaForConditionalGeneration, tmp_path: Path
+) -> None:
+    whole = gracec.compile(llava, output_dir=tmp_path / "whole", **options())
+    assert in_a_child(compile_until_killed, tmp_path / "out") == signal.SIGKILL
     assert (tmp_path / "out.training").is_dir() and not (tmp_path / "out").exists()
     with pytest.raises(GracecError, match="an earlier training was interrupted here"):
-        gracec.compile(llava, output_dir=tmp_path / "out", **options)
-    again = gracec.compile(llava, output_dir=tmp_path / "out", resume=True, **options)
+        gracec.compile(llava, output_dir=tmp_path / "out", **options())
+    again = gracec.compile(llava, output_dir=tmp_path / "out", resume=True, **options())
     assert any("resumed after optimizer step 2" in note for note in again.report.notes)
     assert again.report.training == whole.report.training
     for fqn, weight in whole.weights.items():
