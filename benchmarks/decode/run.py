@@ -36,8 +36,8 @@ from rounds import (
     same_tokens,
     verdict,
 )
-from variants import HALF, LLAMA, MODELS, REFERENCES, TORCH, VARIANTS, WORK, Variant
-from worker import COMPARED, CONTEXT, PREFILL, TOKENS
+from variants import HALF, LENGTHS, LLAMA, MODELS, REFERENCES, TORCH, VARIANTS, WORK, Variant
+from worker import COMPARED, CONTEXT
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from measure import write_result
@@ -66,7 +66,13 @@ class Worker:
     """
 
     def __init__(
-        self, variant: Variant, threads: int, work: Path, python: Path, words: int
+        self,
+        variant: Variant,
+        threads: int,
+        work: Path,
+        python: Path,
+        words: int,
+        lengths: tuple[int, int],
     ) -> None:
         task = {
             "engine": variant.engine,
@@ -74,6 +80,7 @@ class Worker:
             "threads": threads,
             "options": dict(variant.options),
             "vocabulary": words,
+            "lengths": lengths,
         }
         self.variant, self.threads = variant, threads
         self.command = [str(python), str(HERE / "worker.py"), json.dumps(task)]
@@ -210,8 +217,9 @@ def row(
     }
     same = None
     if expected is not None:
-        fewest = min(same_tokens(tokens, expected) for tokens in all_of("greedy"))
-        same = f"{fewest} of {COMPARED}"
+        greedy = all_of("greedy")
+        count = min(COMPARED, len(greedy[0]))
+        same = f"{min(same_tokens(tokens, expected[:count]) for tokens in greedy)} of {count}"
     return {
         "variant": name,
         "threads": int(best),
@@ -295,6 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     load = os.getloadavg()[0]
     work = options.work / options.model
+    lengths = LENGTHS[options.model]
     peers = (options.peers or options.work / "peers") / "bin" / "python"
     made = json.loads((work / "made.json").read_text(encoding="utf-8"))
     missing: dict[str, str] = {}
@@ -308,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             missing[variant.name] = facts["error"]
             continue
         python = peers if variant.peer else Path(sys.executable)
-        workers += [Worker(variant, n, work, python, made["words"]) for n in THREADS]
+        workers += [Worker(variant, n, work, python, made["words"], lengths) for n in THREADS]
     file = work / "rounds.jsonl"
     found = take_rounds(workers, options.rounds, RESERVE[options.model], file, missing)
     rounds = [one["variants"] for one in found]
@@ -326,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     lost = [{"variant": name, "missing": reason} for name, reason in missing.items()]
     what = (
-        f"decoding {TOKENS} tokens after {CONTEXT}, and reading {PREFILL}, with "
+        f"decoding {lengths[1]} tokens after {CONTEXT}, and reading {lengths[0]}, with "
         f"{MODELS[options.model]}"
     )
     write_result(

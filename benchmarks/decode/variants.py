@@ -12,6 +12,9 @@ MODELS: Mapping[str, str] = {
     "1b": "a Llama of 1.1 billion random parameters",
     "tiny": "a Llama of 70,000 random parameters, which tests the harness",
 }
+LENGTHS: Mapping[str, tuple[int, int]] = {"smollm2": (400, 64), "1b": (128, 16), "tiny": (400, 64)}
+"""Model -> tokens of the prompt whose reading is timed, and tokens decoded. Few for the slow one,
+so that there can be several rounds."""
 WORK = Path(__file__).resolve().parents[2] / "build" / "decode"
 PEERS = "what peer_requirements.txt asks for"
 DENSE, GGUF, GENAI, FLOAT32 = "hf", "model.gguf", "genai", "onnx-float32"

@@ -23,8 +23,8 @@ from engines import ENGINES, Stream, imports
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from measure import forget_peak, peak_mib, resident_mib
 
-PREFILL, CONTEXT, TOKENS = 400, 64, 64
-"""Length of the prompt whose reading is timed; of the one before decoding; tokens decoded."""
+CONTEXT = 64
+"""Length of the prompt before what is decoded."""
 COMPARED = 32
 """Greedy tokens that are compared with those of torch."""
 
@@ -39,24 +39,29 @@ def prompt(length: int, words: range) -> list[int]:
     return random.Random(0).choices(words, k=length)
 
 
-def measure(stream: Stream, words: range, prefill: int = PREFILL) -> dict[str, Any]:
-    """Seconds of a long prompt; seconds to the first token after a short one, and of the others."""
+def measure(stream: Stream, words: range, prefill: int, count: int) -> dict[str, Any]:
+    """Seconds of a long prompt; seconds to the first token after a short one, and of the others.
+
+    Args:
+        prefill: length of the long prompt.
+        count: tokens after the first one.
+    """
     start = time.perf_counter()
     next(stream(prompt(prefill, words), 1))
     long = time.perf_counter() - start
-    steps = stream(prompt(CONTEXT, words), TOKENS + 1)
+    steps = stream(prompt(CONTEXT, words), count + 1)
     start = time.perf_counter()
     tokens = [next(steps)]
     first = time.perf_counter() - start
     start = time.perf_counter()
     tokens += steps
     seconds = time.perf_counter() - start
-    if len(tokens) != TOKENS + 1:
-        raise RuntimeError(f"{len(tokens)} tokens instead of {TOKENS + 1}")
+    if len(tokens) != count + 1:
+        raise RuntimeError(f"{len(tokens)} tokens instead of {count + 1}")
     return {
         "prefill": prefill / long,
         "first": first,
-        "decode": TOKENS / seconds,
+        "decode": count / seconds,
         "greedy": tokens[:COMPARED],
     }
 
@@ -93,7 +98,7 @@ def main() -> None:
     list(stream(prompt(CONTEXT, words), 4))  # what a first call touches and allocates
     print(json.dumps({"load": loaded, "bytes": size}), file=answers, flush=True)
     for _ in sys.stdin:
-        found = measure(stream, words)
+        found = measure(stream, words, *task["lengths"])
         found["memory_mib"] = peak_mib() - before
         print(json.dumps(found), file=answers, flush=True)
 
