@@ -4,7 +4,8 @@ python benchmarks/decode/prepare.py --model smollm2       makes the model, build
 python benchmarks/perplexity.py --peers PEER/bin/python   writes benchmarks/results/perplexity.json
 
 The weights are those of a Q4_1 file, dequantized, so the baseline has lost some precision already;
-they are rounded anew on another grid: symmetric, and 64 or 128 features to a scale. The text is the
+they are rounded anew on another grid: symmetric, and 64 or 128 features to a scale (64 where 128
+does not divide the features, which is so in all linears but one of each block). The text is the
 language reference that comes with Python. Windows of 512 tokens; the first token of each is only
 read. Nothing is trained. The model is the decoder of a LLaVA, since that is what gracec compiles,
 and is given text alone.

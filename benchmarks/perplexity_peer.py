@@ -4,8 +4,9 @@
         --calibration ids.json --out DIR
 
 The preset W4A16 with another group, symmetric; everything else is the peer's default. What is
-quantized is what gracec quantizes: the attention and MLP linears. DIR has the float32 values after
-dequantization. Nothing here imports gracec.
+quantized is what gracec quantizes: the attention and MLP linears. Where a group does not divide the
+columns of a linear, which the peer refuses, the group is half as long, as gracec has it. DIR has
+the float32 values after dequantization. Nothing here imports gracec.
 """
 
 from __future__ import annotations
@@ -31,6 +32,13 @@ from peer_gptq import PACKAGES, check_grid, dequantized
 MODIFIERS = {"rtn": QuantizationModifier, "gptq": GPTQModifier}
 
 
+def fitting(group_size: int, columns: int) -> int:
+    """The group, halved until it divides the columns."""
+    while columns % group_size:
+        group_size //= 2
+    return group_size
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", choices=MODIFIERS, required=True)
@@ -45,13 +53,21 @@ def main() -> None:
     batches = [
         {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])} for ids in windows
     ]
-    scheme = preset_name_to_scheme("W4A16", ["Linear"])
-    weights = scheme.weights.model_copy(update={"group_size": options.group_size})
-    scheme = scheme.model_copy(update={"weights": weights})
+    groups = {
+        name: fitting(options.group_size, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+    schemes = {}
+    for size in sorted(set(groups.values())):
+        names = [name for name, group in groups.items() if group == size]
+        scheme = preset_name_to_scheme("W4A16", names)
+        weights = scheme.weights.model_copy(update={"group_size": size})
+        schemes[f"group_{size}"] = scheme.model_copy(update={"weights": weights})
     oneshot(
         model=model,
         processor=AutoTokenizer.from_pretrained(options.model),
-        recipe=[MODIFIERS[options.method](config_groups={"group_0": scheme}, ignore=["lm_head"])],
+        recipe=[MODIFIERS[options.method](config_groups=schemes, ignore=["lm_head"])],
         dataset=DataLoader(batches, batch_size=None),
         num_calibration_samples=len(batches),
         sequential_targets=["LlamaDecoderLayer"],
@@ -65,7 +81,7 @@ def main() -> None:
     target = written.state_dict()
     for name, module in modules.items():
         weight, scale = dequantized(module)
-        check_grid(name, weight, scale, 4, options.group_size)
+        check_grid(name, weight, scale, 4, groups[name])
         target[f"{name}.weight"].copy_(weight)
     quantized = {f"{name}.weight" for name in modules}
     changed = [n for n in target if n not in quantized and not torch.equal(target[n], state[n])]
