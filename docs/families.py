@@ -30,6 +30,7 @@ COLUMNS = {
     "test_torchao": "torchao",
     "test_hf": "HF reload",
     "test_onnx": "ONNX",
+    "test_transformers_js": "JS",
 }
 
 

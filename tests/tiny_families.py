@@ -58,12 +58,21 @@ from tests.tiny import (
 processing_smolvlm.num2words = processing_smolvlm.num2words or str
 
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-MARKS = (
-    *("<video>", "<vision_start>", "<vision_end>", "<fake_token_around_image>"),
-    *("<global-img>", "<boi>", "<eoi>", "<end_of_utterance>"),
-)
+MARKS = {
+    "video_token": "<video>",
+    "vision_start_token": "<vision_start>",
+    "vision_end_token": "<vision_end>",
+    "fake_image_token": "<fake_token_around_image>",
+    "global_image_token": "<global-img>",
+    "boi_token": "<boi>",
+    "eoi_token": "<eoi>",
+    "end_of_utterance_token": "<end_of_utterance>",
+    **{f"tile_{r}_{c}_token": f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2)},
+}
 """Further special tokens, at the end of the vocabulary."""
 VIDEO, VISION_START, VISION_END, *_ = range(VOCAB_SIZE - len(MARKS), VOCAB_SIZE)
+QWEN_IMAGE = "<|image_pad|>"
+"""transformers.js looks for no other."""
 QWEN_IDS = {
     "image_token_id": IMAGE,
     "video_token_id": VIDEO,
@@ -97,8 +106,8 @@ def qwen_processor(cls: type) -> Any:
             temporal_patch_size=2,
             size={"shortest_edge": 32 * 32, "longest_edge": 48 * 48},
         ),
-        tokenizer=tokenizer(),
-        chat_template=template("<vision_start><image><vision_end>"),
+        tokenizer=tokenizer(QWEN_IMAGE),
+        chat_template=template(f"<vision_start>{QWEN_IMAGE}<vision_end>"),
     )
 
 
@@ -116,7 +125,10 @@ def idefics3(cls: type) -> PreTrainedConfig:
     return config
 
 
-def idefics3_processor(cls: type, images: type) -> Any:
+def idefics3_processor(cls: type, images: type, *, tiles: int = 0) -> Any:
+    """Args:
+    tiles: along the longer side of a picture, which is cut into them.
+    """
     build_images: Any = images
     without = images_only(cls)
     options: Any = {} if without is None else {"video_processor": None}
@@ -124,7 +136,9 @@ def idefics3_processor(cls: type, images: type) -> Any:
     return build(
         **options,
         image_processor=build_images(
-            size={"longest_edge": 32}, max_image_size={"longest_edge": 32}, do_image_splitting=False
+            size={"longest_edge": 32 * max(tiles, 1)},
+            max_image_size={"longest_edge": 32},
+            do_image_splitting=tiles > 0,
         ),
         tokenizer=tokenizer(),
         image_seq_len=4,
@@ -230,7 +244,7 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "qwen2_vl": lambda: qwen_processor(Qwen2VLProcessor),
     "qwen2_5_vl": lambda: qwen_processor(Qwen2_5_VLProcessor),
     "idefics3": lambda: idefics3_processor(Idefics3Processor, Idefics3ImageProcessorPil),
-    "smolvlm": lambda: idefics3_processor(SmolVLMProcessor, SmolVLMImageProcessorPil),
+    "smolvlm": lambda: idefics3_processor(SmolVLMProcessor, SmolVLMImageProcessorPil, tiles=2),
     "llava_onevision": llava_onevision_processor,
     "gemma3": gemma3_processor,
     "paligemma": paligemma_processor,
@@ -261,11 +275,15 @@ def template(image: str) -> str:
     return CHAT_TEMPLATE.replace("<image>", image)
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer with the special tokens of all families."""
-    words = [*SPECIAL_TOKENS, *WORDS]
+def tokenizer(image: str = "<image>") -> PreTrainedTokenizerFast:
+    """A word-level tokenizer with the special tokens of all families.
+
+    Args:
+        image: the placeholder of an image.
+    """
+    words = [image if word == "<image>" else word for word in (*SPECIAL_TOKENS, *WORDS)]
     words += [f"w{number}" for number in range(VOCAB_SIZE - len(words) - len(MARKS))]
-    numbers = {word: number for number, word in enumerate([*words, *MARKS])}
+    numbers = {word: number for number, word in enumerate([*words, *MARKS.values()])}
     backend: Any = Tokenizer(WordLevel(numbers, unk_token="<unk>"))
     backend.pre_tokenizer = Whitespace()
     build: Any = PreTrainedTokenizerFast  # untyped upstream
@@ -275,13 +293,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        additional_special_tokens=["<image>", *MARKS],
-        extra_special_tokens={
-            "image_token": "<image>",
-            "video_token": "<video>",
-            "boi_token": "<boi>",
-            "eoi_token": "<eoi>",
-        },
+        extra_special_tokens={"image_token": image, **MARKS},
         padding_side="left",
     )
     return found

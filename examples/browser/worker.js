@@ -57,7 +57,11 @@ async function answer({ image, question }) {
   });
   const content = [{ type: 'image' }, { type: 'text', text: question }];
   const prompt = processor.apply_chat_template([{ role: 'user', content }], { add_generation_prompt: true });
-  const inputs = await processor(await library.RawImage.fromBlob(image), prompt, { add_special_tokens: false });
+  const images = [await library.RawImage.fromBlob(image)];
+  const options = { add_special_tokens: false };
+  const inputs = await (processor instanceof library.LlavaProcessor
+    ? processor(images, prompt, options)
+    : processor(prompt, images, options));
   await model.generate({ ...inputs, max_new_tokens: MAX_NEW_TOKENS, do_sample: false, streamer });
   return { tokens, first, milliseconds: performance.now() - started };
 }

@@ -3,17 +3,19 @@
 //   node answer.mjs DIR --image picture.png --prompt "Where is the cat?"
 //
 // With --json it answers each line {"image": ..., "question": ...} of standard input by a line.
+// A question may come without an image.
 
+import { realpathSync } from 'node:fs';
 import { readFile } from 'node:fs/promises';
 import { basename, dirname, resolve, sep } from 'node:path';
 import { createInterface } from 'node:readline';
 import { parseArgs } from 'node:util';
 
-const USAGE = 'usage: node answer.mjs DIR --image FILE --prompt TEXT, or node answer.mjs DIR --json';
+const USAGE = 'usage: node answer.mjs DIR [--image FILE] --prompt TEXT, or node answer.mjs DIR --json';
 
 class Problem extends Error {}
 
-async function load(directory) {
+export async function load(directory) {
   const file = resolve(directory, 'onnx/session.json');
   const text = await readFile(file, 'utf8').catch(() => {
     throw new Problem(`${file} is missing: compile with --format onnx`);
@@ -30,7 +32,7 @@ async function load(directory) {
   return { processor, model };
 }
 
-async function packages() {
+export async function packages() {
   try {
     return await import('@huggingface/transformers');
   } catch (error) {
@@ -49,11 +51,22 @@ function nested(options) {
   return found;
 }
 
+// What the model takes for a question about some images.
+export async function encode(processor, images, question) {
+  const { LlavaProcessor, Tensor } = await packages();
+  const content = [...images.map(() => ({ type: 'image' })), { type: 'text', text: question }];
+  const prompt = processor.apply_chat_template([{ role: 'user', content }], { add_generation_prompt: true });
+  const options = { add_special_tokens: false };
+  if (!images.length) {
+    // Only with the grids of its images, of none here, does Qwen-VL count on after the prompt.
+    return { ...processor.tokenizer(prompt, options), image_grid_thw: new Tensor('int64', [], [0, 3]) };
+  }
+  return processor instanceof LlavaProcessor ? processor(images, prompt, options) : processor(prompt, images, options);
+}
+
 async function answer({ processor, model }, imageFile, question, onText, maxNewTokens) {
-  const { RawImage, TextStreamer } = await packages();
-  const image = await RawImage.read(imageFile).catch((error) => {
-    throw new Problem(`${imageFile} cannot be read as an image: ${error.message}`);
-  });
+  const { TextStreamer } = await packages();
+  const images = imageFile ? [await read(imageFile)] : [];
   const started = performance.now();
   const tokens = [];
   let first;
@@ -66,11 +79,16 @@ async function answer({ processor, model }, imageFile, question, onText, maxNewT
     },
     callback_function: onText,
   });
-  const content = [{ type: 'image' }, { type: 'text', text: question }];
-  const prompt = processor.apply_chat_template([{ role: 'user', content }], { add_generation_prompt: true });
-  const inputs = await processor(image, prompt, { add_special_tokens: false });
+  const inputs = await encode(processor, images, question);
   await model.generate({ ...inputs, max_new_tokens: maxNewTokens, do_sample: false, streamer });
   return { tokens, first, milliseconds: performance.now() - started };
+}
+
+export async function read(file) {
+  const { RawImage } = await packages();
+  return RawImage.read(file).catch((error) => {
+    throw new Problem(`${file} cannot be read as an image: ${error.message}`);
+  });
 }
 
 async function main() {
@@ -84,7 +102,7 @@ async function main() {
     },
   });
   const maxNewTokens = Number(values['max-new-tokens']);
-  if (positionals.length !== 1 || !(values.json || (values.image && values.prompt)) || !(maxNewTokens >= 1)) {
+  if (positionals.length !== 1 || !(values.json || values.prompt) || !(maxNewTokens >= 1)) {
     throw new Problem(USAGE);
   }
   const started = performance.now();
@@ -103,10 +121,12 @@ async function main() {
   }
 }
 
-try {
-  await main();
-} catch (error) {
-  const known = error instanceof Problem || error.code?.startsWith('ERR_PARSE_ARGS');
-  console.error(known ? `answer.mjs: ${error.message}` : error);
-  process.exitCode = 2;
+if (process.argv[1] && realpathSync(process.argv[1]) === import.meta.filename) {
+  try {
+    await main();
+  } catch (error) {
+    const known = error instanceof Problem || error.code?.startsWith('ERR_PARSE_ARGS');
+    console.error(known ? `answer.mjs: ${error.message}` : error);
+    process.exitCode = 2;
+  }
 }

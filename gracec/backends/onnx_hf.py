@@ -171,7 +171,7 @@ class Onnx(Format):
         return (*notes, f"onnx: {_summary(figures)}")
 
     def finish(self, artifact: Artifact, directory: Path) -> None:
-        """Complete the top level: where transformers.js looks for dtypes and the chat template."""
+        """Complete the top level: what transformers.js looks for there."""
         if artifact.processor is not None:
             write_processor(artifact.processor, directory)
         path = directory / "config.json"
@@ -188,6 +188,8 @@ class Onnx(Format):
             "dtype": dtypes,
             "use_external_data_format": dict.fromkeys(external, 1),
         }
+        if artifact.config.model_type == "qwen2_vl":  # whose cache it looks up here
+            fields["num_hidden_layers"] = artifact.config.get_text_config().num_hidden_layers
         text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False)
         path.write_text(text + "\n", encoding="utf-8")
 

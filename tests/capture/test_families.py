@@ -2,6 +2,7 @@
 test is a column, a family a row, and a cell is what the test recorded."""
 
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from gracec import ops
 from gracec.backends.torchao import CountInt4Kernels
 from gracec.capture import capture, captured_equals_eager, family_of
 from gracec.capture.families import qwen2_vl
-from gracec.capture.families.qwen2_vl import rotary_positions
+from gracec.capture.families.qwen2_vl import GRID, rotary_positions
 from gracec.compiler import CompiledModel, own_weights
 from gracec.errors import GracecError
 from gracec.evaluate.vqa import _without_image, encode
@@ -30,8 +31,10 @@ from gracec.recipe import Recipe
 from gracec.training.run import train_student
 from gracec.training.setup import trainable
 from tests.backends.artifacts import artifact_of, dense_model
+from tests.npm import install
 from tests.tiny import tiny_image
 from tests.tiny_families import CONFIGS, tiny_model, tiny_processor
+from tests.transformers_js import NODE, ask
 
 Golden = Callable[[str, str], None]
 Record = Callable[[str, object], None]
@@ -40,6 +43,7 @@ WEIGHTS = {part: {"group_size": 32} for part in ("projector", "decoder")}
 # In float32 the kernels add up what the dense weights do, but for the order.
 RECIPE = Recipe.from_dict({"name": "check", "weights": WEIGHTS, "deploy": {"dtype": "float32"}})
 NEW = {"max_new_tokens": 5, "do_sample": False}
+PICTURES = ((32, 32), (48, 32), (64, 64), (44, 36))
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
@@ -62,6 +66,17 @@ def program(model: PreTrainedModel) -> Program:
 @pytest.fixture(scope="module")
 def compiled(name: str, model: PreTrainedModel) -> CompiledModel:
     return gracec.compile(model, RECIPE, processor=tiny_processor(name))
+
+
+@pytest.fixture(scope="module")
+def graphs(compiled: CompiledModel, tmp_path_factory: pytest.TempPathFactory) -> Path | GracecError:
+    """A directory with ONNX graphs, or why there is none."""
+    directory = tmp_path_factory.mktemp("onnx") / "out"
+    try:
+        compiled.export_onnx(directory)
+    except GracecError as error:
+        return error
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -169,22 +184,94 @@ def test_hf(compiled: CompiledModel, asked: Batch, tmp_path: Path, record_proper
 
 @pytest.mark.slow
 def test_onnx(
-    compiled: CompiledModel, asked: Batch, tmp_path: Path, record_property: Record
+    compiled: CompiledModel, graphs: Path | GracecError, asked: Batch, record_property: Record
 ) -> None:
     """ONNX Runtime generates the same tokens, with all gates; or there is a reason why not."""
     family = family_of(compiled.model)
-    if not family.serving:
-        with pytest.raises(GracecError) as refused:
-            compiled.export_onnx(tmp_path / "out")
-        assert refused.value.what == family.serving_refusal
-        record_property("cell", f"refused: {refused.value.what}")
+    if isinstance(graphs, GracecError):
+        assert not family.serving and graphs.what == family.serving_refusal
+        record_property("cell", f"refused: {graphs.what}")
         return
-    compiled.export_onnx(tmp_path / "out")
-    runner = gracec.load(tmp_path / "out", backend="onnx")
+    runner = gracec.load(graphs, backend="onnx")
     assert torch.equal(runner.generate(**asked, **NEW), compiled.generate(**asked, **NEW))
     text = {"input_ids": torch.tensor([[6, 7, 8]])}
     assert torch.equal(runner.generate(**text, **NEW), compiled.generate(**text, **NEW))
     record_property("cell", "same tokens")
+
+
+@pytest.mark.slow
+def test_transformers_js(
+    name: str,
+    model: PreTrainedModel,
+    graphs: Path | GracecError,
+    tmp_path: Path,
+    record_property: Record,
+) -> None:
+    """transformers.js in Node reads the same directory and generates the same tokens.
+
+    Each side resizes pictures in a way of its own. So tokens are those of ONNX Runtime in Python
+    from the pixels that transformers.js made, and these are held to what Python makes.
+    """
+    if isinstance(graphs, GracecError):
+        record_property("cell", "-")
+        return
+    install(NODE)
+    runner: Any = gracec.load(graphs, backend="onnx")
+    processor, question = tiny_processor(name), "what is this ?"
+    pictures = [tiny_image(seed, size) for seed, size in enumerate(PICTURES)]
+    files = [str(tmp_path / f"{number}.png") for number in range(len(pictures))]
+    for picture, file in zip(pictures, files, strict=True):
+        picture.save(file)
+
+    def prompt(count: int) -> Batch:
+        content = [{"type": "image", "image": picture} for picture in pictures[:count]]
+        message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+        found = processor.apply_chat_template(
+            [[message]], **options, processor_kwargs={"return_tensors": "pt"}, return_tensors="pt"
+        )
+        batch = {name: found[name] for name in found if name not in family_of(model).computed}
+        masks = {name: batch[name].bool() for name in batch if name == "pixel_attention_mask"}
+        return {**batch, **masks}
+
+    def expected(inputs: Batch) -> list[int]:
+        start = inputs["input_ids"].shape[1]
+        tokens: list[int] = runner.generate(**inputs, max_new_tokens=12)[0, start:].tolist()
+        return tokens
+
+    lines = [{"images": [file], "question": question} for file in files]
+    lines += [{"images": [], "question": question}, {"images": files[:2], "question": question}]
+    lines += [{"inputs": prompt(2)}, {"inputs": prompt(0)}]
+    *each, text, two, two_given, text_given = ask(graphs, lines, tokens=12)
+
+    for picture, told in zip(pictures, each, strict=True):
+        own = encode(processor, [question], [picture])
+        assert not told.error
+        assert torch.equal(told.inputs["input_ids"], own["input_ids"])
+        assert told.tokens == expected(told.inputs)
+        difference = (told.inputs["pixel_values"] - own["pixel_values"]).abs()
+        assert difference.mean() < 0.05
+        if picture.size == ((64, 64) if name == "smolvlm" else (32, 32)):  # nothing is resized
+            tiles = slice(-1 if name == "smolvlm" else None)  # but the whole picture, after them
+            assert difference[:, tiles].max() < 1e-6
+            assert told.tokens == expected(own)
+    assert len({tuple(told.tokens) for told in each}) == len(each)
+
+    without = expected(prompt(0))
+    assert torch.equal(text.inputs["input_ids"], prompt(0)["input_ids"])
+    assert text.tokens == without
+    # Without an empty grid, it takes a prompt of Qwen-VL to be three times as long as it is.
+    assert (text_given.tokens == without) == (GRID not in prompt(1))
+
+    pair = expected(prompt(2))
+    assert two_given.tokens == pair
+    cell = "same tokens"
+    if name in ("idefics3", "smolvlm"):
+        assert two.tokens == expected(two.inputs)
+    else:
+        assert re.search("offset is out of bounds|tokens and features do not match", two.error)
+        cell += "; one image a prompt"
+    record_property("cell", cell)
 
 
 def test_videos_are_refused(model: PreTrainedModel, asked: Batch) -> None:

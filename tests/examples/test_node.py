@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+import gracec
 from gracec.models import load_processor
 from tests.examples.conftest import NEW_TOKENS, ROOT, Tried
 from tests.npm import install
-
-NODE = ROOT / "examples/node"
+from tests.transformers_js import NODE, SECONDS
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,7 +20,9 @@ def _programs() -> None:
 
 def node(*arguments: object, lines: str = "") -> subprocess.CompletedProcess[str]:
     command = ["node", str(NODE / "answer.mjs"), *map(str, arguments)]
-    return subprocess.run(command, input=lines, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, input=lines, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
 
 
 def check_tokens(tried: Tried) -> None:
@@ -59,6 +61,23 @@ def test_one_answer_is_printed(tiny: Tried) -> None:
     assert done.stdout.split() == text.split() != []
 
 
+def test_a_question_without_an_image(tiny: Tried) -> None:
+    model = gracec.load(tiny.directory, backend="onnx")
+    message = {"role": "user", "content": [{"type": "text", "text": "what is this ?"}]}
+    inputs = model.processor.apply_chat_template(
+        [message],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    tokens = model.generate(**inputs, max_new_tokens=4)[0, inputs["input_ids"].shape[1] :]
+    done = node(tiny.directory, "--prompt", "what is this ?", "--max-new-tokens", 4)
+    assert (done.returncode, done.stderr) == (0, "")
+    text = model.processor.decode(tokens, skip_special_tokens=True)
+    assert done.stdout.split() == text.split() != []
+
+
 def test_mistakes_are_one_line(tiny: Tried, tmp_path: Path) -> None:
     text = tmp_path / "text.png"
     text.write_text("no picture")
@@ -81,7 +100,7 @@ def test_mistakes_are_one_line(tiny: Tried, tmp_path: Path) -> None:
 def test_without_the_packages_it_says_what_to_run(tiny: Tried, tmp_path: Path) -> None:
     shutil.copy(NODE / "answer.mjs", tmp_path)
     command = ["node", tmp_path / "answer.mjs", tiny.directory, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.returncode == 2
     assert f"run npm ci in {tmp_path}" in done.stderr
 
