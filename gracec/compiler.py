@@ -22,7 +22,8 @@ from transformers.modeling_outputs import CausalLMOutput
 from gracec import gates
 from gracec._memory import trim
 from gracec._version import __version__
-from gracec.backends.base import Artifact, Format, parse_formats
+from gracec.adapters import attach_adapters, has_adapters, keep_adapters, merge_adapters
+from gracec.backends.base import MERGE_INSTEAD, NO_ADAPTERS, Artifact, Format, parse_formats
 from gracec.backends.onnx_hf import Onnx
 from gracec.backends.torchao import CountInt4Kernels
 from gracec.capture import capture, captured_equals_eager, family_of
@@ -34,7 +35,6 @@ from gracec.models import (
     fill_while_running,
     load_model,
     load_processor,
-    merge_adapters,
     model_without_weights,
     quantize_inputs,
     set_tensor,
@@ -75,13 +75,13 @@ def compile(
     overwrite: bool = False,
     strict: bool = False,
     inplace: bool = False,
+    adapters: Literal["merge", "float"] = "merge",
     progress: bool = True,
 ) -> CompiledModel:
     """Compile a vision-language model to INT4 weights.
 
     Args:
-        model: a Hugging Face model, or the directory of one; or a `PeftModel`, whose LoRA adapters
-            are merged into a copy.
+        model: a Hugging Face model, or the directory of one; or a `PeftModel`, with LoRA adapters.
         recipe: a built-in name, the path of a YAML file, or a `Recipe`.
         teacher: what a training recipe distils from: a model of the same family and tokenizer, of
             any width. Without one, a frozen copy of the original teaches.
@@ -99,6 +99,9 @@ def compile(
         overwrite: let `output_dir` be an artifact already, which is replaced when all is done.
         strict: refuse what would otherwise be reported and left in the original precision.
         inplace: take the caller's model apart, so that its float weights give their memory back.
+        adapters: of a `PeftModel`: "merge" makes them part of the weights before anything else;
+            "float" quantizes the weights without them and keeps them beside, in the dtype of the
+            recipe. They train with the part that they are in.
         progress: show a training on standard error.
 
     Raises:
@@ -117,6 +120,8 @@ def compile(
                 where=f"format {plain[0]}",
                 fix="use --format onnx, or formats=() for the gracec artifact alone",
             )
+    peft = not isinstance(model, (str, Path)) and has_adapters(model)
+    _check_adapters(adapters, recipe, wanted if output_dir is not None else [], peft)
     notes = _check_training(recipe, train_data, teacher, resume, output_dir, strict)
     training = recipe.training if train_data is not None else None
     if isinstance(model, (str, Path)):
@@ -126,8 +131,13 @@ def compile(
         processor = processor or load_processor(model)
         model = load_model(model)
     else:
-        model, merged = merge_adapters(model, inplace=inplace)
-        notes += merged
+        if peft:
+            if adapters == "merge":
+                model, note = merge_adapters(model, inplace=inplace)
+            else:
+                model = model if inplace else share_weights(model)
+                model, note = keep_adapters(model.eval())
+            notes.append(note)
         source = str(getattr(model.config, "_name_or_path", ""))
         source = Path(source).name if Path(source).exists() else source
         check_finite(model)
@@ -236,6 +246,35 @@ def compile(
         kept = "" if output_dir is None else f"; kept as {output_dir}.failed"
         raise GateError(f"{failure}{kept}") from failure
     return compiled
+
+
+def _check_adapters(adapters: str, recipe: Recipe, formats: Sequence[Format], given: bool) -> None:
+    """Refuse a choice that cannot be kept, before anything is done."""
+    if adapters not in ("merge", "float"):
+        raise GracecError(f"unknown adapters {adapters!r}", fix="use merge or float")
+    if adapters == "merge":
+        return
+    where, plain = 'adapters="float"', [form.name for form in formats if not form.holds_adapters]
+    if not given:
+        raise GracecError(
+            "the model has no LoRA adapters, so it would be ignored",
+            where=where,
+            fix="give a PeftModel, or leave it out",
+        )
+    if recipe.quantizes_activations:
+        raise GracecError(
+            "the recipe quantizes activations, and an adapter takes them in float",
+            where=where,
+            fix=MERGE_INSTEAD,
+        )
+    if not any(recipe.weights.values()):
+        raise GracecError(
+            "the recipe quantizes no weight that an adapter could be beside",
+            where=where,
+            fix=MERGE_INSTEAD,
+        )
+    if plain:
+        raise GracecError(NO_ADAPTERS, where=f"format {plain[0]}", fix=MERGE_INSTEAD)
 
 
 def _check_training(
@@ -385,6 +424,7 @@ def load(directory: str | Path, backend: str = "torchao") -> CompiledModel | Onn
         del config.quantization_config
     with init_empty_weights(include_buffers=False):  # buffers that are not saved are computed
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    attach_adapters(model, store.adapters, store.others)
     tensors = dict(store.others)
     tensors |= {fqn: stand_in(weight.shape, dtype) for fqn, weight in store.weights.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
@@ -501,7 +541,7 @@ class CompiledModel:
                     self.processor.save_pretrained(target)
             for form in wanted:
                 form.finish(artifact, target)
-            write_store(Store(self.weights, artifact.others, manifest), target)
+            write_store(Store(self.weights, artifact.others, manifest, artifact.adapters), target)
 
         write_directory(Path(directory), fill, overwrite=overwrite)
         return tuple(notes)

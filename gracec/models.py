@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import json
 import warnings
@@ -170,37 +169,6 @@ def load_processor(path: str | Path) -> Any:
             where=str(directory),
             fix="save the model's processor into this directory",
         ) from error
-
-
-def merge_adapters(model: Any, *, inplace: bool = False) -> tuple[PreTrainedModel, list[str]]:
-    """A model whose LoRA adapters of PEFT, if it has any, are part of its weights.
-
-    Args:
-        inplace: let the caller's model be taken apart.
-
-    Returns:
-        The model, the same one if it has no adapters, and what to tell the user.
-
-    Raises:
-        GracecError: if adapters are in the model that cannot be merged.
-    """
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise GracecError(
-            "adapters of PEFT are inside the model",
-            where=type(model).__name__,
-            fix="load them with peft.PeftModel.from_pretrained and compile that model",
-        )
-    if not hasattr(model, "merge_and_unload"):
-        return model, []
-    names = ", ".join(model.active_adapters)
-    try:
-        merged = (model if inplace else copy.deepcopy(model)).merge_and_unload(safe_merge=True)
-    except Exception as error:
-        raise GracecError(
-            f"adapters {names} cannot be merged: {_first_line(error)}", where=type(model).__name__
-        ) from error
-    assert isinstance(merged, PreTrainedModel)
-    return merged, [f"adapters of PEFT merged into the weights: {names}"]
 
 
 def _without_videos(directory: Path) -> type[ProcessorMixin] | None:

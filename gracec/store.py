@@ -6,9 +6,10 @@
                                     <fqn>.input_scales, <fqn>.input_zero_points
                                                   bfloat16 and int32, of the input of the linear
                                                   where the recipe quantizes activations
-                                    <fqn>         every other parameter and buffer
+                                    <fqn>         every other parameter and buffer, those of
+                                                  adapters among them: <linear>.lora_A.weight
     DIR/gracec.json                 the manifest: format version, spec of each weight and of each
-                                    input, sha256, report
+                                    input, scaling of each adapter, sha256, report
     DIR/config.json ...             the Hugging Face configuration and processor
 
 The tensors lie in a folder of their own, because some runtimes load every safetensors file that
@@ -29,7 +30,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ from gracec.passes.freeze import FrozenActivation, FrozenWeight
 from gracec.quant import QuantSpec
 
 TENSORS, MANIFEST = "gracec/gracec.safetensors", "gracec.json"
-FORMAT_VERSION, WITH_ACTIVATIONS = 2, 3
-"""Of an artifact; the second where inputs are quantized, which the first knows nothing of."""
+FORMAT_VERSION, WITH_ACTIVATIONS, WITH_ADAPTERS = 2, 3, 4
+"""Of an artifact: each knows what those before it do, and an older gracec refuses it."""
 _RENAME_EXCHANGE = 2
 
 
@@ -57,11 +58,13 @@ class Store:
         weights: FQN -> codes and scales.
         others: FQN -> every parameter and buffer that is not quantized.
         manifest: JSON-able; "recipe" and "report" among its keys.
+        adapters: linear -> scaling of the LoRA beside it, whose tensors are in `others`.
     """
 
     weights: Mapping[str, FrozenWeight]
     others: Mapping[str, Tensor]
     manifest: Mapping[str, Any]
+    adapters: Mapping[str, float] = field(default_factory=dict)
 
 
 class StoredWeights(Mapping[str, FrozenWeight]):
@@ -215,11 +218,13 @@ def write_store(store: Store, directory: Path) -> None:
     path.parent.mkdir()
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors lets nobody but the owner read it
+    version = WITH_ACTIVATIONS if activations else FORMAT_VERSION
     manifest = {
-        "format_version": WITH_ACTIVATIONS if activations else FORMAT_VERSION,
+        "format_version": WITH_ADAPTERS if store.adapters else version,
         "sha256": file_sha256(path),
         "weights": {fqn: weight.spec.to_dict() for fqn, weight in sorted(store.weights.items())},
         **({"activations": dict(sorted(activations.items()))} if activations else {}),
+        **({"adapters": dict(store.adapters)} if store.adapters else {}),
         **store.manifest,
     }
     text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False)
@@ -240,9 +245,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     except ValueError as error:
         raise GracecError(f"not readable as JSON: {error}", where=str(path)) from error
     found = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if found not in (FORMAT_VERSION, WITH_ACTIVATIONS):
+    if found not in (FORMAT_VERSION, WITH_ACTIVATIONS, WITH_ADAPTERS):
         raise GracecError(
-            f"format version {found}, this gracec reads {FORMAT_VERSION} and {WITH_ACTIVATIONS}",
+            f"format version {found}, this gracec reads {FORMAT_VERSION} to {WITH_ADAPTERS}",
             where=str(path),
             fix="compile the model again",
         )
@@ -283,7 +288,8 @@ def read_store(directory: Path) -> Store:
     missing = sorted(quantized - names)
     if missing:
         raise GracecError(f"{missing[0]} is missing", where=str(tensors_path))
-    return Store(StoredWeights(tensors_path, specs, activations), others, manifest)
+    adapters = manifest.get("adapters", {})
+    return Store(StoredWeights(tensors_path, specs, activations), others, manifest, adapters)
 
 
 def file_sha256(path: Path) -> str:

@@ -1,19 +1,16 @@
-import copy
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-import gracec
 from gracec import ir
 from gracec.capture import capture
 from gracec.errors import GracecError
 from gracec.models import load_model, model_without_weights, untie_head
 from gracec.passes import parse_pipeline, run_passes
-from tests.tiny import tiny_llava, tiny_processor
+from tests.tiny import tiny_llava
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -66,42 +63,3 @@ def test_a_tied_head_gets_a_parameter_of_its_own(batch: dict[str, Tensor]) -> No
     assert torch.equal(model(**batch).logits, expected)
     assert not untie_head(model)
     assert not untie_head(tiny_llava(tie=False))
-
-
-def adapted(llava: LlavaForConditionalGeneration) -> PeftModel:
-    """A LoRA on the attention of the decoder whose adapters are not zero."""
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, target_modules=r".*language_model.*\.(q|v)_proj")
-    model = get_peft_model(copy.deepcopy(llava), config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.05)
-    return model.eval()
-
-
-def test_a_lora_is_merged(
-    llava: LlavaForConditionalGeneration, batch: dict[str, Tensor], tmp_path: Path
-) -> None:
-    model = adapted(llava)
-    with torch.no_grad():
-        expected = model(**batch).logits
-        assert not torch.allclose(expected, llava(**batch).logits, atol=1e-3)
-    compiled = gracec.compile(model, "w4a16-ptq", processor=tiny_processor())
-    assert "adapters of PEFT merged into the weights: default" in compiled.report.notes
-    found = compiled(**batch).logits
-    by_hand = copy.deepcopy(model).merge_and_unload()
-    assert torch.equal(found, gracec.compile(by_hand, "w4a16-ptq")(**batch).logits)
-    with torch.no_grad():
-        assert torch.equal(model(**batch).logits, expected)  # the caller's is as it was
-    compiled.save_pretrained(tmp_path / "out")
-    assert torch.equal(gracec.load(tmp_path / "out")(**batch).logits, found)
-
-    model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(
-        GracecError, match="holds an adapter of PEFT, not a model; load it with peft"
-    ):
-        gracec.compile(tmp_path / "adapter", "w4a16-ptq")
-    inside = copy.deepcopy(llava)
-    inside.add_adapter(LoraConfig(r=4, target_modules=r".*language_model.*\.q_proj"))
-    with pytest.raises(GracecError, match="adapters of PEFT are inside the model"):
-        gracec.compile(inside, "w4a16-ptq")

@@ -1,5 +1,6 @@
 """Modules that are no vision-language models: captured, trained by a loss of one's own, written."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,26 @@ class Conditioned(nn.Module):
     def forward(self, x: Tensor, strength: Tensor) -> dict[str, Tensor]:
         y = self.linear(x)
         return {"mixed": strength * y + (1 - strength) * x[..., :32], "plain": y}
+
+
+class Denoiser(nn.Module):
+    """A net for images that is told how noisy they are, and how strongly to act.
+
+    The step is embedded by waves and scales the channels; `gain` is a number of Python.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.embed = nn.Linear(32, 16)
+        self.last = nn.Conv2d(16, 3, 3, padding=1)
+
+    def forward(self, x: Tensor, step: Tensor, strength: Tensor, gain: float = 2.0) -> Tensor:
+        waves = step * torch.logspace(0, -3, 16)
+        scale = self.embed(torch.cat([waves.sin(), waves.cos()]))
+        hidden = functional.silu(self.first(x)) * (1 + scale[:, None, None])
+        denoised: Tensor = x - gain * strength * self.last(hidden)
+        return denoised
 
 
 def vit() -> ViTForImageClassification:
@@ -166,6 +187,36 @@ def test_a_number_and_several_results(tmp_path: Path) -> None:
         assert torch.allclose(one, found, rtol=1e-4, atol=1e-5)
     value = onnx.load(str(tmp_path / "net.onnx")).graph.input[0]
     assert value.type.tensor_type.shape.dim[0].dim_param == "rows"
+
+
+def test_numbers_beside_an_image(tmp_path: Path) -> None:
+    """A whole number and a fraction that condition the net stay inputs, whatever their values were
+    when it was captured; a default that is a number of Python is that number."""
+    torch.manual_seed(0)
+    net, images = Denoiser().eval(), textures(3)[0]
+    example = {"x": images[:2], "step": torch.tensor(10), "strength": torch.tensor(0.5)}
+    program = capture_module(net, example, DYNAMIC)
+    assert list(program.example_inputs) == ["x", "step", "strength"]
+    values = [(10, 0.5), (11, 0.5), (10, 0.25), (0, 1.0), (999, 0.0), (1, -3.5)]
+    found = []
+    for step, strength in values:
+        given = {"x": images, "step": torch.tensor(step), "strength": torch.tensor(strength)}
+        with torch.no_grad():
+            found.append(program(**given)[0])
+            assert torch.equal(found[-1], net(**given)), (step, strength)
+    assert torch.equal(found[values.index((999, 0.0))], images)
+    differences = [(a - b).abs().max() for a, b in pairwise(found)]
+    assert min(differences) > 1e-3
+
+    student = prepare_module(net, example, EIGHT_BITS, dynamic_shapes=DYNAMIC, strict=True)
+    frozen = freeze_module(student)
+    figures = export_module(frozen, tmp_path / "net.onnx")
+    for step, strength in values:
+        given = {"x": images, "step": torch.tensor(step), "strength": torch.tensor(strength)}
+        with torch.no_grad():
+            (expected,) = frozen(**given)
+        (result,) = run(tmp_path / "net.onnx", figures, **given)
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_what_does_not_fit_a_kernel_is_reported(tmp_path: Path) -> None:

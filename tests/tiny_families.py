@@ -3,10 +3,11 @@ quantization allows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -268,6 +269,48 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -
 def tiny_processor(family: str) -> Any:
     """The processor of `tiny_model`."""
     return PROCESSORS[family]()
+
+
+Turn = tuple[str, str, list[Image.Image]]
+"""Who speaks, what is said, and the pictures before it."""
+
+
+def encode_conversations(processor: Any, conversations: Sequence[Sequence[Turn]]) -> dict[str, Any]:
+    """What the processor returns for some conversations, padded on the left.
+
+    PaliGemma has no chat template and takes all pictures before the text; its processor takes no
+    text without them.
+    """
+    options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    if processor.chat_template:
+        messages = [
+            [
+                {
+                    "role": role,
+                    "content": [
+                        *({"type": "image", "image": picture} for picture in pictures),
+                        {"type": "text", "text": text},
+                    ],
+                }
+                for role, text, pictures in turns
+            ]
+            for turns in conversations
+        ]
+        encoded = processor.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs=options,
+        )
+        return dict(encoded)
+    pictures = [[one for _, _, some in turns for one in some] for turns in conversations]
+    texts = ["\n".join(text for _, text, _ in turns) for turns in conversations]
+    if not any(pictures):
+        return dict(processor.tokenizer(texts, **options))
+    texts = ["<image>" * len(some) + text for some, text in zip(pictures, texts, strict=True)]
+    return dict(processor(images=pictures, text=texts, **options))
 
 
 def template(image: str) -> str:

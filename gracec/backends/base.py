@@ -16,7 +16,7 @@ import pkgutil
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,6 +36,7 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 
+from gracec.adapters import adapter_tensors, adapters_of, write_adapter
 from gracec.errors import GateError, GracecError
 from gracec.models import configurations
 from gracec.ops import dtype_name
@@ -45,6 +46,10 @@ from gracec.report.card import model_card
 
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_SIZE = "5GB"
+ADAPTER = "adapter"
+"""Folder of what `peft.PeftModel.from_pretrained` reads, beside the model that it is for."""
+NO_ADAPTERS = "adapters are kept in float, which the format does not hold"
+MERGE_INSTEAD = 'compile with adapters="merge"'
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Artifact:
         weights: FQN -> canonical codes and scales.
         others: FQN -> every other parameter and every persistent buffer, as the model runs them.
         dtype: what the compiled model runs in.
+        adapters: linear -> scaling of the LoRA beside it, whose tensors are in `others`.
         source: name of the model that was compiled, for the model card; may be empty.
     """
 
@@ -67,6 +73,7 @@ class Artifact:
     dtype: torch.dtype
     report: Report
     source: str = ""
+    adapters: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -88,7 +95,17 @@ class Artifact:
         persistent = model.state_dict()
         others |= {name: t for name, t in model.named_buffers() if name in persistent}
         generation = model.generation_config if model.can_generate() else None
-        return cls(model.config, generation, processor, weights, others, dtype, report, source)
+        return cls(
+            model.config,
+            generation,
+            processor,
+            weights,
+            others,
+            dtype,
+            report,
+            source,
+            adapters_of(model),
+        )
 
 
 class Format(ABC):
@@ -101,6 +118,7 @@ class Format(ABC):
         needs: what has to be installed beside transformers to load it.
         tested: what was done with such directories; the model card says it.
         holds_activations: whether it can say how the input of a linear is quantized.
+        holds_adapters: whether it takes adapters in float beside the weights.
     """
 
     name: ClassVar[str]
@@ -108,6 +126,7 @@ class Format(ABC):
     needs: ClassVar[str]
     tested: ClassVar[str]
     holds_activations: ClassVar[bool] = False
+    holds_adapters: ClassVar[bool] = False
 
     @abstractmethod
     def weight_refusal(self, weight: FrozenWeight) -> str:
@@ -141,6 +160,8 @@ class Format(ABC):
         """Why this format cannot hold the artifact (one line), or an empty string."""
         if not artifact.weights:
             return "no weight is quantized"
+        if artifact.adapters and not self.holds_adapters:
+            return f"{NO_ADAPTERS}; {MERGE_INSTEAD}"
         dtype = self.dtype(artifact)
         model = empty_model(artifact.config)
         linear = {f"{name}.weight" for name in modules_of_type(model, nn.Linear)}
@@ -178,9 +199,13 @@ class Format(ABC):
         reason = self.refusal(artifact)
         if reason:
             raise GracecError(reason, where=f"format {self.name}", fix="choose another format")
+        directory.mkdir(parents=True, exist_ok=True)
+        notes = [*self.notes(artifact)]
+        if artifact.adapters:
+            artifact = self._write_adapter(artifact, directory / ADAPTER)
+            notes.append(f"the adapters are in {ADAPTER}, for peft.PeftModel.from_pretrained")
         model = empty_model(artifact.config)
         _check_whole(artifact, model)
-        directory.mkdir(parents=True, exist_ok=True)
         tensors, metadata = self.tensors(artifact)
         _write_tensors(revert_weight_conversion(model, tensors), metadata, directory)
         del tensors
@@ -207,7 +232,15 @@ class Format(ABC):
         )
         (directory / "README.md").write_text(card, encoding="utf-8")
         self._check_stored_weights(artifact, directory)
-        return tuple(f"{self.name}: {note}" for note in self.notes(artifact))
+        return tuple(f"{self.name}: {note}" for note in notes)
+
+    def _write_adapter(self, artifact: Artifact, directory: Path) -> Artifact:
+        """Write the adapters as PEFT does; the artifact without them."""
+        dtype, names = self.dtype(artifact), adapter_tensors(artifact.adapters)
+        tensors = {name: artifact.others[name].to(dtype) for name in names}
+        write_adapter(directory, artifact.adapters, tensors)
+        others = {name: t for name, t in artifact.others.items() if name not in tensors}
+        return replace(artifact, others=others, adapters={})
 
     def finish(self, artifact: Artifact, directory: Path) -> None:
         """Complete the top level of the output directory, after everything else is written."""

@@ -46,6 +46,7 @@ class HuggingFace(Format):
     name = "hf"
     folder = ""
     needs = "compressed-tensors"
+    holds_adapters = True
     tested = (
         "The tests of gracec load such directories with transformers on the CPU and get the logits "
         "of the dense weights bit for bit, and the same tokens. No GPU runtime was run."

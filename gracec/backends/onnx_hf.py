@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gracec.adapters import attach_adapters
 from gracec.backends.base import Artifact, Format, empty_model, write_processor
 from gracec.backends.onnx import kernel
 from gracec.capture import capture_serving, family_of
@@ -69,6 +70,7 @@ class Onnx(Format):
     needs = "onnxruntime"
     tested = "The tests of gracec run such directories with ONNX Runtime on the CPU."
     holds_activations = True
+    holds_adapters = True
 
     def weight_refusal(self, weight: FrozenWeight) -> str:
         return kernel.refusal(weight)
@@ -253,6 +255,7 @@ def model_of(artifact: Artifact, dtype: torch.dtype) -> PreTrainedModel:
     for part in configurations(config):
         part.dtype = dtype
     model = empty_model(config)
+    attach_adapters(model, artifact.adapters, artifact.others)
     buffers = dict(model.named_buffers())  # rotary frequencies stay in float32
     for name, tensor in artifact.others.items():
         set_tensor(model, name, tensor if name in buffers else _to(tensor, dtype))

@@ -50,6 +50,7 @@ class TorchAo(Format):
     name = "torchao"
     folder = "torchao"
     needs = "torchao"
+    holds_adapters = True
     tested = (
         "The tests of gracec load such directories with transformers on the CPU and get the logits "
         "of the dense weights bit for bit, and the same tokens. No GPU runtime was run."

@@ -15,10 +15,11 @@ import torch._dynamo.config
 from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
+from gracec.adapters import adapters_of
 from gracec.capture.culprit import culprit
 from gracec.capture.families import GENERIC, Family, family_of
 from gracec.errors import GateError, GracecError
-from gracec.program import Program, drop_assertions
+from gracec.program import Program, annotate, drop_assertions
 
 # (batch, images, text tokens): batch 1, several images in one prompt, and left padding among them.
 GATE_SHAPES = ((1, 1, 5), (3, 3, 9), (2, 4, 6))
@@ -90,6 +91,8 @@ def trace(
     drop_assertions(graph_module)
     _drop_casts_that_change_nothing(graph_module)
     _write_no_padding_as_a_number(graph_module)
+    prefix = "" if module is model else "model."
+    _mark_adapters(graph_module, {f"{prefix}{name}" for name in adapters_of(model)})
     floating = next(p for p in model.parameters() if p.is_floating_point())
     program = Program(
         graph_module=graph_module,
@@ -97,7 +100,7 @@ def trace(
         dynamic_shapes=_flat(dynamic_shapes),
         output_names=output_names,
         family=getattr(getattr(model, "config", None), "model_type", type(model).__name__),
-        fqns=_normalised_fqns(graph_module, model, "" if module is model else "model."),
+        fqns=_normalised_fqns(graph_module, model, prefix),
         dtype=floating.dtype,
         device=floating.device,
     )
@@ -227,6 +230,22 @@ def _write_no_padding_as_a_number(graph_module: fx.GraphModule) -> None:
             inputs = given["input"], given["weight"]
             node.args, node.kwargs = (*inputs, *(found[name] for name in defaults)), {}
     graph_module.recompile()
+
+
+def _mark_adapters(graph_module: fx.GraphModule, linears: set[str]) -> None:
+    """Annotate what an adapter computes, A, B and their addition: passes take it for no layer.
+
+    Args:
+        linears: paths of the linears that have one.
+    """
+    for node in graph_module.graph.nodes:
+        if node.op != "call_function":
+            continue
+        stack: Any = node.meta.get("nn_module_stack") or {"": ("", None)}
+        path, _ = list(stack.values())[-1]
+        added = path in linears and node.target != torch.ops.aten.linear.default
+        if added or path.rpartition(".")[0] in linears:
+            annotate(node, adapter="lora")
 
 
 def _normalised_fqns(

@@ -10,6 +10,8 @@ logits runs through (dominators) contain the residual stream; each block of the 
 last residual addition before the next attention. No module path, parameter or placeholder name is
 looked at.
 
+What an adapter adds to its linear, which capture has marked, is no residual.
+
 Annotations:
     modality: vision | text | fused
     role: pixels | token_ids | merge | vision_tokens | image_mask | block_output | logits
@@ -302,6 +304,7 @@ class _Dataflow:
             operands = [value(n) for n in node.all_input_nodes if n in below]
             return (
                 node.target in ADDITION
+                and "adapter" not in annotation(node)
                 and len(operands) == 2
                 and operands[0] is not None
                 and operands[1] is not None

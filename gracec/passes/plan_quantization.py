@@ -197,6 +197,8 @@ class PlanQuantization(Pass):
             reason = self._unfit(program, node)
             if part == "unused":
                 annotate(node, quant=None, kept="unused: the logits do not depend on it")
+            elif "adapter" in annotation(node):
+                annotate(node, quant=None, kept="adapter: kept in float beside its linear")
             elif rule is None:
                 annotate(node, quant=None, kept=f"{part}: kept by recipe {recipe.name}")
             elif reason:

@@ -18,7 +18,7 @@ from torch import fx
 from torch.export import Dim
 
 from gracec.passes.base import Pass, PassResult
-from gracec.program import Program, annotate
+from gracec.program import Program, annotate, annotation
 
 aten = torch.ops.aten
 INDEX = "supervised_index"
@@ -45,6 +45,11 @@ class SelectSupervised(Pass):
         heads = list(program.nodes(part="head"))
         if not heads:
             raise self.refuse("the head is unknown", fix="run analyze-modality first")
+        if any("adapter" in annotation(head) for head in heads):
+            raise self.refuse(
+                "the head has an adapter in float, and is trained without one only",
+                fix='merge it (adapters="merge")',
+            )
         if len(heads) > 1:
             raise self.refuse(f"{len(heads)} matmuls come after the last block, one is the head")
         node = program.outputs["logits"]

@@ -33,7 +33,7 @@ from gracec.training.setup import trainable
 from tests.backends.artifacts import artifact_of, dense_model
 from tests.npm import install
 from tests.tiny import tiny_image
-from tests.tiny_families import CONFIGS, tiny_model, tiny_processor
+from tests.tiny_families import CONFIGS, encode_conversations, tiny_model, tiny_processor
 from tests.transformers_js import NODE, ask
 
 Golden = Callable[[str, str], None]
@@ -89,6 +89,42 @@ def asked(name: str) -> Batch:
     return batch
 
 
+@pytest.fixture(scope="module")
+def conversations(name: str) -> dict[str, Batch]:
+    """What the processor returns for conversations of several turns."""
+    pictures = [tiny_image(0, (40, 30)), tiny_image(1, (64, 32)), tiny_image(2, (32, 48))]
+    two_pictures = [
+        ("user", "what is this ?", pictures[:1]),
+        ("assistant", "a red circle .", []),
+        ("user", "where is the small star in it ?", pictures[1:2]),
+    ]
+    one_picture = [
+        ("user", "how many are there ?", pictures[2:]),
+        ("assistant", "two", []),
+        ("user", "what color ?", []),
+    ]
+    no_picture = [
+        ("user", "what is red ?", []),
+        ("assistant", "a star", []),
+        ("user", "how many are there in the middle ?", []),
+    ]
+    chosen = {
+        "two pictures": [two_pictures],
+        "one picture": [one_picture],
+        "both": [two_pictures, one_picture],
+        "one without": [one_picture, no_picture],
+        "text alone": [no_picture, no_picture[2:]],
+    }
+    processor = tiny_processor(name)
+    found = {what: encode_conversations(processor, turns) for what, turns in chosen.items()}
+    for what in ("both", "one without", "text alone"):
+        assert (found[what]["attention_mask"][:, 0] == 0).any(), "padded on the left"
+    return {
+        what: {key: value for key, value in batch.items() if key != "labels"}
+        for what, batch in found.items()
+    }
+
+
 def test_capture(
     model: PreTrainedModel, program: Program, asked: Batch, record_property: Record
 ) -> None:
@@ -99,6 +135,15 @@ def test_capture(
     count = captured_equals_eager(program, model)
     count += captured_equals_eager(program, model, [*batches, asked])
     record_property("cell", f"equal bits, {count} shapes")
+
+
+def test_turns_are_captured(
+    model: PreTrainedModel, program: Program, conversations: dict[str, Batch]
+) -> None:
+    """Several turns with a picture in each, in the first alone, and in one prompt of two."""
+    seen = {what: batch for what, batch in conversations.items() if "pixel_values" in batch}
+    assert len(seen) == 4
+    assert captured_equals_eager(program, model, list(seen.values())) == 4
 
 
 def test_partition(program: Program, name: str, golden: Golden, record_property: Record) -> None:
@@ -168,6 +213,22 @@ def test_torchao(
 
 
 @pytest.mark.slow
+def test_turns_are_answered(compiled: CompiledModel, conversations: dict[str, Batch]) -> None:
+    """INT4 kernels continue conversations as the fake-quantized weights do."""
+    dense = dense_model(artifact_of(compiled))
+    for what, batch in conversations.items():
+        inputs = family_of(dense).model_inputs(dense, batch)
+        expected: Any = dense.generate(**inputs, **NEW)
+        assert torch.equal(compiled.generate(**batch, **NEW), expected), what
+        if "pixel_values" in batch:
+            with torch.no_grad():
+                logits = dense(**inputs, use_cache=False).logits
+            known = batch["attention_mask"].bool()
+            found = compiled(**batch).logits
+            torch.testing.assert_close(found[known], logits[known], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_hf(compiled: CompiledModel, asked: Batch, tmp_path: Path, record_property: Record) -> None:
     """Plain transformers loads every key and computes the logits of the dense weights."""
     compiled.save_pretrained(tmp_path / "out", "hf")
@@ -184,7 +245,11 @@ def test_hf(compiled: CompiledModel, asked: Batch, tmp_path: Path, record_proper
 
 @pytest.mark.slow
 def test_onnx(
-    compiled: CompiledModel, graphs: Path | GracecError, asked: Batch, record_property: Record
+    compiled: CompiledModel,
+    graphs: Path | GracecError,
+    asked: Batch,
+    conversations: dict[str, Batch],
+    record_property: Record,
 ) -> None:
     """ONNX Runtime generates the same tokens, with all gates; or there is a reason why not."""
     family = family_of(compiled.model)
@@ -195,7 +260,8 @@ def test_onnx(
     runner = gracec.load(graphs, backend="onnx")
     assert torch.equal(runner.generate(**asked, **NEW), compiled.generate(**asked, **NEW))
     text = {"input_ids": torch.tensor([[6, 7, 8]])}
-    assert torch.equal(runner.generate(**text, **NEW), compiled.generate(**text, **NEW))
+    for batch in (text, *conversations.values()):
+        assert torch.equal(runner.generate(**batch, **NEW), compiled.generate(**batch, **NEW))
     record_property("cell", "same tokens")
 
 
