@@ -3,6 +3,7 @@ quantization allows."""
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
     Qwen2VLConfig,
     Qwen2VLProcessor,
     Qwen3VLConfig,
@@ -106,8 +108,32 @@ def qwen_processor(cls: type) -> Any:
             temporal_patch_size=2,
             size={"shortest_edge": 32 * 32, "longest_edge": 48 * 48},
         ),
-        tokenizer=tokenizer(QWEN_IMAGE),
-        chat_template=template(f"<vision_start>{QWEN_IMAGE}<vision_end>"),
+        tokenizer=qwen_tokenizer(),
+        # The Jinja of onnxruntime-genai has no filter `upper`; the templates of Qwen need none.
+        chat_template=template("<|vision_start|><|image_pad|><|vision_end|>").replace(
+            " | upper", ""
+        ),
+    )
+
+
+def qwen_tokenizer() -> Any:
+    """The real class and names of special tokens; every character is a token."""
+    special = {name: number for number, name in enumerate(SPECIAL_TOKENS)}
+    special |= {"<|image_pad|>": special.pop("<image>"), "<|video_pad|>": VIDEO}
+    special |= {"<|vision_start|>": VISION_START, "<|vision_end|>": VISION_END}
+    characters = [*string.ascii_letters, *string.digits, *string.punctuation, "Ġ"]  # Ġ is a blank
+    free = [number for number in range(VOCAB_SIZE) if number not in special.values()]
+    names = [*characters, *(f"<{number}>" for number in free[len(characters) :])]
+    build: Any = Qwen2Tokenizer
+    return build(
+        vocab=special | dict(zip(names, free, strict=True)),
+        merges=[],
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=[name for name in special if "|" in name],
+        padding_side="left",
     )
 
 
