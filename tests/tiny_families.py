@@ -109,11 +109,14 @@ def qwen_processor(cls: type) -> Any:
             size={"shortest_edge": 32 * 32, "longest_edge": 48 * 48},
         ),
         tokenizer=qwen_tokenizer(),
-        # The Jinja of onnxruntime-genai has no filter `upper`; the templates of Qwen need none.
-        chat_template=template("<|vision_start|><|image_pad|><|vision_end|>").replace(
-            " | upper", ""
-        ),
+        chat_template=qwen_template(),
     )
+
+
+def qwen_template() -> str:
+    """Roles as they are: the Jinja of onnxruntime-genai has no filter `upper`."""
+    found = template("<|vision_start|><|image_pad|><|vision_end|>")
+    return found.replace(" | upper", "").replace("ASSISTANT", "assistant")
 
 
 def qwen_tokenizer() -> Any:

@@ -37,13 +37,16 @@ def artifact() -> Artifact:
 @pytest.fixture(scope="module")
 def directory(artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `--format onnx` writes. Not to be changed by a test."""
-    folder = tmp_path_factory.mktemp("genai") / "DIR"
+    return write(artifact, tmp_path_factory.mktemp("genai") / "DIR", Onnx())
+
+
+def write(artifact: Artifact, folder: Path, form: Onnx) -> Path:
     artifact.config.save_pretrained(folder)
     assert artifact.generation_config is not None
     artifact.generation_config.save_pretrained(folder)
-    notes = Onnx().write(artifact, folder / "onnx")
+    notes = form.write(artifact, folder / "onnx")
     assert not [note for note in notes if "genai" in note]
-    Onnx().finish(artifact, folder)
+    form.finish(artifact, folder)
     return folder
 
 
@@ -79,6 +82,19 @@ def test_genai_answers_as_onnx_runtime_does(directory: Path, tmp_path: Path) -> 
     assert [one.image_grid_thw for one in found] == [one.image_grid_thw for one in wanted]
     assert [one.answer for one in found] == [one.answer for one in wanted]
     assert len({tuple(one.answer) for one in found}) > 3
+
+
+@pytest.mark.slow
+def test_standard_operators_with_the_option_of_their_sessions(
+    artifact: Artifact, tmp_path: Path
+) -> None:
+    needed()
+    directory = write(artifact, tmp_path / "DIR", Onnx("qdq"))
+    config = json.loads((directory / "genai_config.json").read_text())["model"]
+    options = config["decoder"]["session_options"]
+    assert options["session.qdq_matmulnbits_accuracy_level"] == "1"
+    questions: list[Question] = [(f"{IMAGE}what ?", [noise(tmp_path / "a.png", 48, 32)])]
+    assert ask(directory, questions)[0].answer == expected(directory, questions)[0].answer
 
 
 def test_pixels_are_those_of_transformers(directory: Path, tmp_path: Path) -> None:
