@@ -74,7 +74,7 @@ MARKS = {
 """Further special tokens, at the end of the vocabulary."""
 VIDEO, VISION_START, VISION_END, *_ = range(VOCAB_SIZE - len(MARKS), VOCAB_SIZE)
 QWEN_IMAGE = "<|image_pad|>"
-"""transformers.js looks for no other."""
+"""transformers.js and onnxruntime-genai look for no other."""
 QWEN_IDS = {
     "image_token_id": IMAGE,
     "video_token_id": VIDEO,
@@ -115,14 +115,14 @@ def qwen_processor(cls: type) -> Any:
 
 def qwen_template() -> str:
     """Roles as they are: the Jinja of onnxruntime-genai has no filter `upper`."""
-    found = template("<|vision_start|><|image_pad|><|vision_end|>")
+    found = template(f"<|vision_start|>{QWEN_IMAGE}<|vision_end|>")
     return found.replace(" | upper", "").replace("ASSISTANT", "assistant")
 
 
 def qwen_tokenizer() -> Any:
     """The real class and names of special tokens; every character is a token."""
     special = {name: number for number, name in enumerate(SPECIAL_TOKENS)}
-    special |= {"<|image_pad|>": special.pop("<image>"), "<|video_pad|>": VIDEO}
+    special |= {QWEN_IMAGE: special.pop("<image>"), "<|video_pad|>": VIDEO}
     special |= {"<|vision_start|>": VISION_START, "<|vision_end|>": VISION_END}
     characters = [*string.ascii_letters, *string.digits, *string.punctuation, "Ġ"]  # Ġ is a blank
     free = [number for number in range(VOCAB_SIZE) if number not in special.values()]
@@ -304,13 +304,9 @@ def template(image: str) -> str:
     return CHAT_TEMPLATE.replace("<image>", image)
 
 
-def tokenizer(image: str = "<image>") -> PreTrainedTokenizerFast:
-    """A word-level tokenizer with the special tokens of all families.
-
-    Args:
-        image: the placeholder of an image.
-    """
-    words = [image if word == "<image>" else word for word in (*SPECIAL_TOKENS, *WORDS)]
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer with the special tokens of all families."""
+    words = [*SPECIAL_TOKENS, *WORDS]
     words += [f"w{number}" for number in range(VOCAB_SIZE - len(words) - len(MARKS))]
     numbers = {word: number for number, word in enumerate([*words, *MARKS.values()])}
     backend: Any = Tokenizer(WordLevel(numbers, unk_token="<unk>"))
@@ -322,7 +318,7 @@ def tokenizer(image: str = "<image>") -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        extra_special_tokens={"image_token": image, **MARKS},
+        extra_special_tokens={"image_token": "<image>", **MARKS},
         padding_side="left",
     )
     return found
