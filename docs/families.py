@@ -31,6 +31,7 @@ COLUMNS = {
     "test_hf": "HF reload",
     "test_onnx": "ONNX",
     "test_transformers_js": "JS",
+    "test_genai": "genai",
 }
 
 

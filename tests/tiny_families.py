@@ -3,6 +3,7 @@ quantization allows."""
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
     Qwen2VLConfig,
     Qwen2VLProcessor,
     Qwen3VLConfig,
@@ -73,7 +75,7 @@ MARKS = {
 """Further special tokens, at the end of the vocabulary."""
 VIDEO, VISION_START, VISION_END, *_ = range(VOCAB_SIZE - len(MARKS), VOCAB_SIZE)
 QWEN_IMAGE = "<|image_pad|>"
-"""transformers.js looks for no other."""
+"""transformers.js and onnxruntime-genai look for no other."""
 QWEN_IDS = {
     "image_token_id": IMAGE,
     "video_token_id": VIDEO,
@@ -107,8 +109,35 @@ def qwen_processor(cls: type) -> Any:
             temporal_patch_size=2,
             size={"shortest_edge": 32 * 32, "longest_edge": 48 * 48},
         ),
-        tokenizer=tokenizer(QWEN_IMAGE),
-        chat_template=template(f"<vision_start>{QWEN_IMAGE}<vision_end>"),
+        tokenizer=qwen_tokenizer(),
+        chat_template=qwen_template(),
+    )
+
+
+def qwen_template() -> str:
+    """Roles as they are: the Jinja of onnxruntime-genai has no filter `upper`."""
+    found = template(f"<|vision_start|>{QWEN_IMAGE}<|vision_end|>")
+    return found.replace(" | upper", "").replace("ASSISTANT", "assistant")
+
+
+def qwen_tokenizer() -> Any:
+    """The real class and names of special tokens; every character is a token."""
+    special = {name: number for number, name in enumerate(SPECIAL_TOKENS)}
+    special |= {QWEN_IMAGE: special.pop("<image>"), "<|video_pad|>": VIDEO}
+    special |= {"<|vision_start|>": VISION_START, "<|vision_end|>": VISION_END}
+    characters = [*string.ascii_letters, *string.digits, *string.punctuation, "Ġ"]  # Ġ is a blank
+    free = [number for number in range(VOCAB_SIZE) if number not in special.values()]
+    names = [*characters, *(f"<{number}>" for number in free[len(characters) :])]
+    build: Any = Qwen2Tokenizer
+    return build(
+        vocab=special | dict(zip(names, free, strict=True)),
+        merges=[],
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=[name for name in special if "|" in name],
+        padding_side="left",
     )
 
 
@@ -318,13 +347,9 @@ def template(image: str) -> str:
     return CHAT_TEMPLATE.replace("<image>", image)
 
 
-def tokenizer(image: str = "<image>") -> PreTrainedTokenizerFast:
-    """A word-level tokenizer with the special tokens of all families.
-
-    Args:
-        image: the placeholder of an image.
-    """
-    words = [image if word == "<image>" else word for word in (*SPECIAL_TOKENS, *WORDS)]
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer with the special tokens of all families."""
+    words = [*SPECIAL_TOKENS, *WORDS]
     words += [f"w{number}" for number in range(VOCAB_SIZE - len(words) - len(MARKS))]
     numbers = {word: number for number, word in enumerate([*words, *MARKS.values()])}
     backend: Any = Tokenizer(WordLevel(numbers, unk_token="<unk>"))
@@ -336,7 +361,7 @@ def tokenizer(image: str = "<image>") -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        extra_special_tokens={"image_token": image, **MARKS},
+        extra_special_tokens={"image_token": "<image>", **MARKS},
         padding_side="left",
     )
     return found

@@ -112,7 +112,7 @@ class Onnx(Format):
             GateError: if what was written is not numerically what it should be.
         """
         # Imported where a graph is written: these packages take a second.
-        from gracec.backends.onnx import gates
+        from gracec.backends.onnx import gates, genai
         from gracec.backends.onnx.runner import OnnxModel
         from gracec.backends.onnx.session import (
             MINIMUM_RUNTIME,
@@ -137,8 +137,9 @@ class Onnx(Format):
         kernels: dict[str, int] = {}
         emitted: dict[str, LoweredWeight] = {}
         notes: list[str] = []
+        shared = not genai.refusal(artifact)
         for name, graph in serving.items():
-            files[name], own, fused = self._write_graph(name, graph, directory)
+            files[name], own, fused = self._write_graph(name, graph, directory, shared)
             notes += [f"onnx: {note}" for note in fused]
             path = files[name][0]
             gates.file_is_valid(path)
@@ -166,14 +167,20 @@ class Onnx(Format):
             minimum_runtime=MINIMUM_RUNTIME_8_BITS if wide else MINIMUM_RUNTIME,
         )
         session.write(directory)
+        if shared:
+            graphs = {name: paths[0] for name, paths in files.items()}
+            genai.write_headers(model, graphs, session.options)
         # Which number of threads is fastest is not asked here, so none is tried.
         runner = OnnxModel(directory, model.config, threads=torch.get_num_threads())
         figures |= self._run(runner, serving, model, artifact)
         session.write(directory)
-        return (*notes, f"onnx: {_summary(figures)}")
+        return (*notes, f"onnx: {_summary(figures)}", *genai.notes(artifact))
 
     def finish(self, artifact: Artifact, directory: Path) -> None:
-        """Complete the top level: what transformers.js looks for there."""
+        """Complete the top level: what transformers.js and onnxruntime-genai look for there."""
+        from gracec.backends.onnx import genai
+        from gracec.backends.onnx.session import session_options
+
         if artifact.processor is not None:
             write_processor(artifact.processor, directory)
         path = directory / "config.json"
@@ -194,9 +201,11 @@ class Onnx(Format):
             fields["num_hidden_layers"] = artifact.config.get_text_config().num_hidden_layers
         text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False)
         path.write_text(text + "\n", encoding="utf-8")
+        if not genai.refusal(artifact):
+            genai.write_config(artifact, directory, session_options(self.ops, self.mode))
 
     def _write_graph(
-        self, name: str, graph: ServingProgram, directory: Path
+        self, name: str, graph: ServingProgram, directory: Path, shared: bool
     ) -> tuple[list[Path], dict[str, LoweredWeight], list[str]]:
         """Lower and write one graph; its files, the weights that run on integer kernels, and what
         was fused."""
@@ -216,7 +225,7 @@ class Onnx(Format):
         suffix = "_int8" if kinds == {kernel.MATMUL_INT8} else "_q4" if kinds else ""
         path = directory / f"{FILES[name]}{suffix}.onnx"
         model = graphs.to_onnx(replace(graph, program=program), name)
-        return graphs.write_model(model, path), lowered, notes
+        return graphs.write_model(model, path, external=shared), lowered, notes
 
     def _run(
         self, found: Any, serving: Serving, model: PreTrainedModel, artifact: Artifact

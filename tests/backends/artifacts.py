@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from gracec import quant
 from gracec.backends.base import Artifact
@@ -52,7 +53,8 @@ def random_weight(shape: tuple[int, int], spec: QuantSpec, seed: int) -> FrozenW
 def random_artifact(
     specs: Mapping[str, QuantSpec],
     *,
-    model: LlavaForConditionalGeneration | None = None,
+    model: PreTrainedModel | None = None,
+    processor: Any = None,
     tie: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
@@ -64,8 +66,9 @@ def random_artifact(
         for number, (fqn, spec) in enumerate(specs.items())
     }
     report = Report({"name": "test", "weights": {}}, [], [], {"gate": True}, {"bfloat16": 1})
+    processor = processor or tiny_processor()
     return Artifact.of(
-        model, weights, report, dtype=dtype, processor=tiny_processor(), source="maker/model"
+        model, weights, report, dtype=dtype, processor=processor, source="maker/model"
     )
 
 

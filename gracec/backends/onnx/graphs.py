@@ -80,12 +80,16 @@ def to_onnx(serving: ServingProgram, name: str, *, decompose: bool = False) -> i
     return model
 
 
-def write_model(model: ir.Model, path: Path) -> list[Path]:
-    """Write a model, its tensors in `<path>_data` if they are large; the files written."""
+def write_model(model: ir.Model, path: Path, *, external: bool = False) -> list[Path]:
+    """Write a model, its tensors in `<path>_data` if they are large; the files written.
+
+    Args:
+        external: put them there however large they are, so that another graph can share them.
+    """
     tensors = model.graph.initializers.values()
     size = sum(value.const_value.nbytes for value in tensors if value.const_value is not None)
     data = path.with_name(f"{path.name}_data")
-    external = size > EXTERNAL_ABOVE
+    external = external or size > EXTERNAL_ABOVE
     ir.save(
         model,
         path,
