@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -321,12 +322,12 @@ def vision_speed_table() -> str:
     )
 
 
-def decode_table() -> str:
+def decode_table(result: str, model: str) -> str:
     return measured(
-        "decode_smollm2",
+        result,
         "decode_tokens_per_s",
         {
-            "SmolLM2-135M": "variant",
+            model: "variant",
             "tokens/s of an answer": "decode_tokens_per_s",
             "times torch bfloat16": "x_torch_bf16",
             "tokens/s of a prompt": "prefill_tokens_per_s",
@@ -391,7 +392,8 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "activations": activations_table,
         "vision speed": vision_speed_table,
         "answers": answers_table,
-        "decode": decode_table,
+        "decode": partial(decode_table, "decode_smollm2", "SmolLM2-135M"),
+        "decode 1b": partial(decode_table, "decode_1b", "1.1 billion random weights"),
     },
     "recipes.md": {"recipes": recipes_table, "fields": fields_table},
 }

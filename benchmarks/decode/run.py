@@ -6,7 +6,8 @@
 Each variant and number of threads is a process of its own. In every round each takes its turn, in
 an order of its own, while the others are stopped; the bandwidth is measured in every round. A
 process stays up while memory allows it; one that does not fit is started for its turn. A run that
-was interrupted goes on with the next round.
+was interrupted goes on with the next round, if need be with fewer variants: a row says in how many
+rounds it was measured, and ratios are of the rounds that have both.
 """
 
 from __future__ import annotations
@@ -222,6 +223,7 @@ def row(
         same = f"{min(same_tokens(tokens, expected[:count]) for tokens in greedy)} of {count}"
     return {
         "variant": name,
+        "rounds": len(all_of("decode")),
         "threads": int(best),
         "decode_tokens_per_s": round(statistics.median(all_of("decode")), 1),
         **against,
