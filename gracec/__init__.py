@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gracec._quiet import drop_import_noise
+from gracec._quiet import drop_import_noise, keep_usage_data
 
 if TYPE_CHECKING:
     from gracec.compiler import CompiledModel, compile, load
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["CompiledModel", "Recipe", "compile", "load"]
 
 drop_import_noise()
+keep_usage_data()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -150,3 +153,17 @@ def test_a_directory_without_graphs(copied: Copied) -> None:
     assert "no folder 'onnx', so it holds no ONNX graphs; compile with --format" in refusal(
         directory
     )
+
+
+@pytest.mark.parametrize("wanted", [None, "0"])
+def test_no_usage_data_is_gathered_unless_it_is_wanted(
+    wanted: str | None, bundle: Path, tmp_path: Path
+) -> None:
+    """ONNX Runtime would keep a number of this machine, and what it has still to send."""
+    variables = {n: v for n, v in os.environ.items() if n != "ORT_DISABLE_TELEMETRY"}
+    variables |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": ""}
+    variables |= {} if wanted is None else {"ORT_DISABLE_TELEMETRY": wanted}
+    script = "import sys, gracec, onnxruntime as ort; ort.InferenceSession(sys.argv[1])"
+    command = [sys.executable, "-c", script, str(bundle / "onnx/embed_tokens.onnx")]
+    subprocess.run(command, env=variables, check=True, timeout=300)
+    assert bool(list(tmp_path.rglob("deviceid"))) == (wanted == "0")
