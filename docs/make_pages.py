@@ -336,6 +336,21 @@ def decode_table(result: str, model: str) -> str:
     )
 
 
+def perplexity_table() -> str:
+    return measured(
+        "perplexity",
+        "perplexity",
+        {
+            "weights": "weights",
+            "group": lambda row: row["group_size"] or "",
+            "perplexity": lambda row: f"{row['perplexity']:.2f}",
+            "loss above the baseline, nats": lambda row: (
+                f"{row['loss_change_nats']:+.4f} ±{row['standard_error']:.4f}"
+            ),
+        },
+    )
+
+
 def edge_speed_table() -> str:
     return measured(
         "edge",
@@ -387,6 +402,7 @@ def doctor_examples() -> str:
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "architecture.md": {"passes": passes_table, "gates": gates_table, "grid": scale_grid},
     "edge.md": {"speed": edge_speed_table, "sizes": edge_sizes_table},
+    "evaluation.md": {"perplexity": perplexity_table},
     "families.md": {"families": families_table, "doctor": doctor_examples},
     "onnx.md": {
         "activations": activations_table,
