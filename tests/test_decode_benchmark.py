@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "decode"
 MODULES = "engines measure models prepare rounds run variants worker".split()
@@ -82,6 +83,7 @@ def test_a_round_of_a_tiny_model(bench: SimpleNamespace, tmp_path: Path) -> None
         patch.setattr(sys.modules["measure"], "RESULTS", results)
         arguments = ["--model", "tiny", "--rounds", "1", "--only", "torch*"]
         bench.run.main([*arguments, "--work", str(tmp_path), "--peers", str(nobody)])
+    assert torch.get_num_threads() == 1  # as in all tests
     rows = json.loads((results / "decode_tiny.json").read_text(encoding="utf-8"))["rows"]
     (full,) = (row for row in rows if row.get("variant") == "torch float32")
     assert full["decode_tokens_per_s"] > 0 and full["prefill_tokens_per_s"] > 0

@@ -135,13 +135,14 @@ class Worker:
 
 def bandwidth(array: torch.Tensor) -> float:
     """GB/s of the fastest of 5 reads of an array much larger than the caches."""
-    best = 0.0
+    best, before = 0.0, torch.get_num_threads()
     for threads in THREADS:
         torch.set_num_threads(threads)
         for _ in range(5):
             start = time.perf_counter()
             array.sum()
             best = max(best, array.nbytes / (time.perf_counter() - start) / 1e9)
+    torch.set_num_threads(before)
     return best
 
 

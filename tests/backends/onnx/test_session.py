@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -160,8 +159,7 @@ def test_no_usage_data_is_gathered_unless_it_is_wanted(
     wanted: str | None, bundle: Path, tmp_path: Path
 ) -> None:
     """ONNX Runtime would keep a number of this machine, and what it has still to send."""
-    variables = {n: v for n, v in os.environ.items() if n != "ORT_DISABLE_TELEMETRY"}
-    variables |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": ""}
+    variables = {"HOME": str(tmp_path)}  # none of CI, where it gathers nothing by itself
     variables |= {} if wanted is None else {"ORT_DISABLE_TELEMETRY": wanted}
     script = "import sys, gracec, onnxruntime as ort; ort.InferenceSession(sys.argv[1])"
     command = [sys.executable, "-c", script, str(bundle / "onnx/embed_tokens.onnx")]
