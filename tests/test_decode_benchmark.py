@@ -84,7 +84,9 @@ def test_a_round_of_a_tiny_model(bench: SimpleNamespace, tmp_path: Path) -> None
         arguments = ["--model", "tiny", "--rounds", "1", "--only", "torch*"]
         bench.run.main([*arguments, "--work", str(tmp_path), "--peers", str(nobody)])
     assert torch.get_num_threads() == 1  # as in all tests
-    rows = json.loads((results / "decode_tiny.json").read_text(encoding="utf-8"))["rows"]
+    result = json.loads((results / "decode_tiny.json").read_text(encoding="utf-8"))
+    assert result["command"].endswith("decode/run.py --model tiny --rounds 1 --only 'torch*'")
+    rows = result["rows"]
     (full,) = (row for row in rows if row.get("variant") == "torch float32")
     assert full["decode_tokens_per_s"] > 0 and full["prefill_tokens_per_s"] > 0
     assert full["percent_of_bandwidth"] >= 0

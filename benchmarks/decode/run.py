@@ -17,6 +17,7 @@ import fnmatch
 import json
 import os
 import random
+import shlex
 import signal
 import statistics
 import subprocess
@@ -48,6 +49,7 @@ THREADS = (1, 2)
 RESERVE = {"smollm2": 4.0, "1b": 10.0, "tiny": 1.0}
 """GiB that the largest variant takes while it loads: workers stay up while this much is left."""
 STREAMED = 256 << 20
+EVERYTHING = ["*"]
 RATIOS = (
     ("decode", TORCH, 7.0),
     ("decode", HALF, 3.0),
@@ -293,12 +295,20 @@ def peer_versions(python: Path) -> dict[str, str]:
     return found
 
 
+def said(options: argparse.Namespace) -> str:
+    """What of the command decides the figures: not where files and peers lie."""
+    words = ["--model", options.model, "--rounds", str(options.rounds)]
+    if options.only != EVERYTHING:
+        words += ["--only", *options.only]
+    return shlex.join(words)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="smollm2")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
-        "--only", nargs="+", default=["*"], help="variants with such names, and the references"
+        "--only", nargs="+", default=EVERYTHING, help="variants with such names, and the references"
     )
     parser.add_argument("--work", type=Path, default=WORK, help="the folder of prepare.py")
     parser.add_argument("--peers", type=Path, help="an environment as in peer_requirements.txt")
@@ -345,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.out or f"decode_{options.model}",
         what,
         [*targets(rounds, rows), machine, *rows, *lost],
-        arguments=f"--model {options.model}",
+        arguments=said(options),
         script="decode/run.py",
         load=load,
         versions=peer_versions(peers),
