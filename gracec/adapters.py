@@ -157,10 +157,9 @@ def keep_adapters(model: Any) -> tuple[PreTrainedModel, str]:
             raise GracecError(
                 f"{reason}, which is not kept in float", where=name, fix=f"use {MERGE}"
             )
-        active = [found for found in layer.active_adapters if found in layer.lora_A]
-        if active:
-            low, high = layer.lora_A[active[0]], layer.lora_B[active[0]]
-            linear = LoraLinear(layer.get_base_layer(), low.out_features, layer.scaling[active[0]])
+        for active in _active(layer):  # one, or none
+            low, high = layer.lora_A[active], layer.lora_B[active]
+            linear = LoraLinear(layer.get_base_layer(), low.out_features, layer.scaling[active])
             linear.lora_A.weight, linear.lora_B.weight = low.weight, high.weight
             base.set_submodule(name, linear)
     kept: PreTrainedModel = model.unload()
@@ -177,6 +176,11 @@ def keep_adapters(model: Any) -> tuple[PreTrainedModel, str]:
     return kept, f"adapters of PEFT kept in float: {names}, beside {count} linears"
 
 
+def _active(layer: Any) -> list[str]:
+    """The adapters that change what a LoRA layer computes."""
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
 def _unfit(layer: Any) -> str:
     """Why a layer of PEFT is no LoRA on a plain linear, or an empty string."""
     from peft.tuners import lora
@@ -184,7 +188,7 @@ def _unfit(layer: Any) -> str:
     base, kind = layer.get_base_layer(), type(layer).__name__
     if type(layer) is not lora.Linear or type(base) is not nn.Linear:
         return f"the adapter is a {kind} of PEFT on a {type(base).__name__}"
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    active = _active(layer)
     if len(active) > 1:
         return f"{len(active)} adapters are active at once"
     if layer.merged:

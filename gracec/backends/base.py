@@ -36,7 +36,7 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 
-from gracec.adapters import adapter_tensors, adapters_of, write_adapter
+from gracec.adapters import MERGE, adapter_tensors, adapters_of, write_adapter
 from gracec.errors import GateError, GracecError
 from gracec.models import configurations
 from gracec.ops import dtype_name
@@ -49,7 +49,7 @@ MAX_SHARD_SIZE = "5GB"
 ADAPTER = "adapter"
 """Folder of what `peft.PeftModel.from_pretrained` reads, beside the model that it is for."""
 NO_ADAPTERS = "adapters are kept in float, which the format does not hold"
-MERGE_INSTEAD = 'compile with adapters="merge"'
+MERGE_INSTEAD = f"compile with {MERGE}"
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from gracec.adapters import attach_adapters
 from gracec.backends.base import Artifact, Format, empty_model, write_processor
 from gracec.backends.onnx import kernel
-from gracec.capture import capture_serving, family_of
+from gracec.capture import capture_serving, families, family_of
 from gracec.capture.serving import (
     Serving,
     ServingProgram,
@@ -197,8 +197,9 @@ class Onnx(Format):
             "dtype": dtypes,
             "use_external_data_format": dict.fromkeys(external, 1),
         }
-        if artifact.config.model_type == "qwen2_vl":  # whose cache it looks up here
-            fields["num_hidden_layers"] = artifact.config.get_text_config().num_hidden_layers
+        text_config = artifact.config.get_text_config()
+        for field in families()[artifact.config.model_type].serving_config:
+            fields[field] = getattr(text_config, field)
         text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False)
         path.write_text(text + "\n", encoding="utf-8")
         if not genai.refusal(artifact):

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 from torch.export import Dim
 
+from gracec.adapters import MERGE
 from gracec.passes.base import Pass, PassResult
 from gracec.program import Program, annotate, annotation
 
@@ -48,7 +49,7 @@ class SelectSupervised(Pass):
         if any("adapter" in annotation(head) for head in heads):
             raise self.refuse(
                 "the head has an adapter in float, and is trained without one only",
-                fix='merge it (adapters="merge")',
+                fix=f"merge it ({MERGE})",
             )
         if len(heads) > 1:
             raise self.refuse(f"{len(heads)} matmuls come after the last block, one is the head")

@@ -51,6 +51,7 @@ class Family(ABC):
             another one.
         serving_positions: shape of the decoder's position ids.
         serving_refusal: why there are no serving graphs, where there are none.
+        serving_config: fields of the text config that clients look for at the top of config.json.
     """
 
     model_type: ClassVar[str]
@@ -61,6 +62,7 @@ class Family(ABC):
     serving_names: ClassVar[dict[str, str]] = {}
     serving_positions: ClassVar[Shape] = (BATCH, LENGTH)
     serving_refusal: ClassVar[str] = "has no serving graphs yet"
+    serving_config: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def image_tokens(self, model: PreTrainedModel, batch: Inputs) -> list[int]:

@@ -13,6 +13,7 @@ from gracec.capture.families.qwen2_vl import Qwen2VL, patch_places
 class Qwen25VL(Qwen2VL):
     model_type: ClassVar[str] = "qwen2_5_vl"
     serving_names: ClassVar[dict[str, str]] = {}
+    serving_config: ClassVar[tuple[str, ...]] = ()
 
     def patch_indices(self, config: Any, patches: int, grid: Tensor) -> dict[str, Tensor]:
         """Patches are ordered by window, so that those of a window are next to each other."""

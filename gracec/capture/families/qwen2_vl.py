@@ -48,6 +48,7 @@ class Qwen2VL(Family):
     }
     serving_names: ClassVar[dict[str, str]] = {GRID: "grid_thw"}
     serving_positions: ClassVar[Shape] = (3, BATCH, LENGTH)
+    serving_config: ClassVar[tuple[str, ...]] = ("num_hidden_layers",)
 
     def encode(self, model: PreTrainedModel, inputs: Inputs) -> Tensor:
         features: Tensor = self.tower(model, inputs).pooler_output

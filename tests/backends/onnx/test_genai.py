@@ -160,9 +160,7 @@ def test_graphs_share_the_weights(directory: Path) -> None:
     assert set(fields["use_external_data_format"]) == set(graphs.values())
 
 
-def test_a_graph_that_computes_something_else_is_an_error(
-    artifact: Artifact, directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_graph_that_computes_something_else_is_an_error(directory: Path) -> None:
     session = json.loads((directory / "onnx/session.json").read_text())
     files = {name: directory / "onnx" / file for name, file in session["graphs"].items()}
     headers = {name: directory / "onnx" / file for name, file in genai.HEADERS.items()}
@@ -173,9 +171,7 @@ def test_a_graph_that_computes_something_else_is_an_error(
         genai._check(model, files, headers, {})
 
 
-def test_pictures_are_as_large_as_the_graph_takes(
-    artifact: Artifact, directory: Path, tmp_path: Path
-) -> None:
+def test_pictures_are_as_large_as_the_graph_takes(artifact: Artifact) -> None:
     large = changed(artifact, size={"shortest_edge": 1024, "longest_edge": 1 << 30})
     assert genai.max_pixels(large) == 8192 * 8 * 8
     (note,) = genai.notes(large)
