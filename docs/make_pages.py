@@ -12,7 +12,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from types import UnionType
@@ -262,11 +262,17 @@ def allowed(field: dict[str, Any]) -> str:
 Row = dict[str, Any]
 
 
-def measured(result: str, only: str, columns: dict[str, str | Callable[[Row], object]]) -> str:
+def measured(
+    result: str,
+    only: str,
+    columns: dict[str, str | Callable[[Row], object]],
+    names: Collection[str] = (),
+) -> str:
     """A table of the rows of a results file that have a field `only`.
 
     Args:
         columns: header -> field, or what to write of a row.
+        names: what the first column says of the rows that are wanted; all if there are none.
     """
     found = json.loads((RESULTS / f"{result}.json").read_text(encoding="utf-8"))["rows"]
     lines = [
@@ -274,7 +280,7 @@ def measured(result: str, only: str, columns: dict[str, str | Callable[[Row], ob
         for row in found
         if only in row
     ]
-    return table(list(columns), lines)
+    return table(list(columns), [line for line in lines if not names or line[0] in names])
 
 
 def answers_table() -> str:
@@ -333,6 +339,28 @@ def decode_table(result: str, model: str) -> str:
             "tokens/s of a prompt": "prefill_tokens_per_s",
             "weights, MiB": "weights_mib",
         },
+    )
+
+
+def speed_table() -> str:
+    """Some rows of the large decoder, for the first page."""
+    return measured(
+        "decode_1b",
+        "decode_tokens_per_s",
+        {
+            "1.1 billion random weights, two cores": "variant",
+            "tokens/s of an answer": "decode_tokens_per_s",
+            "times torch bfloat16": "x_torch_bf16",
+            "tokens/s of a prompt": "prefill_tokens_per_s",
+            "weights, MiB": "weights_mib",
+        },
+        (
+            "torch bfloat16",
+            "torchao int4 g64 bfloat16",
+            "llama.cpp Q4",
+            "onnxruntime-genai builder int4 g32",
+            "gracec fast qdq g64 head int4",
+        ),
     )
 
 
@@ -411,6 +439,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "decode": partial(decode_table, "decode_smollm2", "SmolLM2-135M"),
         "decode 1b": partial(decode_table, "decode_1b", "1.1 billion random weights"),
     },
+    "../README.md": {"speed": speed_table},
     "recipes.md": {"recipes": recipes_table, "fields": fields_table},
 }
 
