@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gracec.errors import GateError, GracecError
+from gracec.errors import GateError, GracecError, first_line
 
 MERGE = 'adapters="merge"'
 
@@ -116,9 +116,8 @@ def merge_adapters(model: Any, *, inplace: bool = False) -> tuple[PreTrainedMode
     try:
         merged = (model if inplace else copy.deepcopy(model)).merge_and_unload(safe_merge=True)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise GracecError(
-            f"adapters {names} cannot be merged: {reason}", where=type(model).__name__
+            f"adapters {names} cannot be merged: {first_line(error)}", where=type(model).__name__
         ) from error
     assert isinstance(merged, PreTrainedModel)
     return merged, f"adapters of PEFT merged into the weights: {names}"

@@ -30,7 +30,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils.import_utils import is_torchvision_available
 
 from gracec.checkpoint import checkpoint_files, first_not_finite, stored_dtype
-from gracec.errors import GracecError, GracecWarning
+from gracec.errors import GracecError, GracecWarning, first_line
 
 
 def load_config(path: str | Path) -> PreTrainedConfig:
@@ -47,7 +47,7 @@ def load_config(path: str | Path) -> PreTrainedConfig:
         model_type = fields.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise GracecError(
-            f"not readable as a JSON object: {_first_line(error)}", where=str(file)
+            f"not readable as a JSON object: {first_line(error)}", where=str(file)
         ) from error
     if model_type not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING.keys()), n=1)
@@ -62,7 +62,7 @@ def load_config(path: str | Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
     except Exception as error:
         raise GracecError(
-            f"transformers refuses this configuration: {_first_line(error)}", where=str(file)
+            f"transformers refuses this configuration: {first_line(error)}", where=str(file)
         ) from error
     assert isinstance(config, PreTrainedConfig)
     if type(config) not in AutoModelForImageTextToText._model_mapping:
@@ -97,9 +97,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> PreTrained
             ignore_mismatched_sizes=True,  # reported below, by name
         )
     except Exception as error:
-        raise GracecError(
-            f"cannot be loaded: {_first_line(error)}", where=str(directory)
-        ) from error
+        raise GracecError(f"cannot be loaded: {first_line(error)}", where=str(directory)) from error
     model: PreTrainedModel = loaded[0]
     _check_keys(loaded[1], directory)
     check_finite(model, where=str(directory))
@@ -138,7 +136,7 @@ def model_without_weights(path: str | Path) -> PreTrainedModel:
             model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     except Exception as error:
         raise GracecError(
-            f"no model can be built from this configuration: {_first_line(error)}",
+            f"no model can be built from this configuration: {first_line(error)}",
             where=str(Path(path) / "config.json"),
         ) from error
     assert isinstance(model, PreTrainedModel)
@@ -165,7 +163,7 @@ def load_processor(path: str | Path) -> Any:
         return loader.from_pretrained(directory, local_files_only=True)
     except Exception as error:
         raise GracecError(
-            f"no processor can be loaded: {_first_line(error)}",
+            f"no processor can be loaded: {first_line(error)}",
             where=str(directory),
             fix="save the model's processor into this directory",
         ) from error
@@ -356,8 +354,3 @@ def _directory(path: str | Path) -> Path:
             )
         raise GracecError("no config.json, so this is no model", where=str(directory))
     return directory
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from gracec.errors import GracecError
+from gracec.errors import GracecError, first_line
 
 SAMPLES_FILE = "samples.jsonl"
 DEFAULT_TYPE = "all"
@@ -91,8 +91,9 @@ def _decode(path: Path, where: str) -> Image.Image:
         IndexError,
         Image.DecompressionBombError,
     ) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise GracecError(f"image {path} cannot be decoded ({reason})", where=where) from error
+        raise GracecError(
+            f"image {path} cannot be decoded ({first_line(error)})", where=where
+        ) from error
 
 
 def _parse_line(line: bytes, folder: Path, where: str) -> VqaSample:

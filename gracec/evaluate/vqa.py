@@ -23,7 +23,7 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
-from gracec.errors import GracecError
+from gracec.errors import GracecError, first_line
 from gracec.evaluate.data import VqaSample, load_image
 
 Progress = Callable[[int, int], None]
@@ -169,7 +169,7 @@ def answer(
     try:
         inputs = encode(processor, [question], [image])
     except ValueError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise GracecError(f"the processor refuses the question ({reason})") from error
     with _inference(model):
         return _generate(model, processor, _place(inputs, model), max_new_tokens, streamer)[0]
@@ -371,13 +371,12 @@ def _encode(
             try:
                 encode(processor, [question], [image])
             except ValueError as own:
-                reason = str(own).splitlines()[0]
                 raise GracecError(
-                    f"the processor refuses the sample ({reason})", where=name
+                    f"the processor refuses the sample ({first_line(own)})", where=name
                 ) from own
-        reason = str(error).splitlines()[0]
         raise GracecError(
-            f"the processor refuses the batch ({reason})", where=f"{names[0]} to {names[-1]}"
+            f"the processor refuses the batch ({first_line(error)})",
+            where=f"{names[0]} to {names[-1]}",
         ) from error
 
 

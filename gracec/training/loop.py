@@ -45,7 +45,8 @@ from gracec.training.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
-from gracec.training.data import EmptyBatch, epoch_order
+from gracec.training.collate import EmptyBatch
+from gracec.training.data import epoch_order
 from gracec.training.setup import (
     allow_mixed_precision,
     capacity,

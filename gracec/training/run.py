@@ -30,7 +30,8 @@ from gracec.training.checkpoint import (
     fingerprint_of_json,
     fingerprint_of_tensors,
 )
-from gracec.training.data import Collator, EmptyBatch, TrainData, open_train_data
+from gracec.training.collate import Collator, EmptyBatch
+from gracec.training.data import TrainData, open_train_data
 from gracec.training.log import training_log
 from gracec.training.loop import Batch, Curve, Learner, train
 
