@@ -82,6 +82,24 @@ def test_every_question_belongs_to_what_it_is_about() -> None:
     assert clusters[7][questions.index(category)] == task.compose("validation", 7).cells[cell].name
 
 
+def test_a_redrawn_scene_looks_otherwise_and_asks_the_same() -> None:
+    task = script("task")
+    plain, redrawn = (task.records("train", range(3), restyled) for restyled in (False, True))
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    again = task.records("train", range(1, 3), True)
+    assert torch.equal(torch.rand(1), expected)  # a training draws as if nothing were redrawn
+    assert [record["image"].tobytes() for record in again] == [
+        record["image"].tobytes() for record in redrawn[5:]
+    ]
+    for before, after in zip(plain, redrawn, strict=True):
+        assert before["image"].size == after["image"].size
+        assert (before["question"], before["answer"]) == (after["question"], after["answer"])
+    assert len({record["image"].tobytes() for record in plain}) == 3
+    assert len({record["image"].tobytes() for record in redrawn}) == 15
+
+
 def test_a_condition_is_a_built_in_recipe_with_what_it_varies() -> None:
     conditions = script("conditions")
     names = [condition.name for condition in conditions.conditions()]

@@ -42,6 +42,7 @@ class Condition:
         steps: optimizer steps.
         weights: instead of the recipe's.
         distillation, training: fields that differ from the recipe's.
+        restyled: every question has a picture of its own, redrawn in another style.
     """
 
     part: str
@@ -54,6 +55,7 @@ class Condition:
     distillation: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
+    restyled: bool = False
 
     @property
     def choose_on_validation(self) -> bool:
@@ -105,6 +107,8 @@ def _long() -> Iterator[Condition]:
     yield Condition("long", "w4a16-qat-1000", "w4a16-qat", **training)
     yield Condition("long", "w2-grace-1000", "w4a16", "teacher", **training, weights=STRESS)
     yield Condition("long", "w2-qat-1000", "w4a16-qat", **training, weights=STRESS)
+    training |= {"weights": STRESS, "distillation": PLAIN_KL}
+    yield Condition("long", "w2-kl-1000", "w4a16", "teacher", **training)
 
 
 def _stress() -> Iterator[Condition]:
@@ -117,24 +121,30 @@ def _stress() -> Iterator[Condition]:
             weights={"decoder": rule, "projector": rule},
             seeds=(0,),
         )
+    three = {part: {**rule, "bits": 3} for part, rule in STRESS.items()}
     decoder = {"decoder": {"bits": 2, "group_size": 128}}
     yield Condition("stress", "w2d-ptq", NO_TRAINING, weights=decoder, seeds=(0,))
     training: dict[str, Any] = {"scenes": ALL_SCENES, "steps": 200, "weights": STRESS}
     yield Condition("stress", "w2-grace", "w4a16", "teacher", **training)
     yield Condition("stress", "w2-qat", "w4a16-qat", **training)
     yield Condition("stress", "w2-kl", "w4a16", "teacher", **training, distillation=PLAIN_KL)
-    training |= {"weights": decoder, "seeds": (0, 1)}
-    yield Condition("stress", "w2d-grace", "w4a16", "teacher", **training)
+    yield Condition("stress", "w2d-grace", "w4a16", "teacher", **training | {"weights": decoder})
+    training |= {"weights": three}
+    yield Condition("stress", "w3-grace", "w4a16", "teacher", **training)
+    yield Condition("stress", "w3-qat", "w4a16-qat", **training)
 
 
 def _little_data() -> Iterator[Condition]:
     training: dict[str, Any] = {"steps": 100, "training": {"evaluate_every": 25}}
     for scenes in (100, 300, 1000):
-        seeds = (0, 1, 2) if scenes == 100 else (0, 1)
-        stress = {**training, "scenes": scenes, "weights": STRESS, "seeds": seeds}
+        stress = {**training, "scenes": scenes, "weights": STRESS}
         yield Condition("little", f"w2-{scenes}-qat", "w4a16-qat", **stress)
         yield Condition("little", f"w2-{scenes}-self", "w4a16", "self", **stress)
         yield Condition("little", f"w2-{scenes}-teacher", "w4a16", "teacher", **stress)
+        if scenes == 100:
+            for teacher in ("self", "teacher"):
+                name = f"w2-{scenes}-{teacher}-kl"
+                yield Condition("little", name, "w4a16", teacher, **stress, distillation=PLAIN_KL)
     last: dict[str, Any] = {"steps": 100, "training": LAST}
     yield Condition("last", "w4-100-qat", "w4a16-qat", scenes=100, **last)
     yield Condition("last", "w4-100-self", "w4a16", "self", 100, **last)
@@ -173,9 +183,7 @@ def _groups() -> Iterator[Condition]:
     for size in (32, 64):
         weights = {"decoder": {"bits": 4, "group_size": size}}
         yield Condition("groups", f"g{size}-ptq", NO_TRAINING, weights=weights, seeds=(0,))
-        yield Condition(
-            "groups", f"g{size}-grace", "w4a16", "teacher", ALL_SCENES, 200, weights, seeds=(0, 1)
-        )
+        yield Condition("groups", f"g{size}-grace", "w4a16", "teacher", ALL_SCENES, 200, weights)
 
 
 def _remedies() -> Iterator[Condition]:
@@ -185,6 +193,20 @@ def _remedies() -> Iterator[Condition]:
         "tower": {"training": {"lr": 3e-5, "frozen": []}},
         "beta-2": {"distillation": {"controller": "fixed", "beta": 2.0}},
         "teacher-alone": {"training": {"cross_entropy": 0.0}},
+        "restyled": {"restyled": True},
+        "restyled-long": {"restyled": True, "steps": 1000},
+        **{
+            f"restyled-tower-{rate}": {
+                "restyled": True,
+                "training": {"lr": float(rate), "frozen": []},
+            }
+            for rate in ("1e-4", "3e-4", "1e-3")
+        },
+        "restyled-tower-long": {
+            "restyled": True,
+            "steps": 1000,
+            "training": {"lr": 3e-5, "frozen": []},
+        },
     }
     for name, change in changes.items():
         fields: dict[str, Any] = {"scenes": ALL_SCENES, "steps": 200, "seeds": (0,), **change}

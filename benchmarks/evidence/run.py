@@ -77,7 +77,8 @@ def run(condition: Condition, seed: int) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if condition.scenes:
         first = task.FIRST_NEW_SCENE + seed * 10_000
-        options["train_data"] = task.records("train", range(first, first + condition.scenes))
+        scenes = range(first, first + condition.scenes)
+        options["train_data"] = task.records("train", scenes, condition.restyled)
         if condition.choose_on_validation:
             options["eval_data"] = task.records("validation", range(CHOOSING_SCENES))
         teachers = {"teacher": task.EXAMPLE / "teacher", "self": None, "": None}
@@ -88,6 +89,7 @@ def run(condition: Condition, seed: int) -> dict[str, Any]:
         "recipe": recipe.to_dict(),
         "teacher": condition.teacher,
         "scenes": condition.scenes,
+        "restyled": condition.restyled,
         "sizes": compiled.report.sizes,
         "sqnr_db": {row["fqns"][0]: row["sqnr_db"] for row in compiled.report.plan if row["spec"]},
         "held_out": training.get("held_out", []),

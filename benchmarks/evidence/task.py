@@ -15,7 +15,9 @@ from torch import Tensor, nn
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "emojivqa"
 sys.path.insert(0, str(EXAMPLE))
 
+from emojivqa.augment import restyle  # noqa: E402
 from emojivqa.evaluation import exact_match  # noqa: E402
+from emojivqa.models import pixels  # noqa: E402
 from emojivqa.packing import arrays, questions_of  # noqa: E402
 from emojivqa.questions import TYPES, Question, evaluation_questions  # noqa: E402
 from emojivqa.scenes import CELLS, Scene, compose, render  # noqa: E402
@@ -26,14 +28,30 @@ FIRST_NEW_SCENE = 1_000_000
 """Training scenes from here on are new to the shipped models."""
 
 
-def records(split: str, scenes: range) -> list[dict[str, Any]]:
-    """Five questions about each scene, as `gracec.compile` takes them."""
+def records(split: str, scenes: range, restyled: bool = False) -> list[dict[str, Any]]:
+    """Five questions about each scene, as `gracec.compile` takes them.
+
+    Args:
+        restyled: draw each scene anew for every question, as the teacher saw its own.
+    """
     found = []
     for index in scenes:
-        image = Image.fromarray(render(split, index, compose(split, index)))
-        for question in questions_of(split, index)[: len(TYPES)]:
+        drawn = render(split, index, compose(split, index))
+        questions = questions_of(split, index)[: len(TYPES)]
+        images = [drawn] * len(questions)
+        if restyled:
+            images = list(_restyled(np.stack(images), index))
+        for image, question in zip(map(Image.fromarray, images), questions, strict=True):
             found.append({"image": image, "question": question.text, "answer": question.answer})
     return found
+
+
+def _restyled(images: np.ndarray, seed: int) -> np.ndarray:
+    """Images uint8 [B, SIZE, SIZE, 3], each in a style of its own; the caller's draws go on."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        values = restyle(pixels(torch.from_numpy(images)))
+    return values.add(1.0).mul(127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 @cache
