@@ -83,6 +83,8 @@ def test_a_round_of_a_tiny_model(bench: SimpleNamespace, tmp_path: Path) -> None
         patch.setattr(sys.modules["measure"], "RESULTS", results)
         arguments = ["--model", "tiny", "--rounds", "1", "--only", "torch*"]
         bench.run.main([*arguments, "--work", str(tmp_path), "--peers", str(nobody)])
+        again = bench.run.take_rounds([], 1, 1.0, tmp_path / "tiny/rounds-finished.jsonl", {})
+    assert [set(one["variants"]) for one in again] == [{"torch float32", "torch bfloat16"}]
     assert torch.get_num_threads() == 1  # as in all tests
     result = json.loads((results / "decode_tiny.json").read_text(encoding="utf-8"))
     assert result["command"].endswith("decode/run.py --model tiny --rounds 1 --only 'torch*'")

@@ -7,7 +7,8 @@ Each variant and number of threads is a process of its own. In every round each 
 an order of its own, while the others are stopped; the bandwidth is measured in every round. A
 process stays up while memory allows it; one that does not fit is started for its turn. A run that
 was interrupted goes on with the next round, if need be with fewer variants: a row says in how many
-rounds it was measured, and ratios are of the rounds that have both.
+rounds it was measured, and ratios are of the rounds that have both. Those of a finished run stay
+beside the models as rounds-finished.jsonl: called rounds.jsonl, they can be added to.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ RESERVE = {"smollm2": 4.0, "1b": 10.0, "tiny": 1.0}
 """GiB that the largest variant takes while it loads: workers stay up while this much is left."""
 STREAMED = 256 << 20
 EVERYTHING = ["*"]
+ROUNDS, FINISHED = "rounds.jsonl", "rounds-finished.jsonl"
 RATIOS = (
     ("decode", TORCH, 7.0),
     ("decode", HALF, 3.0),
@@ -331,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         python = peers if variant.peer else Path(sys.executable)
         workers += [Worker(variant, n, work, python, made["words"], lengths) for n in THREADS]
-    file = work / "rounds.jsonl"
+    file = work / ROUNDS
     found = take_rounds(workers, options.rounds, RESERVE[options.model], file, missing)
     rounds = [one["variants"] for one in found]
     speeds = [one["bandwidth"] for one in found]
@@ -360,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         load=load,
         versions=peer_versions(peers),
     )
-    file.unlink()
+    file.rename(work / FINISHED)
 
 
 if __name__ == "__main__":
