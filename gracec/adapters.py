@@ -6,14 +6,16 @@ import copy
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from gracec.errors import GateError, GracecError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # passes import this file, and not transformers
 
 MERGE = 'adapters="merge"'
 
@@ -112,6 +114,8 @@ def merge_adapters(model: Any, *, inplace: bool = False) -> tuple[PreTrainedMode
     Raises:
         GracecError: if the adapters cannot be merged.
     """
+    from transformers import PreTrainedModel
+
     names = ", ".join(model.active_adapters)
     try:
         merged = (model if inplace else copy.deepcopy(model)).merge_and_unload(safe_merge=True)

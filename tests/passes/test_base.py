@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -84,3 +86,12 @@ def test_the_runner_keeps_order_reports_and_never_changes_its_input(captured: Pr
 def test_a_broken_postcondition_is_an_error_with_its_reason(captured: Program) -> None:
     with pytest.raises(PassError, match="here: mark: bad mark; mark well"):
         run_passes(captured, [Mark("bad")])
+
+
+def test_passes_are_listed_without_transformers() -> None:
+    """Importing it takes seconds, which a command that only lists passes need not wait for."""
+    script = "import sys, gracec.passes; gracec.passes.all_passes(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    names = loaded.stdout.decode().split()
+    assert "gracec.passes.select_supervised" in names
+    assert "transformers" not in names
