@@ -328,7 +328,7 @@ def vision_speed_table() -> str:
     )
 
 
-def decode_table(result: str, model: str) -> str:
+def decode_table(result: str, model: str, variants: Collection[str] = ()) -> str:
     return measured(
         result,
         "decode_tokens_per_s",
@@ -339,28 +339,7 @@ def decode_table(result: str, model: str) -> str:
             "tokens/s of a prompt": "prefill_tokens_per_s",
             "weights, MiB": "weights_mib",
         },
-    )
-
-
-def speed_table() -> str:
-    """Some rows of the large decoder, for the first page."""
-    return measured(
-        "decode_1b",
-        "decode_tokens_per_s",
-        {
-            "1.1 billion random weights, two cores": "variant",
-            "tokens/s of an answer": "decode_tokens_per_s",
-            "times torch bfloat16": "x_torch_bf16",
-            "tokens/s of a prompt": "prefill_tokens_per_s",
-            "weights, MiB": "weights_mib",
-        },
-        (
-            "torch bfloat16",
-            "torchao int4 g64 bfloat16",
-            "llama.cpp Q4",
-            "onnxruntime-genai builder int4 g32",
-            "gracec fast qdq g64 head int4",
-        ),
+        variants,
     )
 
 
@@ -427,6 +406,18 @@ def doctor_examples() -> str:
     )
 
 
+FIRST_PAGE = (
+    "torch bfloat16",
+    "torchao int4 g64 bfloat16",
+    "llama.cpp Q4",
+    "onnxruntime-genai builder int4 g32",
+    "gracec faithful qdq g64 head fp32",
+    "gracec fast qdq g64 head fp32",
+    "gracec fast qdq g64 head int4",
+    "gracec fast matmulnbits g64 head int4",
+)
+"""Rows of the large decoder on the first page."""
+
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "architecture.md": {"passes": passes_table, "gates": gates_table, "grid": scale_grid},
     "edge.md": {"speed": edge_speed_table, "sizes": edge_sizes_table},
@@ -439,7 +430,9 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "decode": partial(decode_table, "decode_smollm2", "SmolLM2-135M"),
         "decode 1b": partial(decode_table, "decode_1b", "1.1 billion random weights"),
     },
-    "../README.md": {"speed": speed_table},
+    "../README.md": {
+        "speed": partial(decode_table, "decode_1b", "1.1 billion random weights", FIRST_PAGE)
+    },
     "recipes.md": {"recipes": recipes_table, "fields": fields_table},
 }
 
