@@ -23,7 +23,14 @@ SMALL_MODEL = {
 }
 """Of every condition; chosen on the validation split."""
 PLAIN_KL = {"kind": "kl", "gate": False, "omega": 0.0, "controller": "fixed", "beta": 1.0}
-STRESS = {"decoder": {"bits": 2, "group_size": 128}, "projector": {"bits": 2, "group_size": 128}}
+
+
+def both(bits: int) -> dict[str, dict[str, Any]]:
+    """Weights of decoder and projector in so many bits."""
+    return {part: {"bits": bits, "group_size": 128} for part in ("decoder", "projector")}
+
+
+STRESS = both(2)
 """Where post-training quantization loses more than three points."""
 LAST = {"evaluate_every": 100, "keep": "last"}
 NO_TRAINING = "w4a16-ptq"
@@ -113,15 +120,7 @@ def _long() -> Iterator[Condition]:
 
 def _stress() -> Iterator[Condition]:
     for bits, name in ((4, "w4p-ptq"), (3, "w3-ptq"), (2, "w2-ptq")):
-        rule = {"bits": bits, "group_size": 128}
-        yield Condition(
-            "stress",
-            name,
-            NO_TRAINING,
-            weights={"decoder": rule, "projector": rule},
-            seeds=(0,),
-        )
-    three = {part: {**rule, "bits": 3} for part, rule in STRESS.items()}
+        yield Condition("stress", name, NO_TRAINING, weights=both(bits), seeds=(0,))
     decoder = {"decoder": {"bits": 2, "group_size": 128}}
     yield Condition("stress", "w2d-ptq", NO_TRAINING, weights=decoder, seeds=(0,))
     training: dict[str, Any] = {"scenes": ALL_SCENES, "steps": 200, "weights": STRESS}
@@ -129,22 +128,25 @@ def _stress() -> Iterator[Condition]:
     yield Condition("stress", "w2-qat", "w4a16-qat", **training)
     yield Condition("stress", "w2-kl", "w4a16", "teacher", **training, distillation=PLAIN_KL)
     yield Condition("stress", "w2d-grace", "w4a16", "teacher", **training | {"weights": decoder})
-    training |= {"weights": three}
+    training |= {"weights": both(3)}
     yield Condition("stress", "w3-grace", "w4a16", "teacher", **training)
     yield Condition("stress", "w3-qat", "w4a16-qat", **training)
 
 
 def _little_data() -> Iterator[Condition]:
-    training: dict[str, Any] = {"steps": 100, "training": {"evaluate_every": 25}}
+    training: dict[str, Any] = {
+        "steps": 100,
+        "training": {"evaluate_every": 25},
+        "weights": STRESS,
+    }
     for scenes in (100, 300, 1000):
-        stress = {**training, "scenes": scenes, "weights": STRESS}
+        stress = {**training, "scenes": scenes}
         yield Condition("little", f"w2-{scenes}-qat", "w4a16-qat", **stress)
         yield Condition("little", f"w2-{scenes}-self", "w4a16", "self", **stress)
         yield Condition("little", f"w2-{scenes}-teacher", "w4a16", "teacher", **stress)
-        if scenes == 100:
-            for teacher in ("self", "teacher"):
-                name = f"w2-{scenes}-{teacher}-kl"
-                yield Condition("little", name, "w4a16", teacher, **stress, distillation=PLAIN_KL)
+    training |= {"distillation": PLAIN_KL}
+    for teacher in ("self", "teacher"):
+        yield Condition("little", f"w2-100-{teacher}-kl", "w4a16", teacher, 100, **training)
     last: dict[str, Any] = {"steps": 100, "training": LAST}
     yield Condition("last", "w4-100-qat", "w4a16-qat", scenes=100, **last)
     yield Condition("last", "w4-100-self", "w4a16", "self", 100, **last)

@@ -572,12 +572,13 @@ def beta_of(evidence: Evidence) -> dict[str, float]:
     }
 
 
-def _held_out_loss(evidence: Evidence, name: str) -> float:
-    """Of the state that the first run kept."""
+def _held_out_loss(evidence: Evidence, name: str) -> str:
+    """Of the state that the first run kept, in nats."""
+    if name not in evidence.runs:
+        return "-"
     run = evidence.runs[name].found[0]
     (found,) = (row for row in run["held_out"] if row["step"] == run["best_step"])
-    loss: float = found["held_out_loss"]
-    return loss
+    return f"{found['held_out_loss']:.3f}"
 
 
 def _words(evidence: Evidence, rows: Mapping[str, str]) -> dict[str, str]:
@@ -650,10 +651,10 @@ REMEDY_TEXT = """Of the teacher's lead little comes through in so few steps. The
 of INT4 GRACE, read on the validation split alone; ± leaves the seed out. "Other styles" means that
 each question has a picture of its own, whose cells are bent, recoloured, relit, sharpened or
 blurred ([augment.py](../examples/emojivqa/emojivqa/augment.py)): the teacher learned from such
-pictures, the student did not. They lower the loss on the validation questions ({plain:.3f} to
-{restyled:.3f} nats after 1,000 steps) and not the number of wrong answers. A tower that learns
-first forgets: its three runs in other styles of 200 steps were never better than before training,
-which is what their rows show.
+pictures, the student did not. They lower the loss on the validation questions ({plain} to
+{restyled} nats in runs of 1,000 steps) and not the number of wrong answers. A tower that learns
+first forgets: in its three runs of 200 steps in other styles that loss never fell below that before
+training, which is the state that was kept and that their rows show.
 """
 REMEDIES = {
     "w4a16": "as above, first seed",
