@@ -26,11 +26,11 @@ class PassError(GracecError):
     """A pass refused a program, or left one that breaks its own postcondition."""
 
 
+class GracecWarning(UserWarning):
+    """Something a user should know that stops nothing; the command line prints it as one line."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error of a library says, in one line; its type if it says nothing."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
-
-
-class GracecWarning(UserWarning):
-    """Something a user should know that stops nothing; the command line prints it as one line."""

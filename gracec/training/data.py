@@ -105,7 +105,7 @@ class _Reader:
 
     def scan(self) -> TrainData:
         """Look at every record once: what is broken, the pictures of each, and the fingerprint."""
-        digest = hashlib.sha256(b"gracec training data 1\n" + self.source.digest())
+        digest = hashlib.sha256(b"gracec training data 1\n" + self.source.content)
         sizes: dict[str, int | Broken] = {}
         keys: list[tuple[int, ...]] = []
         for number in range(len(self.source)):

@@ -20,7 +20,8 @@ FOLDER_FILES = ("train.jsonl", "train.json", "data.jsonl", "data.json", SAMPLES_
 
 
 class Source(Protocol):
-    """Records by number. `name` and `where` are for messages, `folder` is the image root."""
+    """Records by number. `name` and `where` are for messages, `folder` is the image root, `content`
+    the digest of what is read."""
 
     @property
     def name(self) -> str: ...
@@ -28,13 +29,14 @@ class Source(Protocol):
     @property
     def folder(self) -> Path | None: ...
 
+    @property
+    def content(self) -> bytes: ...
+
     def __len__(self) -> int: ...
 
     def where(self, number: int) -> str: ...
 
     def record(self, number: int) -> Mapping[str, Any]: ...
-
-    def digest(self) -> bytes: ...
 
 
 def open_source(source: Any) -> Source:
@@ -133,9 +135,6 @@ class _JsonLines:
     def where(self, number: int) -> str:
         return f"{self.file}:{self.lines[number]}"
 
-    def digest(self) -> bytes:
-        return self.content
-
     def record(self, number: int) -> Mapping[str, Any]:
         # Opened each time: a file that stays open shares its position with forked processes.
         try:
@@ -171,9 +170,6 @@ class _Records:
 
     def where(self, number: int) -> str:
         return f"{self.name}: record {number}" if self.folder else f"record {number}"
-
-    def digest(self) -> bytes:
-        return self.content
 
     def record(self, number: int) -> Mapping[str, Any]:
         return as_record(self.records[number])
@@ -261,9 +257,6 @@ class _Arrow:
 
     def where(self, number: int) -> str:
         return f"{self.name}: record {number}"
-
-    def digest(self) -> bytes:
-        return self.content
 
     def record(self, number: int) -> Mapping[str, Any]:
         row = self.dataset[number]  # a table of one row

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gracec.capture.families.base import Dims, Family, Inputs
-from gracec.errors import GracecError
+from gracec.errors import GracecError, first_line
 
 
 class Generic(Family):
@@ -52,7 +52,7 @@ class Generic(Family):
                         model, {"pixel_values": pixels.to(model.device, model.dtype)}
                     )
             except Exception as error:
-                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                reason = first_line(error)
                 raise self.refusal(model, f"it encodes no image by itself ({reason})") from error
             self._tokens[model] = len(found)
         return [self._tokens[model]] * len(batch["pixel_values"])
