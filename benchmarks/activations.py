@@ -33,11 +33,11 @@ from gracec.backends.onnx import graphs
 from gracec.backends.onnx.session import open_session
 from gracec.capture import capture, capture_serving
 from gracec.capture.serving_graph import VISION
+from gracec.data.prompts import encode_questions
 from gracec.demo import TRAINING_QUESTIONS, write_questions
 from gracec.evaluate import VqaReport, evaluate_vqa, load_image, load_samples
-from gracec.evaluate.vqa import encode
 from gracec.gates import logit_agreement
-from gracec.models import load_model, load_processor
+from gracec.models.loading import load_model, load_processor
 from gracec.passes import Pass, run_passes
 from gracec.passes.analyze_modality import AnalyzeModality
 from gracec.passes.apply_codes import ApplyCodes
@@ -83,7 +83,7 @@ def prompt_logits(model: Any, processor: Any, samples: Sequence[Any]) -> list[to
     """Logits [1, T, V] of each question, which is asked alone and so is not padded."""
     found = []
     for sample in samples:
-        inputs = dict(encode(processor, [sample.question], [load_image(sample.image)]))
+        inputs = dict(encode_questions(processor, [sample.question], [load_image(sample.image)]))
         with torch.no_grad():
             result = model(**inputs)
         found.append(getattr(result, "logits", result).float())

@@ -56,7 +56,7 @@ def measure(layers: int, threads: int) -> dict[str, Any]:
         "peak_mib": round(peak),
         "peak_over_bf16": round(peak / bf16, 2),
         "resident_mib_after": round(resident_mib()),
-        "int4_weights": compiled.report.gates["int4_kernels"],
+        "int4_weights": compiled.report.gates["int4_kernels"].count,
         "compiled_mib": round(compiled.report.sizes["compiled"] / 2**20),
         "threads": threads,
         "seconds": round(seconds),

@@ -38,8 +38,8 @@ Question = tuple[Path, str]
 def answer_in_python(directory: Path) -> None:
     """What `answer.mjs --json` does, with ONNX Runtime in Python."""
     import gracec
+    from gracec.data.prompts import encode_questions
     from gracec.evaluate import load_image
-    from gracec.evaluate.vqa import encode
 
     model = gracec.load(directory, backend="onnx")
     processor = model.processor
@@ -47,7 +47,9 @@ def answer_in_python(directory: Path) -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         started = time.perf_counter()
-        inputs = encode(processor, [asked["question"]], [load_image(Path(asked["image"]))])
+        inputs = encode_questions(
+            processor, [asked["question"]], [load_image(Path(asked["image"]))]
+        )
         tokens: list[int] = []
         first = 0.0
         for step in model.stream(**inputs, max_new_tokens=NEW_TOKENS):

@@ -23,7 +23,7 @@ import gracec
 from gracec import Recipe
 from gracec.demo import write_questions
 from gracec.evaluate import VqaReport, evaluate_vqa, load_samples, paired_difference
-from gracec.models import load_model, load_processor
+from gracec.models.loading import load_model, load_processor
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "emojivqa"
 HEADS: dict[str, list[tuple[str, str]]] = {
@@ -76,7 +76,7 @@ def measure(questions: Path, folder: Path) -> Iterator[dict[str, Any]]:
         dense.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
         codes = asked(dense)
         yield row("codes times scales, torch float32", head, codes, codes, None)
-        found = compiled.report.gates["logits"]["kl"]
+        found = compiled.report.gates["logits"].kl
         yield row("torchao, bfloat16", head, asked(compiled), codes, found)
         for ops, mode in exports:
             directory = folder / f"{ops}-{mode}-{head}"

@@ -36,7 +36,7 @@ from torch.nn import functional
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import gracec
-from gracec.greedy import prompt_logits
+from gracec.capture.greedy import prompt_logits
 from gracec.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]

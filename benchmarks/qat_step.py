@@ -97,7 +97,9 @@ def graph_step(
     from gracec.capture import capture
     from gracec.passes import parse_pipeline, run_passes
     from gracec.recipe import Training
-    from gracec.training.loop import Learner, _Run
+    from gracec.training.learner import Learner
+    from gracec.training.loop import Run
+    from gracec.training.micro_batch import MicroBatch
 
     taps = "insert-taps,select-supervised" if kind != "qat" else "select-supervised"
     fake = "plan-quantization,insert-fake-quant{candidates=4}"
@@ -107,14 +109,14 @@ def graph_step(
 
     if kind == "teacher":
         teacher = learner(f"analyze-modality,{taps}", model)
-        inputs = teacher.inputs(batch)
+        inputs = teacher.inputs(MicroBatch.read(model, batch))
 
         def forward() -> None:
             with torch.no_grad():
                 teacher.program(**inputs)
 
         return forward
-    student = learner(f"analyze-modality,{fake},{taps}", model)
+    pupil = learner(f"analyze-modality,{fake},{taps}", model)
     distils = kind == "grace"
     taught = learner(f"analyze-modality,{taps}", student()) if distils else None
     off = {"kind": "none", "omega": 0}
@@ -127,11 +129,10 @@ def graph_step(
             "distillation": {} if distils else off,
         }
     )
-    run = _Run(student, taught, lambda numbers: batch, 1, rule, None, None)
+    run = Run(pupil, taught, lambda numbers: batch, 1, rule, None, None)
 
     def step() -> None:
-        run._optimizer_step()
-        run.step += 1
+        run.take_step()
 
     return step
 

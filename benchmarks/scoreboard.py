@@ -34,6 +34,9 @@ SCRIPTS = {
 }
 """Of a result whose script has another name."""
 
+PAGES = {"mutations": "../docs/mutations.md"}
+"""Of a result whose rows have a page of their own."""
+
 INTRODUCTION = """# Scoreboard
 
 What was measured, on which machine, and the command that measures it again. `load` is the load
@@ -58,7 +61,10 @@ def section(name: str, result: Mapping[str, Any]) -> str:
     if place.get("versions"):
         where += "".join(f", {name} {number}" for name, number in place["versions"].items())
     target = f"\nTarget: {TARGETS[name]}\n" if name in TARGETS else ""
-    tables = "\n\n".join(table(rows) for rows in same_fields(result["rows"]))
+    if name in PAGES:
+        tables = f"{len(result['rows'])} rows: [{Path(PAGES[name]).name}]({PAGES[name]})."
+    else:
+        tables = "\n\n".join(table(rows) for rows in same_fields(result["rows"]))
     return f"## {result['what']}\n\n    {result['command']}\n\n{where}.\n{target}\n{tables}\n"
 
 

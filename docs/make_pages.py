@@ -3,26 +3,27 @@
     python docs/make_pages.py       rewrites the text between <!-- NAME: begin --> and its end mark
 
 Passes, gates, the scale grid, recipes and their fields are read from the code, measurements from
-`benchmarks/results/`; a test compares.
+`benchmarks/results/`, whole files from `examples/extension/`; a test compares.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import importlib
 import json
 import re
 import sys
+import tomllib
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 
 from gracec import gates, quant
 from gracec.capture.capture import GATE_SHAPES
 from gracec.passes import Pass, all_passes
+from gracec.passes.options import options_of
 from gracec.recipe import (
     ActivationRule,
     Deploy,
@@ -37,7 +38,7 @@ from gracec.recipe import (
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "benchmarks/results"
-TEXT_TYPES = {bool, int, float, str}
+EXTENSION = DOCS.parent / "examples/extension"
 
 MEANING = {
     "name": "shown in reports and reasons; a file without it is called by the file's name",
@@ -60,6 +61,7 @@ MEANING = {
     "scale_search.candidates": "points of the grid that `mse` tries for each scale",
     "scale_search.lowest": "first point, in multiples of max abs(w) / q_max",
     "scale_search.highest": "last point, likewise",
+    "passes": "further passes with their places: `my-pass{depth=2} after plan-quantization`",
     "expect": "the accuracy gate; null: none",
     "expect.metric": "share of exact answers on `eval_data`, or that less the original model's",
     "expect.at_least": "lowest value that passes: `0.8`; `-0.01` for one point lost",
@@ -120,15 +122,24 @@ def passes_table() -> str:
 
 def options(cls: type[Pass]) -> Iterator[str]:
     """Options as they are written in a pipeline; those without a text form are marked."""
-    hints = get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        kind = hints[field.name]
-        choices = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-        if TEXT_TYPES & set(choices):
-            default = str(field.default).lower() if kind is bool else field.default
-            yield f"`{field.name}={default}`"
+    for option in options_of(cls).values():
+        if option.has_text_form:
+            yield f"`{option.name}={option.write_default()}`"
         else:
-            yield f"`{field.name}` (from Python only)"
+            yield f"`{option.name}` (from Python only)"
+
+
+def packages_table() -> str:
+    """A line for every package and module at the top level, in the order of the layers."""
+    settings = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    layers, *_ = settings["tool"]["importlinter"]["contracts"]
+    rows = []
+    for layer in layers["layers"]:
+        for name in layer.split(" | "):
+            module = importlib.import_module(f"gracec.{name}")
+            folder = hasattr(module, "__path__")
+            rows.append([f"`{name}{'/' if folder else ''}`", first_paragraph(module.__doc__)])
+    return table(["package", "what it holds"], rows)
 
 
 def gates_table() -> str:
@@ -386,6 +397,20 @@ def edge_sizes_table() -> str:
     )
 
 
+def mutations_table() -> str:
+    return measured(
+        "mutations",
+        "mutation",
+        {
+            "taken away": "mutation",
+            "from": lambda row: f"`{row['file']}`",
+            "first missed by": lambda row: (
+                f"`{row['killed_by'].split('[')[0]}`" if row["killed_by"] else "**nothing**"
+            ),
+        },
+    )
+
+
 def families_table() -> str:
     found = json.loads((DOCS / "results/families.json").read_text(encoding="utf-8"))["families"]
     columns = list(dict.fromkeys(column for cells in found.values() for column in cells))
@@ -418,11 +443,36 @@ FIRST_PAGE = (
 )
 """Rows of the large decoder on the first page."""
 
+
+def source(path: str) -> str:
+    """A whole file of the example of an extension."""
+    language = {"py": "python"}.get(path.rpartition(".")[2], path.rpartition(".")[2])
+    return f"```{language}\n{(EXTENSION / path).read_text(encoding='utf-8')}```"
+
+
+def sources(*paths: str) -> dict[str, Callable[[], str]]:
+    return {path: partial(source, path) for path in paths}
+
+
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
-    "architecture.md": {"passes": passes_table, "gates": gates_table, "grid": scale_grid},
+    "architecture.md": {
+        "packages": packages_table,
+        "passes": passes_table,
+        "gates": gates_table,
+        "grid": scale_grid,
+    },
     "edge.md": {"speed": edge_speed_table, "sizes": edge_sizes_table},
     "evaluation.md": {"perplexity": perplexity_table},
+    "extending.md": sources(
+        "pyproject.toml",
+        "gracec_example/protect_fragile.py",
+        "gracec_example/vipllava.py",
+        "gracec_example/w4a16-protected.yaml",
+        "gracec_example/dense.py",
+        "gracec_example/eager.py",
+    ),
     "families.md": {"families": families_table, "doctor": doctor_examples},
+    "mutations.md": {"mutations": mutations_table},
     "onnx.md": {
         "activations": activations_table,
         "vision speed": vision_speed_table,
@@ -434,6 +484,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "speed": partial(decode_table, "decode_1b", "1.1 billion random weights", FIRST_PAGE)
     },
     "recipes.md": {"recipes": recipes_table, "fields": fields_table},
+    "write-your-own-pass.md": sources("gracec_example/protect_fragile.py"),
 }
 
 

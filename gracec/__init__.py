@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from gracec._quiet import drop_import_noise, keep_usage_data
 
 if TYPE_CHECKING:
-    from gracec.compiler import CompiledModel, compile, load
+    from gracec.compiled import CompiledModel, load
+    from gracec.compiler import compile
     from gracec.recipe import Recipe
 
 __all__ = ["CompiledModel", "Recipe", "compile", "load"]

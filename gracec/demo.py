@@ -21,9 +21,16 @@ from rich.console import Console
 
 import gracec
 from gracec.errors import GracecError
-from gracec.evaluate import VqaReport, VqaSample, evaluate_vqa, format_table, load_samples
-from gracec.evaluate.vqa import paired_difference
-from gracec.models import load_model, load_processor
+from gracec.evaluate import (
+    VqaReport,
+    VqaSample,
+    evaluate_vqa,
+    format_table,
+    load_image,
+    load_samples,
+)
+from gracec.evaluate.scores import paired_difference
+from gracec.models.loading import load_model, load_processor
 
 BATCH_SIZE = 64
 TRAINING_QUESTIONS = 2500
@@ -77,8 +84,8 @@ def run_demo(
         output_dir=artifacts[GRACE],
     )
     for note in trained.report.notes:
-        if note.startswith("training: "):
-            console.print(note, highlight=False, markup=False)
+        if note.source == "training":
+            console.print(str(note), highlight=False, markup=False)
 
     console.rule(f"{len(samples)} questions")
     models: dict[str, tuple[Any, Path]] = {
@@ -148,7 +155,6 @@ def draw_answers(
         The indices of the questions shown.
     """
     from matplotlib.figure import Figure
-    from PIL import Image
 
     of_type: dict[str, list[int]] = {}
     for index, sample in enumerate(samples):
@@ -157,8 +163,7 @@ def draw_answers(
     figure = Figure(figsize=(2.6 * len(shown), 3.6), layout="constrained")
     for column, index in enumerate(shown):
         axes = figure.add_subplot(1, len(shown), column + 1)
-        with Image.open(samples[index].image) as image:
-            axes.imshow(image, interpolation="nearest")
+        axes.imshow(load_image(samples[index].image), interpolation="nearest")
         axes.set_axis_off()
         axes.set_title(samples[index].question, fontsize=9)
         for line, (name, report) in enumerate(reports.items()):

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,25 +20,23 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gracec.backends import torchao
+from gracec.backends.base import Format, all_formats
 from gracec.capture import GENERIC, capture, captured_equals_eager, families, family_of
-from gracec.checkpoint import checkpoint_files, checkpoint_tensors, first_not_finite
+from gracec.data.prompts import encode_questions
 from gracec.errors import GracecError
-from gracec.evaluate.vqa import encode
-from gracec.models import (
-    load_config,
-    load_model,
-    load_processor,
-    model_without_weights,
-    untie_head,
-)
-from gracec.passes import run_passes
+from gracec.frozen import Frozen
+from gracec.ir.program import Program
+from gracec.models.loading import load_config, load_model, load_processor
+from gracec.models.weight_files import checkpoint_files, checkpoint_tensors, first_not_finite
+from gracec.passes import parse_placed, run_passes
 from gracec.passes.analyze_modality import AnalyzeModality
 from gracec.passes.plan_quantization import Plan, PlanQuantization, plan_of
-from gracec.program import Program
-from gracec.recipe import Recipe, built_in_recipes
+from gracec.recipe import Recipe, known_recipes
 from gracec.report.memory import size
+from gracec.stages.prepare import Prepared
+from gracec.stages.source import Source, stand_in_source, untied
 from gracec.store import is_artifact
+from gracec.targets.base import TARGETS, Target
 
 OK, BLOCKED, SKIPPED = "ok", "blocked", "skipped"
 T = TypeVar("T")
@@ -111,9 +109,13 @@ def diagnose(
     chosen = Recipe.load(recipe)
     checks: list[Check] = []
     patient = _Patient(Path(directory), chosen)
-    # Without a kernel for them, compiled weights run dense: slower, not impossible.
-    steps = [(name, step, name != "format torchao") for name, step in patient.steps().items()]
-    for other in [chosen.name, *(name for name in built_in_recipes() if name != chosen.name)]:
+    # Without a kernel for them, compiled weights run dense: slower, not impossible. And who needs
+    # one format or target does not need the others.
+    steps = [
+        (name, step, name == "format gracec" or name.partition(" ")[0] not in ("format", "target"))
+        for name, step in patient.steps().items()
+    ]
+    for other in [chosen.name, *(name for name in known_recipes() if name != chosen.name)]:
         step = _recipe_step(patient, chosen if other == chosen.name else other)
         steps.append((f"recipe {other}", step, other == chosen.name))
     for name, step, needed in steps:
@@ -154,11 +156,14 @@ class _Patient:
     batch: Mapping[str, Tensor] | None = None
     program: Program | None = None
     analyzed: Program | None = None
+    planned: Program | None = None
     plan: Plan | None = None
+    processor: Any = None
     files: list[Path] = field(default_factory=list)
 
     def steps(self) -> dict[str, Callable[[], str]]:
         """Name -> check, in order."""
+        targets, formats = TARGETS.all(), all_formats()
         return {
             "directory": self.check_directory,
             "vision-language model": self.check_model,
@@ -172,7 +177,8 @@ class _Patient:
             "partition": self.check_partition,
             "plan": self.check_plan,
             "format gracec": self.check_format_gracec,
-            "format torchao": self.check_format_torchao,
+            **{f"target {t}": partial(self.check_target, kind()) for t, kind in targets.items()},
+            **{f"format {f}": partial(self.check_format, form) for f, form in formats.items()},
         }
 
     def check_directory(self) -> str:
@@ -198,9 +204,7 @@ class _Patient:
 
     def check_model(self) -> str:
         self.config = load_config(self.directory)
-        model = model_without_weights(self.directory)
-        if self.recipe.quantizes("head"):
-            untie_head(model)
+        model = stand_in_source(self.directory, self.recipe).model
         parts = ", ".join(
             f"{part} {getattr(config, 'model_type', '?')}"
             for part in ("vision", "text")
@@ -246,18 +250,17 @@ class _Patient:
         if not self.files:
             raise _Skip("needs: checkpoint files")
         model = load_model(self.directory)
-        if self.recipe.quantizes("head"):
-            untie_head(model)
+        untied(model, self.recipe)
         if self.model is not None:
             self.weights_model = model
         return f"all there, {str(model.dtype).removeprefix('torch.')}"
 
     def check_processor(self) -> str:
         model = _need(self.model, "family")
-        processor = load_processor(self.directory)
+        processor = self.processor = load_processor(self.directory)
         edge = getattr(self.config.vision_config, "image_size", 64)
         picture = Image.new("RGB", (edge, edge) if isinstance(edge, int) else (64, 64), "teal")
-        batch = encode(processor, ["What is this?"], [picture])
+        batch = encode_questions(processor, ["What is this?"], [picture])
         prepared = family_of(model).prepare(model, batch)  # image tokens against image features
         self.batch = batch
         tokens = int((prepared["input_ids"] == self.config.image_token_id).sum())
@@ -281,37 +284,38 @@ class _Patient:
         program = _need(self.program, "capture")
         result = run_passes(program, [AnalyzeModality()])
         self.analyzed = result.program
-        return "; ".join(note.partition(": ")[2] for note in result.notes)
+        return "; ".join(note.text for note in result.notes)
 
     def check_plan(self) -> str:
         program = _need(self.analyzed, "partition")
-        self.plan, detail = _planned(program, self.recipe)
+        self.planned, detail = _planned(program, self.recipe)
+        self.plan = plan_of(self.planned)
         return detail
 
     def check_format_gracec(self) -> str:
         plan = _need(self.plan, "plan")
         return f"codes and scales of {len(plan.quantized)} weights"
 
-    def check_format_torchao(self) -> str:
-        plan = _need(self.plan, "plan")
-        program = _need(self.program, "capture")
-        dtype = getattr(torch, self.recipe.deploy.dtype)
-        shapes = {entry.fqn: entry.shape for entry in plan.entries}
-        refused: Counter[str] = Counter()
-        first = ""
-        for fqn, spec in plan.quantized.items():
-            reason = torchao.refusal(shapes[fqn], spec, dtype, program.device)
-            if reason:
-                refused[reason] += 1
-                first = first or fqn
-        total = len(plan.quantized)
-        if not refused:
-            return f"INT4 kernels for all {total} weights"
-        reasons = "; ".join(f"{count}: {reason}" for reason, count in refused.items())
-        dense = f"{refused.total()} of {total} weights would run dense, first {first} ({reasons})"
-        if refused.total() == total:
-            raise GracecError(f"no INT4 kernel takes any of the weights: {reasons}")
-        return dense
+    def check_target(self, target: Target) -> str:
+        frozen = self.frozen()
+        reason = target.refusal(frozen)
+        if reason:
+            raise GracecError(reason)
+        return target.summary(frozen)
+
+    def check_format(self, form: Format) -> str:
+        reason = form.refusal(self.frozen())
+        if reason:
+            raise GracecError(reason)
+        return "can hold all of it"
+
+    def frozen(self) -> Frozen:
+        """What freezing would give, with stand-ins as codes and scales."""
+        _need(self.plan, "plan")
+        program, model = _need(self.planned, "plan"), _need(self.model, "family")
+        source = Source(model, self.processor, self.directory.resolve().name, 0)
+        dtype: torch.dtype = getattr(torch, self.recipe.deploy.dtype)
+        return Prepared(source, model, program).planned(dtype)
 
 
 def _need(found: T | None, step: str) -> T:
@@ -320,15 +324,15 @@ def _need(found: T | None, step: str) -> T:
     return found
 
 
-def _planned(program: Program, recipe: Recipe) -> tuple[Plan, str]:
-    """A plan and one line on it, fallbacks and refusals included."""
+def _planned(program: Program, recipe: Recipe) -> tuple[Program, str]:
+    """A planned program and one line on its plan, fallbacks and refusals included."""
     result = run_passes(program, [PlanQuantization(recipe=recipe)])
-    plan = plan_of(result.program)
-    notes = [note.partition(": ")[2] for note in result.notes]
-    summary, fallbacks = notes[-1], notes[:-1]
+    *fallbacks, summary = (note.text for note in result.notes)
     if fallbacks:
         summary += f"; {len(fallbacks)} fallbacks, first: {fallbacks[0]}"
-    return plan, f"{recipe.name}: {summary}"
+    if recipe.passes:
+        summary += f"; before {', '.join(str(parse_placed(text).item) for text in recipe.passes)}"
+    return result.program, f"{recipe.name}: {summary}"
 
 
 def _recipe_step(patient: _Patient, recipe: str | Recipe) -> Callable[[], str]:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gracec.backends.torchao import CountInt4Kernels, PackedWeight
 from gracec.errors import GateError
-from gracec.passes.freeze import FrozenWeight
-from gracec.program import Program, annotation
+from gracec.ir.program import Program, annotation
+from gracec.kernels.torchao import CountInt4Kernels, PackedWeight
+from gracec.quant.frozen import FrozenWeight
 from gracec.recipe import Expectation
 
 MATMUL_BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -139,15 +139,20 @@ def accuracy_is_as_expected(accuracy: Mapping[str, Any], expect: Expectation) ->
 
 def lowered_is_as_good_as_dense(
     lowered: LogitAgreement, dense: LogitAgreement, reference: torch.dtype = torch.float32
-) -> None:
+) -> float:
     """Lowered logits stay as close to the reference as dense weights of the same dtype do.
 
     A 16-bit reference has rounding noise of its own, which dense weights of the same dtype share
     and another order of summation does not, so it is allowed for.
+
+    Returns:
+        The largest KL divergence that passes.
     """
     noise = 1e-4 if reference == torch.float32 else 1e-2
-    if not lowered.kl <= 2 * dense.kl + noise:
+    bound = 2 * dense.kl + noise
+    if not lowered.kl <= bound:
         raise GateError(
             f"the lowered model's logits are off by KL {lowered.kl:.3g}, "
             f"dense weights with the same values by {dense.kl:.3g}"
         )
+    return bound

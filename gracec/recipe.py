@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from gracec.errors import GracecError
 from gracec.quant import QuantSpec
+from gracec.registry import declared, load_declared, lookup, nearest
 
 BUILT_IN = Path(__file__).parent / "recipes"
 
@@ -185,6 +185,8 @@ class Recipe(_Strict):
             training data; missing or null means that they stay floating point.
         training: how to train weights and scales; null means post-training quantization.
         expect: the accuracy gate; null means none.
+        passes: further passes with their places, such as "my-pass{depth=2} after
+            plan-quantization"; `gracec passes` lists what is known.
     """
 
     name: str
@@ -194,6 +196,7 @@ class Recipe(_Strict):
     scale_search: ScaleSearch = ScaleSearch()
     training: Training | None = None
     expect: Expectation | None = None
+    passes: tuple[str, ...] = ()
     deploy: Deploy = Deploy()
 
     @classmethod
@@ -211,12 +214,7 @@ class Recipe(_Strict):
             if not path.is_file():
                 raise GracecError("no such recipe file", where=str(path))
         else:
-            known = built_in_recipes()
-            if str(source) not in known:
-                raise GracecError(
-                    f"unknown recipe {str(source)!r}", fix=nearest(str(source), known)
-                )
-            path = BUILT_IN / f"{source}.yaml"
+            path = lookup(str(source), known_recipes(), "recipe")
         try:
             fields = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -249,6 +247,14 @@ class Recipe(_Strict):
                 ) from None
             raise GracecError(f"{field}: {first['msg']}", where=where) from None
 
+    def weight_rule(self, part: str) -> WeightRule | None:
+        """How the weights of a part are quantized, if they are."""
+        return next((rule for name, rule in self.weights.items() if name == part), None)
+
+    def activation_rule(self, part: str) -> ActivationRule | None:
+        """How the inputs of the linears of a part are quantized, if they are."""
+        return next((rule for name, rule in self.activations.items() if name == part), None)
+
     def quantizes(self, part: Part) -> bool:
         """Whether weights of a part get codes."""
         return self.weights.get(part) is not None
@@ -269,8 +275,9 @@ class Recipe(_Strict):
         return any(self.activations.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """The resolved recipe as plain data."""
-        return self.model_dump(mode="json")
+        """The resolved recipe as plain data; without `passes` where there are none."""
+        fields = self.model_dump(mode="json")
+        return fields if self.passes else {k: v for k, v in fields.items() if k != "passes"}
 
 
 def built_in_recipes() -> list[str]:
@@ -278,10 +285,28 @@ def built_in_recipes() -> list[str]:
     return sorted(path.stem for path in BUILT_IN.glob("*.yaml"))
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """ "did you mean ...?" or the list of what is known."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+def known_recipes() -> dict[str, Path]:
+    """Name -> file of every recipe: those of gracec, and those that other packages declare.
+
+    An entry point `NAME = "package"` of the group `gracec.recipes` stands for `NAME.yaml` in the
+    folder of the package.
+
+    Raises:
+        GracecError: if two have one name, or a declared one is not there.
+    """
+    found = {name: BUILT_IN / f"{name}.yaml" for name in built_in_recipes()}
+    for entry in declared("gracec.recipes"):
+        module = load_declared(entry)
+        path = Path(str(module.__file__)).parent / f"{entry.name}.yaml"
+        if not path.is_file():
+            raise GracecError("no such recipe file", where=str(path), fix=f"see {entry.value}")
+        if entry.name in found:
+            raise GracecError(
+                f"two recipes are called {entry.name!r}: {found[entry.name]} and {path}",
+                fix="rename one, or uninstall its package",
+            )
+        found[entry.name] = path
+    return dict(sorted(found.items()))
 
 
 def _is_key(location: tuple[int | str, ...]) -> bool:

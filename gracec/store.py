@@ -40,9 +40,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gracec.errors import GracecError
-from gracec.observers import ActivationSpec
-from gracec.passes.freeze import FrozenActivation, FrozenWeight
 from gracec.quant import QuantSpec
+from gracec.quant.frozen import FrozenActivation, FrozenWeight
+from gracec.quant.observers import ActivationSpec
 
 TENSORS, MANIFEST = "gracec/gracec.safetensors", "gracec.json"
 FORMAT_VERSION, WITH_ACTIVATIONS, WITH_ADAPTERS = 2, 3, 4
@@ -142,24 +142,24 @@ def write_directory(
     except OSError as error:
         raise _cannot_write(directory, error) from error
     try:
-        _reached("created")
+        reached("created")
         fill(temporary)
-        _reached("filled")
+        reached("filled")
         os.chmod(temporary, 0o755)
         for path in (*temporary.rglob("*"), temporary):
             _flush(path)
-        _reached("flushed")
+        reached("flushed")
         _put_in_place(temporary, directory)
-        _reached("in place")
+        reached("in place")
         _flush(directory.parent)
     except (OSError, SafetensorError) as error:
         raise _cannot_write(directory, error) from error
     finally:  # what is left here is a part of the new artifact, or the whole old one
         shutil.rmtree(temporary, ignore_errors=True)
-    _reached("cleaned")
+    reached("cleaned")
 
 
-def _reached(point: str) -> None:
+def reached(point: str) -> None:
     """A named point of the sequence; tests interrupt the process here."""
 
 

@@ -14,7 +14,7 @@ import torch
 
 SECONDS = 240
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["pytest", "gracec.training.run", "tests.tiny"])
+_SERVER.set_forkserver_preload(["pytest", "gracec.compiler", "tests.tiny"])
 Child = multiprocessing.process.BaseProcess
 
 

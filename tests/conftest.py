@@ -14,9 +14,11 @@ from transformers import LlavaForConditionalGeneration
 
 from gracec.capture import capture, capture_serving
 from gracec.capture.serving import ServingProgram
-from gracec.compiler import CompiledModel, compile
+from gracec.compiled import CompiledModel
+from gracec.compiler import compile
+from gracec.ir.program import Program
 from gracec.passes import parse_pipeline, run_passes
-from gracec.program import Program
+from tests.goldens import TWO_BLOCKS, header
 from tests.tiny import tiny_batch, tiny_llava, tiny_processor
 
 # Sums come out the same on every machine.
@@ -30,11 +32,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture
-def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
-    """golden("freeze/llava.txt", text): the text equals the file, or becomes it."""
+def golden(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """golden("freeze/llava.txt", text, made_by="freeze", after="analyze-modality,...", model=...):
+    a header that says so, and the text, equal the file, or become it."""
 
-    def check(name: str, text: str) -> None:
+    def check(
+        name: str, text: str, *, made_by: object, after: str = "", model: str = TWO_BLOCKS
+    ) -> None:
         path = GOLDEN / name
+        text = header(made_by, after, model) + text
         if request.config.getoption("--update-goldens"):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
@@ -71,7 +77,29 @@ def batch(llava: LlavaForConditionalGeneration) -> dict[str, Tensor]:
 @pytest.fixture(scope="session")
 def after(captured: Program) -> Callable[[str], Program]:
     """after("analyze-modality,..."): the captured program after these passes, made once."""
-    made: dict[str, Program] = {}
+    return _remembering(captured)
+
+
+@pytest.fixture(scope="session")
+def block() -> LlavaForConditionalGeneration:
+    """A tiny random LLaVA with one block in its decoder. Not to be changed by a test."""
+    return tiny_llava(tie=True, num_hidden_layers=1)
+
+
+@pytest.fixture(scope="session")
+def captured_block(block: LlavaForConditionalGeneration) -> Program:
+    """`block` as a program, for golden files of passes that do the same to every block."""
+    return capture(block)
+
+
+@pytest.fixture(scope="session")
+def after_block(captured_block: Program) -> Callable[[str], Program]:
+    """The same as `after`, of `block`."""
+    return _remembering(captured_block)
+
+
+def _remembering(captured: Program) -> Callable[[str], Program]:
+    made: dict[str, Program] = {"": captured}
 
     def run(pipeline: str) -> Program:
         if pipeline not in made:

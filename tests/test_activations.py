@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 import gracec
-from gracec.compiler import CompiledModel
+from gracec.compiled import CompiledModel
 from gracec.errors import GracecError, GracecWarning
 from gracec.evaluate import evaluate_vqa, load_samples
 from gracec.passes.freeze import QUANTIZE_DEQUANTIZE
@@ -36,7 +36,7 @@ def quantized(request: pytest.FixtureRequest, llava: LlavaForConditionalGenerati
 def test_it_generates_and_reloads_as_the_graph_computes(
     quantized: CompiledModel, batch: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    assert quantized.report.gates["lowered_equals_generating"] == 3
+    assert quantized.report.gates["lowered_equals_generating"].count == 3
     assert list(quantized.program.nodes(QUANTIZE_DEQUANTIZE))
     with pytest.raises(GracecError, match="format hf: the input of .* is quantized, which the"):
         quantized.save_pretrained(tmp_path / "hf")
@@ -66,8 +66,8 @@ def test_a_sample_that_does_not_calibrate_is_reported(llava: LlavaForConditional
     broken = {**RECORDS[0], "question": "what <image> is <pad> this ?"}
     with pytest.warns(GracecWarning, match="control token"):
         notes = compile(llava, "w8a8", train_data=[*RECORDS, broken]).report.notes
-    (note,) = [note for note in notes if note.startswith("calibration: ")]
-    assert "'<pad>', a control token" in note
+    (note,) = [note for note in notes if note.source == "calibration"]
+    assert "'<pad>', a control token" in note.text
 
 
 @pytest.mark.slow

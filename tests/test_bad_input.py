@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gracec
-from gracec.compiler import CompiledModel
+from gracec.compiled import CompiledModel
 from gracec.errors import GracecError, GracecWarning
-from gracec.models import load_model
+from gracec.models.loading import load_model
 from tests.test_cli import gracec as command
 from tests.tiny import IMAGE, tiny_image, tiny_llava, tiny_processor
 
@@ -154,8 +154,8 @@ def test_a_width_that_no_group_divides(tmp_path: Path) -> None:
     tiny_processor().save_pretrained(model)
     refused(model, "group 128 does not divide the width 72", "--strict", "--recipe", "w4a16-ptq")
     report = gracec.compile(model).report
-    kept = [row for row in report.plan if "no group divides the width" in row["reason"]]
-    assert kept and any("does not divide 72, kept in its precision" in n for n in report.notes)
+    kept = [row for row in report.plan if "no group divides the width" in row.reason]
+    assert kept and any("does not divide 72, kept in its precision" in n.text for n in report.notes)
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", None])

@@ -1,15 +1,20 @@
 import contextlib
 import io
 import json
+import re
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
 from gracec import cli, gates
-from gracec.passes import all_passes
+from gracec.ir.program import Program
+from gracec.passes import Pass, PassResult, all_passes
+from gracec.recipe import Recipe
 from tests.tiny import tiny_image, tiny_llava, tiny_processor
 
 
@@ -44,7 +49,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "data" / "samples.jsonl").write_text("\n".join(map(json.dumps, samples)))
     done = gracec("compile", root / "model", "--out", root / "int4", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["report"]["gates"]["int4_kernels"] == 14
+    assert json.loads(done.stdout)["report"]["gates"]["int4_kernels"]["count"] == 14
     return root
 
 
@@ -190,6 +195,36 @@ def test_opt_prints_after_each_pass_or_what_it_changed(workspace: Path, tmp_path
     assert unchanged.splitlines()[1:] in ([], [""])
 
 
+def test_opt_leaves_passes_out(workspace: Path) -> None:
+    model = workspace / "model"
+    left = ("--disable-pass", "insert-fake-quant", "--disable-pass", "plan-quantization")
+    done = gracec("opt", model, "--passes", PIPELINE, *left)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == gracec("opt", model, "--passes", "analyze-modality").stdout
+    done = gracec("opt", model, "--passes", "strip", "--disable-pass", "strip", "--print-before")
+    assert "// ----- after no pass -----" in done.stdout
+    for name, message in (
+        ("frieze", "gracec: unknown pass 'frieze'; did you mean 'freeze'?"),
+        ("freeze", "freeze is not in the pipeline; known: analyze-modality, plan-quantization"),
+    ):
+        done = gracec("opt", model, "--passes", PIPELINE, "--disable-pass", name)
+        assert done.returncode == 2 and message in done.stderr and done.stdout == ""
+
+
+def test_opt_says_what_each_pass_took_and_added(workspace: Path, tmp_path: Path) -> None:
+    arguments = ("opt", workspace / "model", "--passes", f"{PIPELINE},freeze")
+    done = gracec(*arguments, "--time", "--out", tmp_path / "program.txt")
+    lines = [line for line in done.stderr.splitlines() if re.search(r" \d+\.\d\d s: ", line)]
+    changes = [re.sub(r" \d+\.\d\d s", "", line) for line in lines]
+    assert changes == [
+        "analyze-modality: the same operators",
+        "plan-quantization: the same operators",
+        "insert-fake-quant: +14 gracec.fake_quantize",
+        "freeze: +14 gracec.dequantize, -14 gracec.fake_quantize",
+    ]
+    assert " s: " not in gracec(*arguments).stderr
+
+
 def test_opt_refuses_what_it_cannot_run(workspace: Path, tmp_path: Path) -> None:
     for model, passes, message in (
         ("model", "freeze", "freeze: nothing is fake-quantized; run insert-fake-quant first"),
@@ -217,6 +252,37 @@ def test_passes_lists_every_pass_with_its_options() -> None:
     own = [name for name, cls in all_passes().items() if cls.__module__.startswith("gracec.")]
     assert len(own) >= 10 and all(found[name]["does"] for name in own)
     assert found["plan-quantization"]["options"] == {"recipe": "w4a16-ptq", "strict": False}
+    assert found["apply-codes"]["options"] == {} and found["apply-codes"]["required"] == []
+    assert found["freeze"]["from"] == "gracec.passes.freeze"
+
+
+@dataclass(frozen=True)
+class Stranger(Pass):
+    """Comes from elsewhere, with options of every kind."""
+
+    count: int
+    blocks: tuple[int, ...] = (0, 3)
+    limit: int | None = None
+    recipe: str | Recipe = field(default_factory=lambda: Recipe.load("w4a16"))
+    name: ClassVar[str] = "stranger"
+    keeps_numerics: ClassVar[bool] = True
+
+    def apply(self, program: Program) -> PassResult:
+        return PassResult(program, False)
+
+
+def test_passes_says_where_a_strangers_pass_comes_from_and_what_it_needs() -> None:
+    lines = gracec("passes").stdout.splitlines()
+    does = "Comes from elsewhere, with options of every kind"
+    place = lines.index(f"stranger: {does} (from {__name__})")
+    assert lines[place + 1] == "    {count=<int> blocks=0;3 limit=none recipe=<...>}"
+    assert not any("(from gracec" in line for line in lines)
+    assert json.loads(gracec("passes", "--json").stdout)["stranger"] == {
+        "does": does,
+        "from": __name__,
+        "options": {"blocks": [0, 3], "limit": None, "recipe": "<...>"},
+        "required": ["count"],
+    }
 
 
 def test_inspect_shows_parts_plan_and_memory(workspace: Path, tmp_path: Path) -> None:

@@ -6,10 +6,14 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 import gracec
-from gracec.backends.torchao import CountInt4Kernels, Int4OpaqueTensor
-from gracec.compiler import CompiledModel
-from gracec.errors import GracecError
+from gracec import compiler
+from gracec.compiled import CompiledModel
+from gracec.errors import GateError, GracecError
+from gracec.journal import Equal, Journal, Kernels
+from gracec.kernels.torchao import CountInt4Kernels, Int4OpaqueTensor
 from gracec.recipe import Recipe
+from gracec.request import Request
+from gracec.stages.examine import Exam
 from tests.tiny import tiny_llava, tiny_processor
 
 
@@ -20,12 +24,13 @@ def compiled(llava: LlavaForConditionalGeneration) -> CompiledModel:
 
 def test_every_gate_is_in_the_report(compiled: CompiledModel) -> None:
     found = compiled.report.gates
-    assert found["captured_equals_eager"] == 3
-    assert found["frozen_equals_fake_quantized"] is True
-    assert found["int4_kernels"] == 14 == len(compiled.weights)
-    assert found["lowered_equals_generating"] == 3
-    assert 0 < found["matmul_error"] < 1e-2
-    assert found["logits"]["top1_clear"] == 1.0
+    assert found["captured_equals_eager"] == Equal(3, "batches")
+    assert found["frozen_equals_fake_quantized"] == Equal(1, "outputs")
+    assert found["int4_kernels"] == Kernels(14, len(compiled.weights))
+    assert found["lowered_equals_generating"] == Equal(3, "batches")
+    assert 0 < found["matmul_error"].value < found["matmul_error"].bound == 1e-2
+    assert found["logits"].top1_clear == 1.0
+    assert found["logits"].kl < found["logits"].bound
 
 
 def test_the_callers_model_is_not_changed(
@@ -99,8 +104,8 @@ def test_a_float32_recipe_verifies_the_kernels(
     )
     compiled = gracec.compile(llava, recipe)
     assert compiled.dtype == torch.float32
-    assert compiled.report.gates["matmul_error"] < 1e-5
-    assert compiled.report.gates["logits"]["kl"] < 1e-9
+    assert compiled.report.gates["matmul_error"].value < 1e-5
+    assert compiled.report.gates["logits"].kl < 1e-9
     assert "model.multi_modal_projector.linear_1.weight" in compiled.weights
 
 
@@ -112,7 +117,7 @@ def test_a_tied_head_is_quantized_and_the_embedding_is_kept(
     recipe = Recipe.from_dict({"name": "head", "weights": weights})
     compiled = gracec.compile(llava, recipe, processor=tiny_processor())
     assert "lm_head.weight" in compiled.weights
-    assert "the head was tied to the token embedding" in compiled.report.notes[0]
+    assert "the head was tied to the token embedding" in compiled.report.notes[0].text
     table = compiled.model.get_input_embeddings().weight
     assert torch.equal(table, llava.get_input_embeddings().weight.to(torch.bfloat16))
     assert llava.config.tie_word_embeddings  # the caller's model is as it was
@@ -136,3 +141,15 @@ def test_an_existing_output_directory_is_refused_before_any_work(
 def test_strict_refuses_a_fallback(llava: LlavaForConditionalGeneration) -> None:
     with pytest.raises(GracecError, match="group 128 does not divide the width 64"):
         gracec.compile(llava, "w4a16-ptq", strict=True)
+
+
+def test_a_model_that_answers_too_badly_is_not_handed_over(
+    compiled: CompiledModel, llava: LlavaForConditionalGeneration, tmp_path: Path
+) -> None:
+    exam = Exam(None, {}, failure=GateError("accuracy is 0.00%"))
+    made = compiled.frozen, compiled.runtime
+    for output_dir in (None, tmp_path / "out"):
+        request = Request.checked(llava, "w4a16-ptq", output_dir=output_dir)
+        with pytest.raises(GateError, match=r"accuracy is 0\.00%"):
+            compiler.publish(*made, exam, request, Journal())
+    assert [path.name for path in tmp_path.iterdir()] == ["out.failed"]

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -7,8 +8,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from gracec import doctor
 from gracec.doctor import BLOCKED, OK, SKIPPED, Check, Diagnosis, diagnose
-from gracec.errors import GracecError
+from gracec.errors import GateError, GracecError
+from gracec.ir.program import Program
 from gracec.recipe import Recipe, built_in_recipes
 from tests.tiny import tiny_llava, tiny_processor
 
@@ -30,7 +33,7 @@ def test_a_good_model_passes_every_check_that_compile_needs(saved: Path) -> None
     assert detail(found, "processor") == "LlavaProcessor, 16 tokens an image as the model takes"
     # Three shapes of its own and what the processor makes.
     assert detail(found, "captured equals eager") == "the same logits bit for bit on 4 batches"
-    assert detail(found, "format torchao") == "INT4 kernels for all 14 weights"
+    assert detail(found, "target torchao") == "kernels for all 14 weights"
     assert "14 of 31 weights quantized" in detail(found, "plan")
     assert {f"recipe {name}" for name in built_in_recipes()} <= statuses(found).keys()
     assert "8 of 31 weights quantized" in detail(found, "recipe w8a8")
@@ -130,7 +133,7 @@ def test_what_cannot_be_captured_is_named_with_its_line(
     assert detail(found, "capture").startswith(
         f"model.multi_modal_projector at {__file__}:{line}: torch.export cannot trace the model"
     )
-    assert statuses(found)["plan"] == statuses(found)["format torchao"] == SKIPPED
+    assert statuses(found)["plan"] == statuses(found)["target torchao"] == SKIPPED
 
 
 def test_weights_that_no_kernel_takes(tmp_path: Path) -> None:
@@ -141,5 +144,36 @@ def test_weights_that_no_kernel_takes(tmp_path: Path) -> None:
     recipe = tmp_path / "own.yaml"
     recipe.write_text("weights: {decoder: {group_size: 16}}\n")
     found = diagnose(tmp_path, recipe)
-    assert statuses(found)["format torchao"] == BLOCKED
-    assert "groups of (32, 64, 128, 256), these have 16" in detail(found, "format torchao")
+    assert statuses(found)["target torchao"] == BLOCKED
+    assert "groups of (32, 64, 128, 256), these have 16" in detail(found, "target torchao")
+
+
+def test_a_graph_that_computes_something_else_blocks(
+    model: Path, captured: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model / "processor_config.json").unlink()  # nor is there a batch of a processor to compare on
+    norm = "model.model.language_model.norm.weight"
+    wrong = captured.copy()
+    wrong.set_tensor(norm, torch.nn.Parameter(captured.tensor(norm).detach() * 1.01))
+    monkeypatch.setattr(doctor, "capture", lambda model: wrong)
+    found = diagnose(model)
+    assert statuses(found)["processor"] == BLOCKED
+    assert statuses(found)["captured equals eager"] == BLOCKED
+    assert "captured graph and eager model differ by" in detail(found, "captured equals eager")
+    assert not found.compiles
+
+
+def test_a_graph_that_is_wrong_for_the_batch_of_the_processor_blocks(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare = doctor.captured_equals_eager
+
+    def only_own(program: Program, model: Any, batches: Any = None) -> int:
+        if batches:
+            raise GateError("captured graph and eager model differ by 1 at the processor's shapes")
+        return compare(program, model)
+
+    monkeypatch.setattr(doctor, "captured_equals_eager", only_own)
+    found = diagnose(saved)
+    assert detail(found, "captured equals eager").endswith("at the processor's shapes")
+    assert not found.compiles

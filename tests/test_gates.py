@@ -9,9 +9,9 @@ import gracec
 from gracec import gates
 from gracec.capture import family_of
 from gracec.errors import GateError
+from gracec.ir.program import Program
 from gracec.passes.freeze import frozen_weights
 from gracec.passes.lower_torchao import lowered_weights
-from gracec.program import Program
 
 After = Callable[[str], Program]
 FAKE = "analyze-modality,plan-quantization,insert-fake-quant"

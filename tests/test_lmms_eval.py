@@ -20,14 +20,15 @@ import pytest
 from PIL import Image
 
 import gracec
-from gracec.compiler import CompiledModel
+from gracec import lmms_eval as plugin
+from gracec.compiled import CompiledModel
+from gracec.data import pictures
 from gracec.errors import GracecError
 from gracec.evaluate import VqaSample, evaluate_vqa, load_image
-from gracec.evaluate import lmms_eval as plugin
-from gracec.evaluate.lmms_eval import Gracec, Settings
+from gracec.lmms_eval import Gracec, Settings
 from tests.tiny import tiny_image, tiny_llava, tiny_processor
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 TASK = ROOT / "examples/lmms_eval"
 STUDENT = ROOT / "examples/emojivqa/student"
 QUESTIONS = ("what is this ?", "where is the small red circle ?", "how many ?")
@@ -205,6 +206,15 @@ def test_documents_that_are_refused(model: Gracec, visuals: Any, message: str) -
         model.generate_until(requests)
 
 
+def test_a_picture_of_too_many_pixels_is_refused(
+    model: Gracec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 32 * 32)
+    requests = ask(model, [QUESTIONS[0]] * 2, [[tiny_image()], [Image.new("L", (33, 32))]])
+    with pytest.raises(GracecError, match="^task shapes, document 1: the picture has 33 x 32 pi"):
+        model.generate_until(requests)
+
+
 def test_a_document_that_the_processor_refuses_is_named(model: Gracec) -> None:
     requests = ask(model, [QUESTIONS[0], "what is <image> ?"], [[tiny_image()]] * 2)
     with pytest.raises(GracecError, match="^task shapes, document 1: the processor refuses"):
@@ -264,7 +274,7 @@ def test_a_backend_is_handed_on_to_load(
 ) -> None:
     asked: list[Any] = []
 
-    with pytest.raises(GracecError, match="^unknown backend 'onyx'; use torchao or onnx"):
+    with pytest.raises(GracecError, match="^unknown target 'onyx'; did you mean 'onnx'"):
         Gracec(pretrained=artifact, backend="onyx")
 
     def load(directory: Path, **options: str) -> CompiledModel:

@@ -12,12 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import ViTConfig, ViTForImageClassification
 
+from gracec import module as module_
+from gracec.backends.onnx import gates as onnx_gates
+from gracec.capture import module as capture_module_
+from gracec.capture.capture import trace
 from gracec.errors import GateError, GracecError
+from gracec.ir.program import Program
 from gracec.module import capture_module, export_module, freeze_module, prepare_module
 from gracec.passes.freeze import frozen_weights
 from gracec.passes.insert_fake_quant import fake_quantized
-from gracec.program import Program
 from gracec.recipe import Recipe
+from tests.frozen_graphs import linear_graph
 from tests.nets import conv_net
 
 DYNAMIC = {"x": {0: "batch_size"}}
@@ -268,3 +273,56 @@ def test_what_is_refused(tmp_path: Path) -> None:
         prepare_module(conv_net(), {"x": textures(1)[0]}, "w4a16-ptq")
     with pytest.raises(GracecError, match="no matmul and no convolution has a weight"):
         prepare_module(nn.BatchNorm1d(4).eval(), {"input": torch.randn(3, 4)}, EIGHT_BITS)
+
+
+class FirstTwo(nn.Module):
+    """A linear of two rows, however many are given."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        y: Tensor = self.linear(input[:2])
+        return y
+
+
+def test_a_graph_that_is_right_at_the_example_alone_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def short(model: nn.Module, module: nn.Module, *more: Any) -> Program:
+        wrong = FirstTwo(model)
+        return trace(wrong, wrong, *more)
+
+    net, example = nn.Linear(16, 16), {"input": torch.randn(2, 16)}
+    monkeypatch.setattr(capture_module_, "trace", short)
+    with pytest.raises(GateError, match=r"output .* differs .* at \{'input': \(4, 16\)\}"):
+        capture_module(net, example, {"input": {0: "rows"}})
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        (module_.OUTPUT_BOUND, "output in ONNX Runtime is off by .* of the largest value"),
+        (onnx_gates.MATMUL_BOUND, "INT4 matmul is off by .* relative to float64"),
+    ],
+    ids=["outputs", "matmuls"],
+)
+def test_what_is_off_by_more_than_the_bound_is_not_written(
+    bounds: dict[str, float], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = linear_graph()
+    export_module(program, tmp_path / "good.onnx")
+    monkeypatch.setitem(bounds, "faithful", -1.0)
+    with pytest.raises(GateError, match=message):
+        export_module(program, tmp_path / "net.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["good.onnx"]
+
+
+def test_what_the_passes_say_is_in_the_notes() -> None:
+    student = prepare_module(conv_net(), {"x": textures(2)[0]}, EIGHT_BITS)
+    sources = [note.source for note in student.notes]
+    assert {"flatten-convolutions", "plan-quantization", "insert-fake-quant"} <= {*sources}
+    frozen = freeze_module(student)
+    assert [note.source for note in frozen.notes] == [*sources, "freeze"]
+    assert frozen.notes[-1].text == "4 weights frozen to codes"

@@ -11,8 +11,8 @@ import torch
 
 from gracec import quant, store
 from gracec.errors import GracecError
-from gracec.observers import ActivationSpec
-from gracec.passes.freeze import FrozenActivation, FrozenWeight
+from gracec.quant.frozen import FrozenActivation, FrozenWeight
+from gracec.quant.observers import ActivationSpec
 from gracec.store import (
     MANIFEST,
     TENSORS,
@@ -127,7 +127,7 @@ def save_until(point: str, kill: bool, directory: Path) -> None:
         if name == point:
             raise KeyboardInterrupt
 
-    store._reached = reached
+    store.reached = reached
     with pytest.raises(KeyboardInterrupt):
         write_directory(
             directory / "a", lambda target: write_store(example(1), target), overwrite=True

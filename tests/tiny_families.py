@@ -45,7 +45,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from gracec.models import images_only
+from gracec.models.loading import images_only
 from tests import tiny
 from tests.tiny import (
     CHAT_TEMPLATE,

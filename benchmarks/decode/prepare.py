@@ -44,11 +44,11 @@ from worker import COMPARED, CONTEXT, prompt, word_range
 
 import gracec
 from gracec.backends.onnx import graphs
+from gracec.backends.onnx.format import FILES
 from gracec.backends.onnx.session import MINIMUM_RUNTIME, SessionConfig
-from gracec.backends.onnx_hf import FILES
 from gracec.capture import capture_serving
 from gracec.capture.serving_graph import DECODER
-from gracec.models import load_config
+from gracec.models.loading import load_config
 from gracec.passes import run_passes
 from gracec.passes.fuse_decoder import FuseDecoder
 from gracec.recipe import Recipe

@@ -30,7 +30,7 @@ from conditions import Condition, jobs
 from torch import Tensor, nn
 
 import gracec
-from gracec.models import load_model
+from gracec.models.loading import load_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from measure import RESULTS, environment
@@ -91,7 +91,11 @@ def run(condition: Condition, seed: int) -> dict[str, Any]:
         "scenes": condition.scenes,
         "restyled": condition.restyled,
         "sizes": compiled.report.sizes,
-        "sqnr_db": {row["fqns"][0]: row["sqnr_db"] for row in compiled.report.plan if row["spec"]},
+        "sqnr_db": {
+            row["fqns"][0]: row["sqnr_db"]
+            for row in compiled.report.to_dict()["plan"]
+            if row["spec"]
+        },
         "held_out": training.get("held_out", []),
         "best_step": training.get("best_step", 0),
         "curve": [thin(row) for row in training.get("rows", [])[::5]],

@@ -6,10 +6,10 @@ from typing import Any
 
 from PIL import Image
 
+from gracec.data.questions import DEFAULT_TYPE, SAMPLES_FILE
 from gracec.errors import GracecError
 from gracec.evaluate import load_image
-from gracec.evaluate.data import DEFAULT_TYPE, SAMPLES_FILE
-from gracec.evaluate.vqa import normalise_answer
+from gracec.evaluate.scores import normalise_answer
 
 VARIABLE = "GRACEC_QUESTIONS"
 

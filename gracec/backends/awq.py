@@ -20,33 +20,29 @@ from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQCon
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from gracec.backends.base import (
-    Artifact,
-    Checkpoint,
-    Format,
-    empty_model,
-    kept_modules,
-    modules_of,
-    stored_names,
-)
-from gracec.passes.freeze import FrozenWeight
+from gracec.backends.huggingface import Checkpoint, kept_modules, modules_of, stored_names
+from gracec.backends.packed import PackedFormat
+from gracec.frozen import Frozen
+from gracec.models.skeleton import skeleton
+from gracec.quant.frozen import FrozenWeight
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 GROUP_SIZES = (32, 64, 128)
 SUFFIXES = ("qweight", "qzeros", "scales")
 
 
-class Awq(Format):
+class Awq(PackedFormat):
     name = "awq"
     folder = "awq"
     needs = "gptqmodel"
+    holds_adapters = False
     tested = (
         "The converter of compressed-tensors for AutoAWQ checkpoints did it. The tests of gracec "
         "generate the tokens of the dense weights from such directories with gptqmodel on the CPU, "
         "where it is installed. No GPU runtime was run."
     )
 
-    def dtype(self, artifact: Artifact) -> torch.dtype:
+    def dtype(self, frozen: Frozen) -> torch.dtype:
         return torch.float16
 
     def weight_refusal(self, weight: FrozenWeight) -> str:
@@ -59,36 +55,36 @@ class Awq(Format):
             return f"AWQ packs 8 output features together, there are {rows}"
         return ""
 
-    def model_refusal(self, artifact: Artifact, model: PreTrainedModel) -> str:
-        sizes = sorted({weight.group_size for weight in artifact.weights.values()})
+    def model_refusal(self, frozen: Frozen, model: PreTrainedModel) -> str:
+        sizes = sorted({weight.group_size for weight in frozen.weights.values()})
         if len(sizes) > 1:
             return f"AWQ has one group size for all weights, there are {sizes}"
         head = model.get_output_embeddings()
-        keys = _keys(artifact, model)
-        for name in modules_of(artifact.weights):
+        keys = _keys(frozen, model)
+        for name in modules_of(frozen.weights):
             if model.get_submodule(name) is head:
                 return f"{name}: readers of AWQ never look for a quantized head"
             if any(key in name for key in keys):
                 return f"{name}: AWQ cannot tell it from a module that is not quantized"
-        for name, tensor in artifact.others.items():
+        for name, tensor in frozen.others.items():
             if not torch.isfinite(tensor.to(torch.float16)).all():
                 return f"{name}: overflows float16"
         return ""
 
-    def notes(self, artifact: Artifact) -> tuple[str, ...]:
+    def notes(self, frozen: Frozen) -> tuple[str, ...]:
         changed = sum(
             not torch.equal(tensor.to(torch.float16).to(tensor.dtype), tensor)
-            for tensor in artifact.others.values()
+            for tensor in frozen.others.values()
         )
-        rounded = f"{changed} of {len(artifact.others)} tensors changed by it"
-        return (*super().notes(artifact), f"unquantized tensors cast to float16, {rounded}")
+        rounded = f"{changed} of {len(frozen.others)} tensors changed by it"
+        return (*super().notes(frozen), f"unquantized tensors cast to float16, {rounded}")
 
-    def tensors(self, artifact: Artifact) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def tensors(self, frozen: Frozen) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors = {
             name: tensor.to(torch.float16) if tensor.is_floating_point() else tensor
-            for name, tensor in artifact.others.items()
+            for name, tensor in frozen.others.items()
         }
-        for fqn, weight in artifact.weights.items():
+        for fqn, weight in frozen.weights.items():
             module = fqn.removesuffix("weight")
             scales = weight.scales.to(torch.float16).t().contiguous()
             tensors[f"{module}qweight"] = pack(weight.codes.t())
@@ -96,21 +92,21 @@ class Awq(Format):
             tensors[f"{module}scales"] = scales
         return tensors, {}
 
-    def quantization_config(self, artifact: Artifact, model: PreTrainedModel) -> dict[str, Any]:
+    def quantization_config(self, frozen: Frozen, model: PreTrainedModel) -> dict[str, Any]:
         return {
             "quant_method": "awq",
             "version": "gemm",
             "bits": 4,
-            "group_size": next(iter(artifact.weights.values())).group_size,
+            "group_size": next(iter(frozen.weights.values())).group_size,
             "zero_point": True,
-            "modules_to_not_convert": _keys(artifact, model),
+            "modules_to_not_convert": _keys(frozen, model),
         }
 
     def stored_weights(self, directory: Path) -> Iterator[tuple[str, Tensor]]:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         converter = AutoAWQConverter.from_autoawq_config(config.quantization_config)
         scheme = converter.update_config(None).config_groups["config_group_0"]
-        model = empty_model(config)
+        model = skeleton(config)
         checkpoint = Checkpoint(directory)
         for fqn, name in stored_names(model).items():
             if any(key in fqn for key in config.quantization_config["modules_to_not_convert"]):
@@ -131,11 +127,11 @@ def pack(codes_KN: Tensor) -> Tensor:
     return packed
 
 
-def _keys(artifact: Artifact, model: PreTrainedModel) -> list[str]:
+def _keys(frozen: Frozen, model: PreTrainedModel) -> list[str]:
     """What must not be converted: whole paths for readers that match the start of a name, and the
     shortest ends of paths for readers that search within a name and have other names above."""
-    quantized = modules_of(artifact.weights)
-    paths = kept_modules(artifact, model)
+    quantized = modules_of(frozen.weights)
+    paths = kept_modules(frozen.weights, model)
     return sorted({*paths, *(_short_end(path, quantized) for path in paths)})
 
 

@@ -15,11 +15,17 @@ import torch._dynamo.config
 from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
-from gracec.adapters import adapters_of
+from gracec.capture.canonical import (
+    drop_casts_that_change_nothing,
+    mark_adapters,
+    normalised_fqns,
+    write_no_padding_as_a_number,
+)
 from gracec.capture.culprit import culprit
 from gracec.capture.families import GENERIC, Family, family_of
 from gracec.errors import GateError, GracecError
-from gracec.program import Program, annotate, drop_assertions
+from gracec.ir.program import Program, drop_assertions
+from gracec.models.lora import adapters_of
 
 # (batch, images, text tokens): batch 1, several images in one prompt, and left padding among them.
 GATE_SHAPES = ((1, 1, 5), (3, 3, 9), (2, 4, 6))
@@ -89,10 +95,10 @@ def trace(
     graph_module = exported.module(check_guards=False)
     assert isinstance(graph_module, fx.GraphModule)
     drop_assertions(graph_module)
-    _drop_casts_that_change_nothing(graph_module)
-    _write_no_padding_as_a_number(graph_module)
+    drop_casts_that_change_nothing(graph_module)
+    write_no_padding_as_a_number(graph_module)
     prefix = "" if module is model else "model."
-    _mark_adapters(graph_module, {f"{prefix}{name}" for name in adapters_of(model)})
+    mark_adapters(graph_module, {f"{prefix}{name}" for name in adapters_of(model)})
     floating = next(p for p in model.parameters() if p.is_floating_point())
     program = Program(
         graph_module=graph_module,
@@ -100,7 +106,7 @@ def trace(
         dynamic_shapes=_flat(dynamic_shapes),
         output_names=output_names,
         family=getattr(getattr(model, "config", None), "model_type", type(model).__name__),
-        fqns=_normalised_fqns(graph_module, model, prefix),
+        fqns=normalised_fqns(graph_module, model, prefix),
         dtype=floating.dtype,
         device=floating.device,
     )
@@ -201,65 +207,3 @@ def _no_graph_dump() -> Iterator[None]:
     with redirect_stderr(printed):
         yield
     sys.stderr.write(printed.getvalue())
-
-
-def _drop_casts_that_change_nothing(graph_module: fx.GraphModule) -> None:
-    """`x.to(dtype)` of a tensor that has the dtype returns the tensor itself, and so do we."""
-    casts = {torch.ops.aten.to.dtype, torch.ops.aten.to.device, torch.ops.aten.to.dtype_layout}
-    for node in list(graph_module.graph.nodes):
-        if node.target in casts:
-            source = node.all_input_nodes[0]
-            before, after = source.meta.get("val"), node.meta.get("val")
-            if before is not None and (before.dtype, before.device) == (after.dtype, after.device):
-                node.replace_all_uses_with(source)
-                graph_module.graph.erase_node(node)
-    graph_module.recompile()
-
-
-def _write_no_padding_as_a_number(graph_module: fx.GraphModule) -> None:
-    """`conv2d(padding="valid")` is a convolution like others; torch.onnx does not know it."""
-    defaults = {"bias": None, "stride": [1, 1], "padding": "valid", "dilation": [1, 1], "groups": 1}
-    for node in graph_module.graph.find_nodes(
-        op="call_function", target=torch.ops.aten.conv2d.padding
-    ):
-        given = dict(zip(("input", "weight", *defaults), node.args, strict=False)) | node.kwargs
-        found = {**defaults, **given}
-        if found["padding"] == "valid":
-            found["padding"] = [0, 0]
-            node.target = torch.ops.aten.conv2d.default
-            inputs = given["input"], given["weight"]
-            node.args, node.kwargs = (*inputs, *(found[name] for name in defaults)), {}
-    graph_module.recompile()
-
-
-def _mark_adapters(graph_module: fx.GraphModule, linears: set[str]) -> None:
-    """Annotate what an adapter computes, A, B and their addition: passes take it for no layer.
-
-    Args:
-        linears: paths of the linears that have one.
-    """
-    for node in graph_module.graph.nodes:
-        if node.op != "call_function":
-            continue
-        stack: Any = node.meta.get("nn_module_stack") or {"": ("", None)}
-        path, _ = list(stack.values())[-1]
-        added = path in linears and node.target != torch.ops.aten.linear.default
-        if added or path.rpartition(".")[0] in linears:
-            annotate(node, adapter="lora")
-
-
-def _normalised_fqns(
-    graph_module: fx.GraphModule, model: nn.Module, prefix: str
-) -> dict[str, tuple[str, ...]]:
-    """Attribute path in the graph -> names in the model's state dict, tied names together."""
-    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    tensors.update(model.named_buffers(remove_duplicate=False))
-    names: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        names.setdefault(id(tensor), []).append(name)
-    fqns = {}
-    for node in graph_module.graph.find_nodes(op="get_attr"):
-        own_name = str(node.target).removeprefix(prefix)
-        if own_name in tensors:  # a constant that export lifted has no name in the model
-            fqns[str(node.target)] = tuple(names[id(tensors[own_name])])
-    return fqns

@@ -6,7 +6,6 @@ weights, and each weight has to be in exactly one graph.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from gracec.capture.capture import gate_batches, trace
 from gracec.capture.families import Family, families, family_of
+from gracec.capture.greedy import prompt_logits
 from gracec.capture.serving_graph import (
     DECODER,
     EMBEDDING,
@@ -29,12 +29,12 @@ from gracec.capture.serving_graph import (
     empty_cache,
 )
 from gracec.errors import GateError
-from gracec.greedy import prompt_logits
+from gracec.ir.program import Program
 from gracec.passes import run_passes
 from gracec.passes.apply_codes import LINEAR, ApplyCodes
-from gracec.passes.freeze import QUANTIZE_DEQUANTIZE, FrozenWeight, frozen_weights
+from gracec.passes.freeze import QUANTIZE_DEQUANTIZE, frozen_weights
 from gracec.passes.strip import drop_dead
-from gracec.program import Program
+from gracec.quant.frozen import FrozenWeight, code_hash
 
 COMPOSED_BOUND = 1e-4
 """Thirty layers of real weights add up to 3e-5 by another order of summation alone."""
@@ -170,19 +170,6 @@ def apply_codes(
 def _linear_weights(program: Program) -> set[str]:
     weights = (node.args[1] for node in program.nodes(LINEAR))
     return {program.fqn(str(node.target)) for node in weights if isinstance(node, fx.Node)}
-
-
-def code_hash(weight: FrozenWeight) -> str:
-    """SHA-256 of codes, scales and how they are to be read, and of the grid of the input."""
-    digest = hashlib.sha256(repr(weight.spec).encode())
-    tensors = [weight.stored, weight.scales]
-    if weight.activation is not None:
-        digest.update(repr(weight.activation.spec).encode())
-        tensors += [weight.activation.scales, weight.activation.zero_points]
-    for tensor in tensors:
-        digest.update(repr(tuple(tensor.shape)).encode())
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def composed_equals_training(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from gracec.ops import last_positions
+from gracec.quant.ops import last_positions
 
 BATCH, LENGTH, PAST = "batch_size", "sequence_length", "past_sequence_length"
 TOTAL = f"{PAST} + {LENGTH}"

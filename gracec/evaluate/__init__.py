@@ -1,14 +1,13 @@
 """Accuracy of a model on question answering data, with errors and controls."""
 
-from gracec.evaluate.data import VqaSample, load_image, load_samples
-from gracec.evaluate.vqa import (
+from gracec.data.pictures import load_image
+from gracec.data.questions import VqaSample, load_samples
+from gracec.evaluate.ask import answer, answers, evaluate_vqa
+from gracec.evaluate.scores import (
     Prediction,
     VqaReport,
     VqaScore,
     accuracy_rows,
-    answer,
-    answers,
-    evaluate_vqa,
     format_table,
     paired_difference,
 )

@@ -30,96 +30,23 @@ import networkx as nx
 import torch
 from torch import fx
 
+from gracec.ir.annotations import Part, part_of
+from gracec.ir.program import Program, annotate, annotation
+from gracec.ir.queries import VIEWS, activation_of, value, weight_of
 from gracec.passes.base import Pass, PassResult
-from gracec.program import Program, annotate, annotation
 
 aten = torch.ops.aten
+
+
 ATTENTION = {
     aten.scaled_dot_product_attention.default,
     aten.softmax.int,
     aten._softmax.default,
     torch.ops.gracec.segment_attention.default,
 }
+
+
 ADDITION = {aten.add.Tensor, aten.add_.Tensor}
-MATMULS: dict[Any, tuple[int, ...]] = {
-    aten.linear.default: (1,),
-    torch.ops.gracec.conv2d.default: (1,),
-    aten.conv2d.default: (1,),
-    aten.conv3d.default: (1,),
-    aten.mm.default: (1, 0),
-    aten.bmm.default: (1, 0),
-    aten.matmul.default: (1, 0),
-    aten.addmm.default: (2, 1),
-    aten.baddbmm.default: (2, 1),
-}
-"""Op -> positions of the operands that may be a weight, the usual one first."""
-VIEWS = {
-    aten.to.dtype,
-    aten.to.device,
-    aten.to.dtype_layout,
-    aten.expand.default,
-    aten.expand_as.default,
-    aten.unsqueeze.default,
-    aten.slice.Tensor,
-    aten.alias.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.t.default,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.view.default,
-    aten.reshape.default,
-    aten.select.int,
-    aten.chunk.default,
-    aten.split.Tensor,
-    aten._to_copy.default,
-}
-
-
-STAND_INS = {torch.ops.gracec.fake_quantize.default, torch.ops.gracec.dequantize.default}
-"""What stands for a weight that is quantized."""
-
-
-def value(node: fx.Node) -> torch.Tensor | None:
-    """The example (fake) tensor of a node, if its value is one tensor."""
-    found = node.meta.get("val")
-    return found if isinstance(found, torch.Tensor) else None
-
-
-def weight_of(node: fx.Node) -> fx.Node | None:
-    """The parameter that a matmul-like node multiplies with, seen through views and fake-quant."""
-    for position in MATMULS.get(node.target, ()):
-        operand = node.args[position]
-        assert isinstance(operand, fx.Node)
-        while operand.op == "call_function" and (
-            operand.target in VIEWS or operand.target in STAND_INS
-        ):
-            operand = operand.all_input_nodes[0]
-        if operand.op == "get_attr":
-            return operand
-    return None
-
-
-def activation_of(node: fx.Node) -> fx.Node:
-    """The other operand of a matmul-like node that has a weight."""
-    positions = MATMULS[node.target]
-    bias = {0} if len(positions) == 2 and 0 not in positions else set()
-    operands = [
-        operand
-        for position, operand in enumerate(node.args[:3])
-        if isinstance(operand, fx.Node) and position not in bias
-    ]
-    weight = weight_of(node)
-    return next((n for n in operands if n is not weight and not _holds(n, weight)), operands[0])
-
-
-def _holds(node: fx.Node, weight: fx.Node | None) -> bool:
-    """Whether a node is a view of the weight."""
-    while node.op == "call_function" and node.all_input_nodes:
-        if node.target not in VIEWS and node.target not in STAND_INS:
-            return False
-        node = node.all_input_nodes[0]
-    return node is weight
 
 
 @dataclass(frozen=True)
@@ -161,7 +88,7 @@ class AnalyzeModality(Pass):
         self._parts(program, dataflow, merge, logits, vision_tokens)
 
         after = [dict(annotation(node)) for node in program.graph.nodes]
-        parts = [annotation(n)["part"] for n in program.graph.nodes if "part" in annotation(n)]
+        parts = [part for n in program.graph.nodes if (part := part_of(n)) is not None]
         counts = ", ".join(f"{parts.count(part)} {part}" for part in dict.fromkeys(parts))
         return PassResult(
             program, after != before, (f"{len(blocks)} decoder blocks; matmuls: {counts}",)
@@ -252,14 +179,16 @@ class AnalyzeModality(Pass):
             if weight_of(node) is None:
                 continue
             if node not in used:
-                part = "unused"
+                part = Part.UNUSED
             elif node in below_merge:
-                part = "head" if node in after_blocks else "decoder"
+                part = Part.HEAD if node in after_blocks else Part.DECODER
             elif annotation(node).get("modality") == "vision":
-                part = "projector" if node in after_tower else "vision"
+                part = Part.PROJECTOR if node in after_tower else Part.VISION
             else:
-                part = "text"
-            annotate(node, part=part, fused_set=sets.setdefault(activation_of(node), len(sets)))
+                part = Part.TEXT
+            annotate(
+                node, part=part.value, fused_set=sets.setdefault(activation_of(node), len(sets))
+            )
 
 
 class _Dataflow:

@@ -11,9 +11,10 @@ from typing import ClassVar
 
 from torch import fx
 
-from gracec.passes.analyze_modality import MATMULS, activation_of, weight_of
+from gracec.ir.annotations import Part
+from gracec.ir.program import Program, annotate
+from gracec.ir.queries import MATMULS, activation_of, weight_of
 from gracec.passes.base import Pass, PassResult
-from gracec.program import Program, annotate
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class AnalyzeModule(Pass):
         matmuls = [n for n in program.graph.nodes if n.target in MATMULS and weight_of(n)]
         for node in matmuls:
             number = sets.setdefault(activation_of(node), len(sets))
-            changed |= annotate(node, part="module", fused_set=number)
+            changed |= annotate(node, part=Part.MODULE.value, fused_set=number)
         return PassResult(program, changed, (f"{len(matmuls)} matmuls and convolutions",))
 
     def ensures(self, before: Program, after: Program) -> None:

@@ -20,16 +20,15 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from gracec.ir.program import Program, annotate
 from gracec.passes.base import Pass, PassResult
 from gracec.passes.freeze import (
     QUANTIZE_DEQUANTIZE,
-    FrozenActivation,
-    FrozenWeight,
     drop_dead_tensors,
     frozen_weights,
     replace_by_codes,
 )
-from gracec.program import Program, annotate
+from gracec.quant.frozen import FrozenActivation, FrozenWeight
 
 LINEAR = torch.ops.aten.linear.default
 

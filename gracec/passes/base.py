@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import importlib
-import inspect
-import pkgutil
-import re
-import types
+import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args, get_type_hints
+from typing import ClassVar
 
-from gracec.errors import GracecError, PassError
-from gracec.program import Program
+from gracec.errors import PassError
+from gracec.ir.program import Program
+from gracec.ir.text import operators
+from gracec.journal import Note
+from gracec.passes.options import write_options
+from gracec.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,8 @@ class Pass(ABC):
     """A rewrite or an analysis of a `Program`.
 
     Subclasses are frozen dataclasses whose fields are their options, so that a pipeline can be
-    written as text: `plan-quantization{recipe=w4a16-ptq strict=true}`.
+    written as text: `plan-quantization{recipe=w4a16-ptq strict=true}`. `str` prints that text.
+    `gracec.passes.contract` checks what all of them promise.
     """
 
     name: ClassVar[str]
@@ -63,9 +63,48 @@ class Pass(ABC):
         self.ensures(program, result.program)
         return result
 
+    def __str__(self) -> str:
+        options = write_options(self)
+        return f"{self.name}{{{options}}}" if options else self.name
+
     def refuse(self, reason: str, *, where: str = "", fix: str = "") -> PassError:
         """The error to raise from `requires` and `ensures`."""
         return PassError(f"{self.name}: {reason}", where=where, fix=fix)
+
+
+@dataclass(frozen=True)
+class PassRun:
+    """One pass of a pipeline that ran.
+
+    Attributes:
+        item: the pass.
+        modified, notes: as its result says.
+        seconds: that it took, its checks included.
+        operators: op -> how many more of them there are than before, those that changed only.
+    """
+
+    item: Pass
+    modified: bool
+    notes: tuple[str, ...]
+    seconds: float
+    operators: Counter[str]
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """What passes did, one after the other.
+
+    Attributes:
+        program: that of the last pass.
+        modified: whether any of them changed anything.
+        notes: those of all passes; the source of each is the name of its pass.
+        runs: one for each pass.
+    """
+
+    program: Program
+    modified: bool
+    notes: tuple[Note, ...] = ()
+    runs: tuple[PassRun, ...] = ()
 
 
 Observer = Callable[[Pass, Program, PassResult], None]
@@ -73,89 +112,37 @@ Observer = Callable[[Pass, Program, PassResult], None]
 
 def run_passes(
     program: Program, passes: Sequence[Pass], observe: Observer | None = None
-) -> PassResult:
+) -> PipelineResult:
     """Run passes in the order given.
 
     Args:
         observe: called after each pass with the pass, the program before it and its result.
     """
-    modified, notes = False, []
+    runs = []
     for item in passes:
+        start = time.perf_counter()
         result = item.run(program)
+        seconds = time.perf_counter() - start
+        change = operators(result.program)
+        change.subtract(operators(program))
+        changed = Counter({op: count for op, count in change.items() if count})
+        runs.append(PassRun(item, result.modified, result.notes, seconds, changed))
         if observe is not None:
             observe(item, program, result)
-        notes += [f"{item.name}: {note}" for note in result.notes]
-        modified |= result.modified
         program = result.program
-    return PassResult(program, modified, tuple(notes))
+    notes = [Note(run.item.name, text) for run in runs for text in run.notes]
+    modified = any(run.modified for run in runs)
+    return PipelineResult(program, modified, tuple(notes), tuple(runs))
+
+
+PASSES: Registry[Pass] = Registry("pass", Pass, "gracec.passes")  # type: ignore[type-abstract]
+"""Every pass: those of this package, those that another package declares as an entry point of
+`gracec.passes`, and those of any module imported so far."""
 
 
 def all_passes() -> dict[str, type[Pass]]:
-    """Name -> class of every pass: those of this package, and those of any module imported so far.
+    """Name -> class of every pass that `PASSES` knows.
 
     A pass of one's own needs no registration: importing the module that defines it is enough.
     """
-    package = importlib.import_module("gracec.passes")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"gracec.passes.{module.name}")
-    found: dict[str, type[Pass]] = {}
-    pending = [Pass]
-    while pending:
-        for cls in pending.pop().__subclasses__():
-            pending.append(cls)
-            if not inspect.isabstract(cls):
-                found[cls.name] = cls
-    return dict(sorted(found.items()))
-
-
-def parse_pipeline(text: str) -> list[Pass]:
-    """Passes from text: `analyze-modality,plan-quantization{recipe=w4a16-ptq},insert-fake-quant`.
-
-    Raises:
-        GracecError: for an unknown pass or option, with the nearest known name.
-    """
-    items = re.findall(r"([^,{}\s]+)\s*(?:\{([^{}]*)\})?\s*(?:,|$)", text)
-    written = re.sub(r"[\s,]", "", text)
-    understood = "".join(name + (f"{{{options}}}" if options else "") for name, options in items)
-    if not items or re.sub(r"[\s,{}]", "", understood) != re.sub(r"[{}]", "", written):
-        raise GracecError(
-            f"cannot read the pipeline {text!r}", fix="write it as pass,pass{option=value}"
-        )
-    return [_build(name, options) for name, options in items]
-
-
-def _build(name: str, options: str) -> Pass:
-    cls = _lookup(name, all_passes(), "pass")
-    hints = get_type_hints(cls)
-    known = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-    values: dict[str, Any] = {}
-    for option in options.split():
-        key, _, value = option.partition("=")
-        key = key.replace("-", "_")
-        if not _has_text_form(known.get(key, str)):
-            raise GracecError(f"option {key!r} of {name} cannot be given as text", fix="use Python")
-        values[key] = _convert(value, _lookup(key, known, f"option of {name}"), f"{name}.{key}")
-    built: Pass = cls(**values)
-    return built
-
-
-def _has_text_form(kind: Any) -> bool:
-    union = isinstance(kind, types.UnionType)
-    return kind in (bool, int, float, str) or (union and str in get_args(kind))
-
-
-def _lookup(name: str, known: dict[str, Any], kind: str) -> Any:
-    if name in known:
-        return known[name]
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known)) or 'none'}"
-    raise GracecError(f"unknown {kind} {name!r}", fix=hint)
-
-
-def _convert(value: str, kind: Any, where: str) -> Any:
-    try:
-        if kind is bool:
-            return {"true": True, "false": False, "": True}[value]
-        return kind(value) if kind in (int, float, str) else value
-    except (KeyError, ValueError):
-        raise GracecError(f"{value!r} is not a {kind.__name__}", where=where) from None
+    return PASSES.all()

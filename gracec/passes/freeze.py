@@ -10,102 +10,34 @@ exactly what the fake-quantized one did. The float weights and scale parameters 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from gracec import quant
-from gracec._memory import trim
-from gracec.observers import ActivationSpec
-from gracec.ops import dtype_name
+from gracec.ir.annotations import planned_act, planned_quant
+from gracec.ir.program import Program, annotation
 from gracec.passes.base import Pass, PassResult
 from gracec.passes.insert_fake_quant import (
     FAKE_QUANTIZE,
     FAKE_QUANTIZE_ACTIVATION,
     fake_quantized,
 )
-from gracec.program import Program, annotation
+from gracec.passes.rewrite import described
+from gracec.quant.frozen import FrozenActivation, FrozenWeight
+from gracec.quant.ops import dtype_name
 
 DEQUANTIZE = torch.ops.gracec.dequantize.default
+
+
 QUANTIZE_DEQUANTIZE = torch.ops.gracec.quantize_dequantize.default
 
 
 @dataclass(frozen=True)
-class FrozenActivation:
-    """The static grid of the input [..., K] of a linear.
-
-    Attributes:
-        scales: float32 [1], [K / group_size] or [K], on the bf16 grid.
-        zero_points: int32, of the same shape.
-    """
-
-    scales: Tensor
-    zero_points: Tensor
-    spec: ActivationSpec
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [..., K] on its grid, in its own dtype."""
-        scales, zero_points = self.scales.to(x.device), self.zero_points.to(x.device)
-        return quant.quantize_dequantize_activation(x, scales, zero_points, self.spec.bits)
-
-    def equals(self, other: FrozenActivation) -> bool:
-        """Whether both are the same grid."""
-        return (
-            self.spec == other.spec
-            and torch.equal(self.scales, other.scales)
-            and torch.equal(self.zero_points, other.zero_points)
-        )
-
-
-@dataclass(frozen=True)
-class FrozenWeight:
-    """The canonical form of a quantized weight; every backend packs from this.
-
-    Attributes:
-        activation: the grid that the input of its linear is put on, or None. Linears that share an
-            input have equal ones.
-        stored: the codes as they lie in graphs and files: uint8 [N, K / 2], two a byte, low nibble
-            first, or int8 [N, K] (wider codes, odd widths).
-        scales: float32 [N, K / group_size], on the grid of the spec.
-    """
-
-    stored: Tensor
-    scales: Tensor
-    spec: quant.QuantSpec
-    activation: FrozenActivation | None = None
-
-    @classmethod
-    def from_codes(cls, codes: Tensor, scales: Tensor, spec: quant.QuantSpec) -> FrozenWeight:
-        """From codes int8 [N, K]."""
-        return cls(quant.store_codes(codes, spec.bits), scales, spec)
-
-    @property
-    def codes(self) -> Tensor:
-        """int8 [N, K]; unpacked anew at each call."""
-        return quant.read_codes(self.stored)
-
-    @property
-    def shape(self) -> torch.Size:
-        """[N, K] of the weight."""
-        return quant.codes_shape(self.stored)
-
-    @property
-    def group_size(self) -> int:
-        """Input features that share one scale."""
-        return self.shape[1] // self.scales.shape[1]
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [N, K] that the codes stand for."""
-        return quant.dequantize(self.stored, self.scales, self.group_size, dtype)
-
-
-@dataclass(frozen=True)
 class Freeze(Pass):
-    """Options: `release` empties each float weight once it is frozen, in every program and model
-    that shares it, so that codes take memory only as floats give it back."""
+    """No options."""
 
-    release: bool = False
     name: ClassVar[str] = "freeze"
     keeps_numerics: ClassVar[bool] = True
 
@@ -118,16 +50,12 @@ class Freeze(Pass):
         for fake in fake_quantized(program):
             weight = fake.node.args[0]
             assert isinstance(weight, fx.Node)
-            spec = quant.QuantSpec(**annotation(next(iter(fake.node.users)))["quant"])
+            spec = planned_quant(next(iter(fake.node.users)))
             codes = quant.quantize(fake.weight, fake.scales, fake.bits, fake.group_size)
-            tensor = program.tensor(str(weight.target))
             replace_by_codes(
                 program, fake.node, weight, FrozenWeight.from_codes(codes, fake.scales, spec)
             )
             count += 1
-            if self.release:
-                tensor.data = tensor.new_zeros(()).expand(tensor.shape)
-                trim()
         activations = list(program.nodes(FAKE_QUANTIZE_ACTIVATION))
         for node in activations:
             _freeze_activation(program, node)
@@ -193,12 +121,36 @@ def replace_by_codes(
 
 
 class FrozenNode(NamedTuple):
-    """A dequantize node, the target and FQN of the weight that it stands for, and its codes."""
+    """A dequantize node, the target and FQN of the weight that it stands for, and its codes.
+
+    Attributes:
+        weight: None if nothing that reads the codes says how they were quantized.
+    """
 
     node: fx.Node
     target: str
     fqn: str
-    weight: FrozenWeight
+    weight: FrozenWeight | None
+
+    def dense(self, program: Program) -> Tensor:
+        """The weight [N, K] that the codes stand for, as the graph computes it."""
+        operands: Any = self.node.args
+        codes, scales = (program.tensor(str(operand.target)) for operand in operands[:2])
+        return quant.dequantize(codes, scales, operands[2], program.dtype)
+
+    def refusal(self, reader: fx.Node, *readers: Any) -> str:
+        """Why no kernel stands for `reader`, or "".
+
+        Args:
+            readers: operators that kernels stand for, whose second operand is the weight.
+        """
+        if reader.target not in readers:
+            return f"{described(reader)} reads it, for which there is no kernel"
+        if [place for place, operand in enumerate(reader.args) if operand is self.node] != [1]:
+            return f"{described(reader)} reads it, but not as its weight alone"
+        if self.weight is None:
+            return "nothing that reads it says how it was quantized"
+        return ""
 
 
 def frozen_nodes(program: Program) -> list[FrozenNode]:
@@ -209,7 +161,7 @@ def frozen_nodes(program: Program) -> list[FrozenNode]:
         assert isinstance(codes, fx.Node)
         target = str(codes.target)
         fqn = program.fqn(target).removesuffix(".codes")
-        found.append(FrozenNode(node, target.removesuffix("_codes"), fqn, weights[fqn]))
+        found.append(FrozenNode(node, target.removesuffix("_codes"), fqn, weights.get(fqn)))
     return found
 
 
@@ -217,7 +169,7 @@ def frozen_activations(program: Program) -> dict[str, FrozenActivation]:
     """FQN of a weight -> the grid of its linear's input, where it has one."""
     found: dict[str, FrozenActivation] = {}
     for linear in program.graph.nodes:
-        if not {"act", "quant"} <= annotation(linear).keys():
+        if not {"act", "quant"} <= annotation(linear).keys() or len(linear.args) < 2:
             continue
         x, weight = linear.args[:2]
         if x.target != QUANTIZE_DEQUANTIZE:
@@ -225,7 +177,7 @@ def frozen_activations(program: Program) -> dict[str, FrozenActivation]:
         weight = weight.args[0] if weight.target == DEQUANTIZE else weight
         scales, zero_points = (program.tensor(str(x.args[place].target)) for place in (1, 2))
         fqn = program.fqn(str(weight.target)).removesuffix(".codes")
-        spec = ActivationSpec(**annotation(linear)["act"])
+        spec = planned_act(linear)
         found[fqn] = FrozenActivation(scales, zero_points, spec)
     return found
 
@@ -235,7 +187,7 @@ def frozen_weights(program: Program) -> dict[str, FrozenWeight]:
     found: dict[str, FrozenWeight] = {}
     activations = frozen_activations(program)
     for linear in program.graph.nodes:
-        if "quant" not in annotation(linear):
+        if "quant" not in annotation(linear) or len(linear.args) < 2:
             continue
         node = linear.args[1]
         if isinstance(node, fx.Node) and node.target == DEQUANTIZE:
@@ -244,7 +196,7 @@ def frozen_weights(program: Program) -> dict[str, FrozenWeight]:
             found[fqn] = FrozenWeight(
                 program.tensor(codes),
                 program.tensor(scales),
-                quant.QuantSpec(**annotation(linear)["quant"]),
+                planned_quant(linear),
                 activations.get(fqn),
             )
     return found

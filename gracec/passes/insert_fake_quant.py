@@ -19,12 +19,13 @@ from torch import Tensor, fx, nn
 
 from gracec import quant
 from gracec.errors import GracecError
-from gracec.observers import Observer, weight_scales
-from gracec.ops import dtype_name
-from gracec.passes.analyze_modality import value, weight_of
+from gracec.ir.annotations import planned_quant
+from gracec.ir.program import Program, annotate, annotation
+from gracec.ir.queries import value, weight_of
 from gracec.passes.base import Pass, PassResult
 from gracec.passes.insert_observers import PREFIX, observer_nodes
-from gracec.program import Program, annotate, annotation
+from gracec.quant.observers import Observer, weight_scales
+from gracec.quant.ops import dtype_name
 
 FAKE_QUANTIZE = torch.ops.gracec.fake_quantize.default
 FAKE_QUANTIZE_ACTIVATION = torch.ops.gracec.fake_quantize_activation.default
@@ -110,7 +111,7 @@ class InsertFakeQuant(Pass):
                 raise self.refuse(f"{node.name} is planned but not fake-quantized")
 
     def _insert(self, program: Program, linear: fx.Node, weight: fx.Node) -> None:
-        spec = quant.QuantSpec(**annotation(linear)["quant"])
+        spec = planned_quant(linear)
         target = str(weight.target)
         fqn = program.fqn(target)
         scale_target = f"{target}_scale"

@@ -15,10 +15,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from gracec.observers import OBSERVERS, ActivationSpec, Observer
-from gracec.passes.analyze_modality import value
+from gracec.ir.annotations import planned_act
+from gracec.ir.program import Program, annotate, annotation
+from gracec.ir.queries import value
 from gracec.passes.base import Pass, PassResult
-from gracec.program import Program, annotate, annotation
+from gracec.quant.observers import OBSERVERS, ActivationSpec, Observer
 
 PREFIX = "observers"
 
@@ -46,7 +47,7 @@ class InsertObservers(Pass):
             assert isinstance(source, fx.Node)
             if source.op == "call_module" or "act" in annotation(source):
                 continue  # observed, or quantized already
-            spec = ActivationSpec(**annotation(linear)["act"])
+            spec = planned_act(linear)
             if (source, spec) not in observers:
                 observers[source, spec] = self._insert(program, linear, source, spec)
             linear.update_arg(0, observers[source, spec])

@@ -14,8 +14,8 @@ from typing import ClassVar
 
 from torch import fx
 
+from gracec.ir.program import Program, annotate
 from gracec.passes.base import Pass, PassResult
-from gracec.program import Program, annotate
 
 HIDDEN = "hidden"
 

@@ -19,6 +19,9 @@ so there the scale of the input is multiplied in a step of its own, which gives 
 
     x' = dequantize_activation(quantize_activation(x, s, z), 1, z) * s
 
+What else reads a weight reads it dense, with its reason in the notes, and so does a convolution
+whose scales are neither of filters nor of blocks.
+
 No kernel takes a convolution with codes: its weight is dequantized, turned and seen as filters, and
 the convolution runs in float32.
 
@@ -36,18 +39,20 @@ import torch
 from torch import Tensor, fx, nn
 
 from gracec._memory import trim
-from gracec.backends.onnx import kernel
+from gracec.ir.program import Program, annotate, annotation
+from gracec.kernels import onnxruntime as kernel
 from gracec.passes.base import Pass, PassResult
 from gracec.passes.flatten_convolutions import FLAT_CONVOLUTION
 from gracec.passes.freeze import (
     DEQUANTIZE,
     QUANTIZE_DEQUANTIZE,
-    FrozenWeight,
+    FrozenNode,
     drop_dead_tensors,
     frozen_nodes,
 )
-from gracec.program import Program, annotate
+from gracec.quant.frozen import FrozenWeight
 
+LINEAR = torch.ops.aten.linear.default
 DEQUANTIZE_LINEAR = torch.ops.gracec.dequantize_linear.default
 MATMUL_NBITS = torch.ops.gracec.matmul_nbits.default
 
@@ -66,7 +71,8 @@ class LowerQdq(Pass):
 
     def requires(self, program: Program) -> None:
         kernel.check_options(self.ops, self.mode)
-        if not any(program.nodes(DEQUANTIZE)) and not lowered_weights(program):
+        lowered = any("kernel" in annotation(node) for node in program.graph.nodes)
+        if not any(program.nodes(DEQUANTIZE)) and not lowered:
             raise self.refuse("no weight is frozen to codes", fix="run freeze first")
         if program.dtype != torch.float32:
             raise self.refuse(f"the graph computes in {program.dtype}", fix="capture in float32")
@@ -75,27 +81,28 @@ class LowerQdq(Pass):
         notes = []
         nodes = frozen_nodes(program)
         rounded: dict[tuple[fx.Node, bool], fx.Node] = {}
-        for node, target, fqn, frozen in nodes:
-            convolved = all(user.target == FLAT_CONVOLUTION for user in node.users)
-            reason = "" if convolved else kernel.refusal(frozen)
-            if reason and self.strict:
-                raise self.refuse(reason, where=fqn, fix="change the recipe or drop strict")
-            for number, linear in enumerate(list(node.users)):
+        for found in nodes:
+            node, target, fqn, frozen = found
+            reasons: dict[str, None] = {}
+            for number, reader in enumerate(list(node.users)):
                 suffix = f"_{number}" if number else ""
-                if convolved:
-                    self._lower_convolution(program, linear, target + suffix, fqn + suffix, frozen)
-                elif reason:
-                    self._make_dense(program, linear, node, target + suffix, fqn + suffix, frozen)
+                reason = _refusal(found, reader)
+                if reason and self.strict:
+                    raise self.refuse(reason, where=fqn, fix="change the recipe or drop strict")
+                if reason or frozen is None:
+                    reasons[reason] = None
+                    _make_dense(program, reader, found, suffix)
+                elif reader.target == FLAT_CONVOLUTION:
+                    self._lower_convolution(program, reader, target + suffix, fqn + suffix, frozen)
                 else:
-                    x = linear.args[0]
+                    x = reader.args[0]
                     if isinstance(x, fx.Node) and x.target == QUANTIZE_DEQUANTIZE:
                         fused = kernel.runs_int8(frozen) or self.ops == "matmulnbits"
                         if (x, fused) not in rounded:
                             rounded[x, fused] = self._lower_input(program, x, fqn, frozen, fused)
-                        linear.update_arg(0, rounded[x, fused])
-                    self._lower(program, linear, target + suffix, fqn + suffix, frozen)
-            if reason:
-                notes.append(f"{fqn} runs dense: {reason}")
+                        reader.update_arg(0, rounded[x, fused])
+                    self._lower(program, reader, target + suffix, fqn + suffix, frozen)
+            notes += [f"{fqn} runs dense: {reason}" for reason in reasons]
             program.graph.erase_node(node)
             drop_dead_tensors(program)
             trim()
@@ -206,25 +213,37 @@ class LowerQdq(Pass):
         annotate(found, act=frozen.activation.spec.to_dict())
         return found
 
-    @staticmethod
-    def _make_dense(
-        program: Program,
-        linear: fx.Node,
-        dequantized: fx.Node,
-        target: str,
-        fqn: str,
-        frozen: FrozenWeight,
-    ) -> None:
-        program.set_tensor(target, nn.Parameter(frozen.dequantize(), requires_grad=False))
-        program.fqns[target] = (fqn,)
-        with program.graph.inserting_before(linear):
-            weight = program.graph.get_attr(target)
-        weight.meta = dict(dequantized.meta)
-        linear.replace_input_with(dequantized, weight)
-        annotate(linear, kernel="dense")
-
 
 STACK = ("val", "nn_module_stack")
+
+
+def _refusal(found: FrozenNode, reader: fx.Node) -> str:
+    """Why what reads a weight has to read it dense, or ""."""
+    reason = found.refusal(reader, LINEAR, FLAT_CONVOLUTION)
+    if reason or found.weight is None:
+        return reason
+    if reader.target == FLAT_CONVOLUTION:
+        return kernel.filter_refusal(found.weight)
+    return kernel.refusal(found.weight)
+
+
+def _make_dense(program: Program, reader: fx.Node, found: FrozenNode, suffix: str) -> None:
+    """Let a node read the values that the codes stand for; a convolution reads them as filters."""
+    target, fqn, dequantized = found.target + suffix, found.fqn + suffix, found.node
+    weight, traced = found.dense(program), dequantized.meta["val"]
+    if reader.target == FLAT_CONVOLUTION and reader.args[1] is dequantized:
+        x, _, bias, kernel_size, *options = reader.args
+        shape = [len(weight), -1, *kernel_size]  # type: ignore[misc]
+        weight, traced = weight.view(shape), traced.view(shape)
+        reader.target = torch.ops.aten.conv2d.default
+        reader.args = (x, dequantized, bias, *options)
+    program.set_tensor(target, nn.Parameter(weight, requires_grad=False))
+    program.fqns[target] = (fqn,)
+    with program.graph.inserting_before(reader):
+        dense = program.graph.get_attr(target)
+    dense.meta = dequantized.meta | {"val": traced}
+    reader.replace_input_with(dequantized, dense)
+    annotate(reader, kernel="dense")
 
 
 def _named(operands: tuple[Tensor, Tensor]) -> dict[str, Tensor]:

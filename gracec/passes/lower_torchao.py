@@ -10,17 +10,19 @@ read back and compared with codes * scales.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gracec._memory import trim
-from gracec.backends import torchao
+from gracec.ir.program import Program, annotate, annotation
+from gracec.kernels import torchao
 from gracec.passes.base import Pass, PassResult
-from gracec.passes.freeze import DEQUANTIZE, FrozenWeight, drop_dead_tensors, frozen_nodes
-from gracec.program import Program, annotate
+from gracec.passes.freeze import DEQUANTIZE, FrozenNode, drop_dead_tensors, frozen_nodes
+from gracec.quant.frozen import FrozenWeight
 
 
 @dataclass(frozen=True)
@@ -32,21 +34,26 @@ class LowerTorchao(Pass):
     keeps_numerics: ClassVar[bool] = False
 
     def requires(self, program: Program) -> None:
-        if not any(program.nodes(DEQUANTIZE)) and not lowered_weights(program):
+        lowered = any("kernel" in annotation(node) for node in program.graph.nodes)
+        if not any(program.nodes(DEQUANTIZE)) and not lowered:
             raise self.refuse("no weight is frozen to codes", fix="run freeze first")
 
     def apply(self, program: Program) -> PassResult:
         notes = []
         nodes = frozen_nodes(program)
-        for node, target, fqn, frozen in nodes:
+        for found in nodes:
+            node, target, fqn, frozen = found
+            if not node.users:
+                program.graph.erase_node(node)
+                continue
             if target not in program.fqns:
-                shape = tuple(frozen.shape)
-                reason = torchao.refusal(shape, frozen.spec, program.dtype, program.device)
+                reason = self._refusal(program, [one for one in nodes if one.target == target])
                 if reason and self.strict:
                     raise self.refuse(reason, where=fqn, fix="change the recipe or drop strict")
-                if reason:
+                weight: Tensor
+                if reason or frozen is None:
                     notes.append(f"{fqn} runs dense: {reason}")
-                    weight = frozen.dequantize(program.dtype)
+                    weight = found.dense(program)
                 else:
                     weight = self._packed(frozen, program.dtype, fqn)
                 program.set_tensor(target, nn.Parameter(weight, requires_grad=False))
@@ -64,6 +71,18 @@ class LowerTorchao(Pass):
         drop_dead_tensors(program)
         notes.append(f"{len(lowered_weights(program))} weights run on INT4 kernels")
         return PassResult(program, bool(nodes), tuple(notes))
+
+    @staticmethod
+    def _refusal(program: Program, nodes: Sequence[FrozenNode]) -> str:
+        """Why the weight that these nodes stand for cannot be packed, or ""."""
+        for found in nodes:
+            for reader in found.node.users:
+                reason = found.refusal(reader, torch.ops.aten.linear.default)
+                if reason:
+                    return reason
+        frozen = nodes[0].weight
+        assert frozen is not None
+        return torchao.refusal(tuple(frozen.shape), frozen.spec, program.dtype, program.device)
 
     def ensures(self, before: Program, after: Program) -> None:
         if any(after.nodes(DEQUANTIZE)):

@@ -18,11 +18,12 @@ import torch
 from torch import fx, nn
 
 from gracec.errors import GracecError
-from gracec.observers import ActivationSpec
-from gracec.passes.analyze_modality import MATMULS, STAND_INS, value, weight_of
+from gracec.ir.annotations import Part, known_part, part_of, quant_of
+from gracec.ir.program import Program, annotate, annotation
+from gracec.ir.queries import MATMULS, STAND_INS, value, weight_of
 from gracec.passes.base import Pass, PassResult
-from gracec.program import Program, annotate, annotation
 from gracec.quant import SUPPORTED_GROUP_SIZES, QuantSpec
+from gracec.quant.observers import ActivationSpec
 from gracec.recipe import ActivationRule, Recipe
 
 aten = torch.ops.aten
@@ -36,14 +37,14 @@ class PlanEntry:
 
     Attributes:
         fqns: the weight's names in the state dict, more than one when it is tied.
-        part: vision | projector | decoder | head | text | embedding | unused | other.
+        part: what it is for.
         shape: of the weight, [N, K] = (out, in) for linears.
         spec: how it is quantized, or None.
         reason: why it keeps its precision, empty when it is quantized.
     """
 
     fqns: tuple[str, ...]
-    part: str
+    part: Part
     shape: tuple[int, ...]
     element_size: int
     spec: QuantSpec | None
@@ -103,17 +104,17 @@ def plan_of(program: Program) -> Plan:
         weight = _weight(node)
         assert weight is not None
         tensor = program.tensor(str(weight.target))
-        spec = QuantSpec(**notes["quant"]) if "quant" in notes else None
+        spec = quant_of(node)
         entry = PlanEntry(
             fqns=program.fqns.get(str(weight.target), (str(weight.target),)),
-            part=notes.get("part", "embedding" if node.target == EMBEDDING else "other"),
+            part=part_of(node) or (Part.EMBEDDING if node.target == EMBEDDING else Part.OTHER),
             shape=tuple(tensor.shape),
             element_size=tensor.element_size(),
             spec=spec,
             reason=notes.get("kept", ""),
         )
         # A table that is looked up and multiplied with is listed once, as what is multiplied.
-        if entry.fqn not in entries or entries[entry.fqn].part == "embedding":
+        if entry.fqn not in entries or entries[entry.fqn].part == Part.EMBEDDING:
             entries[entry.fqn] = entry
     return Plan(tuple(entries.values()))
 
@@ -192,10 +193,10 @@ class PlanQuantization(Pass):
     ) -> None:
         candidates: list[fx.Node] = []
         for node in members:
-            part = annotation(node)["part"]
-            rule = recipe.weights.get(part)
+            part = known_part(node)
+            rule = recipe.weight_rule(part)
             reason = self._unfit(program, node)
-            if part == "unused":
+            if part == Part.UNUSED:
                 annotate(node, quant=None, kept="unused: the logits do not depend on it")
             elif "adapter" in annotation(node):
                 annotate(node, quant=None, kept="adapter: kept in float beside its linear")
@@ -211,7 +212,7 @@ class PlanQuantization(Pass):
                 candidates.append(node)
         if not candidates:
             return
-        rule = recipe.weights[annotation(candidates[0])["part"]]
+        rule = recipe.weight_rule(known_part(candidates[0]))
         assert rule is not None
         widths = {self._width(program, node) for node in candidates}
         spec = self._fit(rule.spec(), widths)
@@ -232,7 +233,7 @@ class PlanQuantization(Pass):
                 continue
             observer = None if rule.observer == "mse" else rule.observer
             annotate(node, quant=spec.to_dict(), kept=None, weight_observer=observer)
-            activation = recipe.activations.get(annotation(node)["part"])
+            activation = recipe.activation_rule(known_part(node))
             if activation is not None:
                 annotate(node, act=self._activation_spec(activation, widths, names[0]).to_dict())
 

@@ -17,9 +17,8 @@ import torch
 from torch import fx
 from torch.export import Dim
 
-from gracec.adapters import MERGE
+from gracec.ir.program import Program, annotate, annotation
 from gracec.passes.base import Pass, PassResult
-from gracec.program import Program, annotate, annotation
 
 aten = torch.ops.aten
 INDEX = "supervised_index"
@@ -49,7 +48,7 @@ class SelectSupervised(Pass):
         if any("adapter" in annotation(head) for head in heads):
             raise self.refuse(
                 "the head has an adapter in float, and is trained without one only",
-                fix=f"merge it ({MERGE})",
+                fix='merge it (adapters="merge")',
             )
         if len(heads) > 1:
             raise self.refuse(f"{len(heads)} matmuls come after the last block, one is the head")

@@ -13,9 +13,9 @@ from typing import ClassVar
 
 from torch import fx
 
+from gracec.ir.program import Program, annotate, drop_assertions
 from gracec.passes.base import Pass, PassResult
 from gracec.passes.freeze import drop_dead_tensors
-from gracec.program import Program, annotate, drop_assertions
 
 
 @dataclass(frozen=True)

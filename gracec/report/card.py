@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import yaml
@@ -11,21 +11,25 @@ from huggingface_hub import ModelCardData
 from transformers import __version__ as transformers_version
 
 from gracec._version import __version__
-from gracec.recipe import built_in_recipes
-from gracec.report.report import ACCURACY, COVERAGE, Report, accuracy_cells, coverage_rows
+from gracec.backends.base import CardFacts
+from gracec.recipe import known_recipes
+from gracec.report.report import (
+    ACCURACY,
+    COVERAGE,
+    Report,
+    accuracy_cells,
+    coverage_rows,
+    gate_rows,
+)
 
 
-def model_card(
-    report: Report, *, source: str, form: str, needs: str, tested: str, weights: str
-) -> str:
+def model_card(report: Report, facts: CardFacts, *, source: str, form: str) -> str:
     """What a directory holds, how it was made and checked, how good it is and how to load it.
 
     Args:
+        facts: of the format.
         source: name of the model that was compiled; may be empty.
         form: name of the format.
-        needs: package that is needed beside transformers.
-        tested: a sentence on where such directories were run.
-        weights: what is quantized and how, in half a sentence.
     """
     base = source if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else None  # else the Hub refuses it
     data = ModelCardData(
@@ -33,17 +37,17 @@ def model_card(
         base_model_relation="quantized" if base else None,
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        tags=["gracec", "quantized", needs],
+        tags=["gracec", "quantized", facts.needs],
     )
     recipe = str(report.recipe.get("name", "recipe"))
-    argument = recipe if recipe in built_in_recipes() else f"{recipe}.yaml"
+    argument = recipe if recipe in known_recipes() else f"{recipe}.yaml"
     model = source or "MODEL"
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {source.rpartition('/')[2] or 'Model'}, {recipe}",
-        f"`{model}`, compiled by gracec {__version__}: {weights}.",
+        f"`{model}`, compiled by gracec {__version__}: {facts.weights}.",
         "## Load it\n\n"
-        f"    pip install transformers {needs}\n\n"
+        f"    pip install transformers {facts.needs}\n\n"
         "```python\n"
         "from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
         "model = AutoModelForImageTextToText.from_pretrained(DIR)\n"
@@ -51,7 +55,7 @@ def model_card(
         "```",
         "## Data and accuracy\n\n" + _accuracy(report),
         f"## What was checked\n\nWhen this directory was written, every quantized weight was read "
-        f"back and compared with codes times scales: equal bits. {tested} "
+        f"back and compared with codes times scales: equal bits. {facts.tested} "
         f"Written with transformers {transformers_version}, torch {torch.__version__}.",
         "## Coverage\n\n" + _table(COVERAGE, coverage_rows(report.plan)),
         "## Sizes and gates\n\n" + _table(("figure", "value"), _figures(report)),
@@ -88,12 +92,7 @@ def _figures(report: Report) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [
         (f"bytes, {kind}", f"{size:,}") for kind, size in report.sizes.items()
     ]
-    for gate, figure in report.gates.items():
-        found = figure if isinstance(figure, Mapping) else {"": figure}
-        for name, value in found.items():
-            text = f"{value:.4g}" if isinstance(value, float) else str(value)
-            rows.append((f"{gate} {name}".strip().replace("_", " "), text))
-    return rows
+    return [*rows, *gate_rows(report.gates)]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -7,7 +7,6 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -15,11 +14,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from gracec._version import __version__
-from gracec.errors import GracecError
-from gracec.evaluate import VqaReport, VqaSample, evaluate_vqa, load_image
-from gracec.report.inspection import inspect_artifact
-from gracec.report.report import ACCURACY, Report, accuracy_cells
-from gracec.store import read_manifest
+from gracec.evaluate import VqaReport, VqaSample, load_image
+from gracec.report.report import (
+    ACCURACY,
+    COVERAGE,
+    ERRORS,
+    GATES,
+    Report,
+    accuracy_cells,
+    coverage_rows,
+    error_rows,
+    gate_rows,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,42 +49,19 @@ class Example:
     answers: Mapping[str, tuple[str, bool]]
 
 
-def write_report_page(
-    directories: Sequence[Path], output: Path, samples: Sequence[VqaSample] = ()
-) -> None:
-    """Write the report of the first artifact, beside the others.
-
-    Args:
-        directories: gracec artifacts; the page is about the first one.
-        output: the file to write.
-        samples: questions that every artifact is asked, to show answers that differ.
-
-    Raises:
-        GracecError: if a directory is no artifact, or the file cannot be written.
-    """
-    reports = {_name(path, directories): inspect_artifact(path) for path in directories}
-    answered = {
-        name: _answers(path, samples) if samples else None
-        for name, path in zip(reports, directories, strict=True)
-    }
-    page = render_page(reports, read_manifest(directories[0])["source"], samples, answered)
-    temporary = output.with_name(f".{output.name}.part")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(output)
-    except OSError as error:
-        raise GracecError(f"cannot be written ({error.strerror})", where=str(output)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def render_page(
     reports: Mapping[str, Report],
     source: str,
     samples: Sequence[VqaSample] = (),
     answered: Mapping[str, VqaReport | None] | None = None,
 ) -> str:
-    """The page as text; the arguments are those of `write_report_page`, read."""
+    """The page as text.
+
+    Args:
+        reports: name of an artifact -> its report; the page is about the first one.
+        source: name of the model that was compiled.
+        samples, answered: questions, and what every artifact answered to them.
+    """
     name, report = next(iter(reports.items()))
     found = {n: a for n, a in (answered or {}).items() if a is not None}
     environment = Environment(
@@ -90,28 +73,15 @@ def render_page(
         name=name,
         report=report,
         recipe=yaml.safe_dump(dict(report.recipe), sort_keys=False, allow_unicode=True),
-        tables=[report.coverage_table(), report.gates_table()],
-        rows=_rows,
+        coverage=(COVERAGE, coverage_rows(report.plan)),
+        gates=(GATES, gate_rows(report.gates)),
         accuracy=(ACCURACY, accuracy_cells(report.accuracy)),
         pictures=_pictures(reports),
-        errors=report.errors_table(),
+        errors=(ERRORS, error_rows(report.plan)),
         examples=_examples(samples, found) if found else {},
         asked={n: a.overall for n, a in found.items()},
         percent=lambda share: "-" if share is None else f"{100 * share:.1f} %",
     )
-
-
-def _name(path: Path, directories: Sequence[Path]) -> str:
-    """The last part of a path, or all of it where two end the same way."""
-    same = [other for other in directories if other.resolve().name == path.resolve().name]
-    return path.resolve().name if len(same) == 1 else str(path)
-
-
-def _rows(table: Any) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of a `rich` table."""
-    columns = [list(column.cells) for column in table.columns]
-    head = [str(column.header) for column in table.columns]
-    return head, [[str(cell) for cell in row] for row in zip(*columns, strict=True)]
 
 
 # Pictures -------------------------------------------------------------------------------------
@@ -125,7 +95,7 @@ def _pictures(reports: Mapping[str, Report]) -> dict[str, str]:
         found["Training: terms of the loss, the controller, and the held-out part"] = _drawn(
             _training_curves, report, (11, 3.5)
         )
-    if any(row.get("sqnr_db") is not None for row in report.plan):
+    if any(row.sqnr_db is not None for row in report.plan):
         found["Signal to quantization noise of every weight"] = _drawn(_noise, report, (11, 3.6))
     if sum(bool(other.accuracy) for other in reports.values()) > 1:
         found["Accuracy against bits for each parameter"] = _drawn(_bits, reports, (6, 3.6))
@@ -191,16 +161,23 @@ def _line(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, words: str, 
         axes.plot([], [], color=color, label=f"{words}: off")
 
 
+def _drawable(figure: float | None) -> float:
+    """A finite figure, or NaN, which is not drawn."""
+    return figure if figure is not None and math.isfinite(figure) else math.nan
+
+
 def _noise(figure: Figure, report: Report) -> None:
     """A point a weight, in the order of the plan; hollow ones are those before training."""
-    rows = [row for row in report.plan if row["spec"] and row.get("sqnr_db") is not None]
+    rows = [row for row in report.plan if not math.isnan(_drawable(row.sqnr_db))]
     places = list(range(len(rows)))
     axes = figure.subplots()
-    if any(row.get("ptq_sqnr_db") is not None for row in rows):
-        before = [row.get("ptq_sqnr_db") or math.nan for row in rows]
+    if any(row.ptq_sqnr_db is not None for row in rows):
+        before = [_drawable(row.ptq_sqnr_db) for row in rows]
         axes.plot(places, before, "o", mfc="none", color=QUIET, label="before training")
-    axes.plot(places, [row["sqnr_db"] for row in rows], ".", color=BLUE, label="as compiled")
-    names = [row["fqns"][0].removesuffix(".weight").split(".layers.")[-1] for row in rows]
+    axes.plot(
+        places, [_drawable(row.sqnr_db) for row in rows], ".", color=BLUE, label="as compiled"
+    )
+    names = [row.fqns[0].removesuffix(".weight").split(".layers.")[-1] for row in rows]
     if len(rows) <= 64:
         axes.set_xticks(places, names, rotation=90, fontsize=7)
     else:
@@ -227,13 +204,6 @@ def _bits(figure: Figure, reports: Mapping[str, Report]) -> None:
 
 
 # Examples -------------------------------------------------------------------------------------
-
-
-def _answers(directory: Path, samples: Sequence[VqaSample]) -> VqaReport:
-    from gracec.compiler import load  # it imports this package
-
-    compiled = load(directory)
-    return evaluate_vqa(compiled, compiled.processor, samples, blind=False)
 
 
 def _examples(

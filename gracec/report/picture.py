@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gracec.errors import GracecError
-from gracec.report.inspection import Inspection, PartSummary
 from gracec.report.memory import size
+from gracec.report.partition import Inspection, PartSummary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from rich.table import Table
-from transformers import PreTrainedModel
 
 from gracec import quant
-from gracec.passes.freeze import FrozenWeight
+from gracec.frozen import Frozen
+from gracec.ir.program import Program
+from gracec.journal import Figure, Journal, Note, figure_of, figure_to_dict
 from gracec.passes.insert_fake_quant import fake_quantized
-from gracec.passes.plan_quantization import Plan
-from gracec.program import Program
-from gracec.quant import QuantSpec
+from gracec.recipe import Recipe
+from gracec.report.rows import PlanRow
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,43 @@ class Report:
     """
 
     recipe: Mapping[str, Any]
-    plan: list[dict[str, Any]]
-    notes: list[str]
-    gates: dict[str, Any]
+    plan: tuple[PlanRow, ...]
+    notes: tuple[Note, ...]
+    gates: dict[str, Figure]
     sizes: dict[str, int] = field(default_factory=dict)
     accuracy: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, recipe: Recipe, journal: Journal) -> Report:
+        """What a journal says, once."""
+        return cls(
+            recipe.to_dict(),
+            journal.plan,
+            tuple(journal.notes),
+            dict(journal.figures),
+            dict(journal.sizes),
+            copy.deepcopy(journal.accuracy),
+            copy.deepcopy(journal.training),
+        )
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Report:
+        """What `to_dict` gave, now or before notes and figures had types.
+
+        Raises:
+            TypeError, KeyError: if it is no report.
+        """
+        notes = tuple(Note.of(note) for note in saved["notes"])
+        gates = {name: figure_of(figure) for name, figure in saved["gates"].items()}
+        plan = tuple(PlanRow.from_dict(row) for row in saved["plan"])
+        return cls(**{**saved, "plan": plan, "notes": notes, "gates": gates})
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return asdict(self)
+        gates = {name: figure_to_dict(figure) for name, figure in self.gates.items()}
+        notes, plan = ([one.to_dict() for one in many] for many in (self.notes, self.plan))
+        return {**asdict(self), "plan": plan, "notes": notes, "gates": gates}
 
     def coverage_table(self) -> Table:
         """Bytes by part of the model: quantized, kept, and why."""
@@ -54,25 +82,11 @@ class Report:
 
     def errors_table(self) -> Table:
         """Signal to quantization noise of every quantized weight, the worst first."""
-        table = Table("weight", "scheme", "SQNR dB")
-        table.columns[2].justify = "right"
-        rows = [row for row in self.plan if row["spec"]]
-        for row in sorted(rows, key=_sqnr):
-            found = row.get("sqnr_db")
-            spec = QuantSpec(**row["spec"])
-            table.add_row(row["fqns"][0], str(spec), "exact" if found is None else f"{found:.1f}")
-        return table
+        return rich_table(ERRORS, error_rows(self.plan), right=("SQNR dB",))
 
     def gates_table(self) -> Table:
-        """The gates that passed and the figures they found."""
-        table = Table("gate", "figure")
-        for gate, figure in self.gates.items():
-            if isinstance(figure, Mapping):
-                text = ", ".join(f"{name} {value:.4g}" for name, value in figure.items())
-            else:
-                text = f"{figure:.3g}" if isinstance(figure, float) else str(figure)
-            table.add_row(gate.replace("_", " "), text)
-        return table
+        """The gates that passed, what they found and what they allow."""
+        return rich_table(GATES, gate_rows(self.gates))
 
     def sizes_line(self) -> str:
         """Weight bytes, and how much smaller the compiled model is."""
@@ -94,12 +108,46 @@ class Report:
         )
 
 
-def coverage_table(plan: Sequence[Mapping[str, Any]]) -> Table:
-    """Bytes by part of the model: quantized, kept, and why; from the rows of a plan."""
-    table = Table(*COVERAGE)
-    for row in coverage_rows(plan):
+def rich_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()
+) -> Table:
+    """Cells for a terminal.
+
+    Args:
+        right: columns of numbers.
+    """
+    table = Table()
+    for name in head:
+        table.add_column(name, justify="right" if name in right else "left")
+    for row in rows:
         table.add_row(*row)
     return table
+
+
+def coverage_table(plan: Sequence[PlanRow]) -> Table:
+    """Bytes by part of the model: quantized, kept, and why; from the rows of a plan."""
+    return rich_table(COVERAGE, coverage_rows(plan))
+
+
+GATES = ("gate", "figure")
+
+
+def gate_rows(gates: Mapping[str, Figure]) -> list[tuple[str, ...]]:
+    """For each gate the cells of `GATES`."""
+    return [(gate.replace("_", " "), str(figure)) for gate, figure in gates.items()]
+
+
+ERRORS = ("weight", "scheme", "SQNR dB")
+
+
+def error_rows(plan: Sequence[PlanRow]) -> list[tuple[str, ...]]:
+    """For each quantized weight the cells of `ERRORS`, the worst first."""
+    found: list[tuple[str, ...]] = []
+    quantized = [(row.sqnr_db, row) for row in plan if row.spec is not None]
+    for noise, row in sorted(quantized, key=lambda one: math.inf if one[0] is None else one[0]):
+        figure = f"{noise:.1f}" if noise is not None and math.isfinite(noise) else "exact"
+        found.append((row.fqns[0], str(row.spec), figure))
+    return found
 
 
 ACCURACY = ("questions", "n", "original", "compiled", "without the image", "commonest answer")
@@ -123,26 +171,26 @@ def accuracy_cells(accuracy: Mapping[str, Any]) -> list[tuple[str, ...]]:
 COVERAGE = ("part", "weights", "bytes", "quantized", "kept because")
 
 
-def coverage_rows(plan: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+def coverage_rows(plan: Sequence[PlanRow]) -> list[tuple[str, ...]]:
     """For each part of the model the cells of `COVERAGE`."""
     found: list[tuple[str, ...]] = []
-    for part in dict.fromkeys(row["part"] for row in plan):
-        rows = [row for row in plan if row["part"] == part]
-        total = sum(row["source_bytes"] for row in rows)
-        quantized = sum(row["source_bytes"] for row in rows if row["spec"])
-        reasons = Counter(row["reason"] for row in rows if row["reason"])
+    for part in dict.fromkeys(row.part for row in plan):
+        rows = [row for row in plan if row.part == part]
+        total = sum(row.source_bytes for row in rows)
+        quantized = sum(row.source_bytes for row in rows if row.spec is not None)
+        reasons = Counter(row.reason for row in rows if row.reason)
         why = "; ".join(f"{reason} ({count})" for reason, count in reasons.items())
         share = f"{quantized / total:.0%}" if total else "-"
         found.append((part, str(len(rows)), f"{total:,}", share, why))
     return found
 
 
-def sqnr_db(program: Program) -> dict[str, float | None]:
+def sqnr_db(program: Program) -> dict[str, float]:
     """FQN -> signal to quantization noise in decibel of each fake-quantized weight of a program.
 
-    None where there is no noise.
+    Infinite where there is no noise.
     """
-    found: dict[str, float | None] = {}
+    found: dict[str, float] = {}
     for fake in fake_quantized(program):
         signal = noise = 0.0
         for part, scale in quant.row_chunks(fake.weight, fake.scales):
@@ -150,45 +198,11 @@ def sqnr_db(program: Program) -> dict[str, float | None]:
             reference = part.to(torch.float32)
             signal += reference.square().sum(dtype=torch.float64).item()
             noise += (reference - quantized).square().sum(dtype=torch.float64).item()
-        found[fake.fqn] = 10 * math.log10(signal / noise) if signal and noise else None
+        found[fake.fqn] = 10 * math.log10(signal / noise) if signal and noise else math.inf
     return found
 
 
-def _sqnr(row: Mapping[str, Any]) -> float:
-    found = row.get("sqnr_db")
-    return math.inf if found is None else float(found)
-
-
-def plan_rows(
-    plan: Plan,
-    sqnr: Mapping[str, float | None] | None = None,
-    before: Mapping[str, float | None] | None = None,
-) -> list[dict[str, Any]]:
-    """A plan as JSON-able rows.
-
-    Args:
-        sqnr: becomes `sqnr_db` of the quantized weights.
-        before: likewise before training, becomes `ptq_sqnr_db`.
-    """
-    return [
-        {
-            "fqns": list(entry.fqns),
-            "part": entry.part,
-            "shape": list(entry.shape),
-            "spec": entry.spec.to_dict() if entry.spec else None,
-            "reason": entry.reason,
-            "source_bytes": entry.source_bytes,
-            "planned_bytes": entry.planned_bytes,
-            **({"sqnr_db": sqnr[entry.fqn]} if sqnr and entry.fqn in sqnr else {}),
-            **({"ptq_sqnr_db": before[entry.fqn]} if before and entry.fqn in before else {}),
-        }
-        for entry in plan.entries
-    ]
-
-
-def weight_bytes(
-    model: PreTrainedModel, weights: Mapping[str, FrozenWeight], parameters: int
-) -> dict[str, int]:
+def weight_bytes(frozen: Frozen, parameters: int) -> dict[str, int]:
     """Bytes of the original as float32 and as bfloat16, and of the model as compiled.
 
     As compiled means packed codes, 16-bit scales, and everything else in 16 bits.
@@ -196,9 +210,11 @@ def weight_bytes(
     Args:
         parameters: how many the original has; a head that was tied has become one more weight.
     """
-    kept = sum(p.numel() for name, p in model.named_parameters() if name not in weights)
-    codes = sum(weight.shape.numel() * weight.spec.storage_bits // 8 for weight in weights.values())
-    scales = sum(weight.scales.numel() * 2 for weight in weights.values())
+    names = {name for name, _ in frozen.skeleton.named_parameters()}
+    kept = sum(tensor.numel() for name, tensor in frozen.others.items() if name in names)
+    weights = frozen.weights.values()
+    codes = sum(weight.shape.numel() * weight.spec.storage_bits // 8 for weight in weights)
+    scales = sum(weight.scales.numel() * 2 for weight in weights)
     return {
         "float32": parameters * 4,
         "bfloat16": parameters * 2,

@@ -11,11 +11,9 @@ run is decided by its data order, and a checkpoint at an optimizer step resumes 
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +22,20 @@ import torch._functorch.config as functorch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
 
-from gracec.capture import family_of
+from gracec.data.collate import EmptyBatch
+from gracec.data.conversations import epoch_order
 from gracec.errors import GracecError
-from gracec.objective import Outputs, Targets, means, supervised_positions
-from gracec.passes.insert_taps import HIDDEN
-from gracec.passes.select_supervised import INDEX
-from gracec.program import Program
+from gracec.objective import Outputs, means
 from gracec.recipe import Training
-from gracec.training.checkpoint import (
-    Checkpoint,
-    Fingerprint,
-    latest_checkpoint,
-    load_checkpoint,
-    load_optimizer_state,
-    load_tensors,
-    optimizer_state,
-    rng_state,
-    save_checkpoint,
-    set_rng_state,
-)
-from gracec.training.collate import EmptyBatch
-from gracec.training.data import epoch_order
+from gracec.training.checkpoints.directory import latest_checkpoint, save_checkpoint
+from gracec.training.checkpoints.fingerprint import Fingerprint
+from gracec.training.checkpoints.optimizer import load_optimizer_state, optimizer_state
+from gracec.training.checkpoints.rng import rng_state, set_rng_state
+from gracec.training.checkpoints.sealed import Checkpoint, load_checkpoint, load_tensors
+from gracec.training.curve import METRICS, Curve, append_metrics, write_metrics
+from gracec.training.learner import Learner, score
+from gracec.training.micro_batch import Batch, MicroBatch
 from gracec.training.setup import (
     allow_mixed_precision,
     capacity,
@@ -58,70 +47,8 @@ from gracec.training.setup import (
     trainable,
 )
 
-METRICS = "metrics.jsonl"
-Batch = Mapping[str, Tensor]
 Collate = Callable[[Sequence[int]], Batch]
 Log = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class Learner:
-    """A program that is trained or teaches, and the model whose inputs it takes.
-
-    Attributes:
-        program: with logits at `supervised_index` and, where L_RCKA is on, `hidden`.
-        model: that it was captured from.
-    """
-
-    program: Program
-    model: PreTrainedModel
-
-    def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """What the program takes, in order, from what the processor and the labels say."""
-        found = family_of(self.model).prepare(self.model, batch)
-        index, _ = supervised_positions(batch["labels"])
-        values = {**found, INDEX: index}
-        return {name: values[name].to(self.model.device) for name in self.program.example_inputs}
-
-    def outputs(self, values: Tensor | Sequence[Tensor]) -> Outputs:
-        """What the program returned, by name."""
-        values = [values] if isinstance(values, Tensor) else values
-        named = dict(zip(self.program.output_names, values, strict=True))
-        return Outputs(named["logits"], named.get(HIDDEN))
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Scores on data that is not trained on.
-
-    Attributes:
-        loss: cross-entropy for each answer token, in nats.
-        exact: share of samples whose every answer token is the likeliest one.
-    """
-
-    loss: float
-    exact: float
-
-
-@dataclass
-class Curve:
-    """What a run did: a row for each optimizer step, the held-out scores, and what was kept."""
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    held_out: list[dict[str, Any]] = field(default_factory=list)
-    best_step: int = 0
-    skipped: int = 0
-    notes: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {
-            "steps": len(self.rows),
-            "best_step": self.best_step,
-            "skipped": self.skipped,
-            "held_out": self.held_out,
-            "rows": self.rows,
-        }
 
 
 def train(
@@ -154,13 +81,13 @@ def train(
     Raises:
         GracecError: if a checkpoint does not fit, or the loss is not finite too often in a row.
     """
-    run = _Run(student, teacher, collate, samples, rule, fingerprint, directory)
+    run = Run(student, teacher, collate, samples, rule, fingerprint, directory)
     if resume:
         run.resume()
     return run.go(held_out, log or (lambda row: None))
 
 
-class _Run:
+class Run:
     """One run: what it holds changes from step to step."""
 
     def __init__(
@@ -219,8 +146,7 @@ class _Run:
             if self.best_score is None:
                 raise GracecError("the model's loss on the held-out data is not finite")
         while self.step < self.steps:
-            row = self._optimizer_step()
-            self.step += 1
+            row = self.take_step()
             if self.step % self.steps_an_epoch == 0:
                 self.controller.end_epoch(capacity(self.student.program))
             self._report(row, log)
@@ -234,8 +160,15 @@ class _Run:
         for parameter in self.parameters.values():
             parameter.grad = None
             parameter.requires_grad_(False)
-        self._note_the_end()
+        distils = self.objective.distillation != "none"
+        self.curve.notes += self.curve.conclusions(distils=distils)
         return self.curve
+
+    def take_step(self) -> dict[str, Any]:
+        """One optimizer step; its row of figures."""
+        row = self._optimizer_step()
+        self.step += 1
+        return row
 
     def _optimizer_step(self) -> dict[str, Any]:
         factor = rate(self.step, self.steps, self.rule.warmup)
@@ -268,16 +201,16 @@ class _Run:
     def _accumulate(self) -> dict[str, float]:
         """Gradients of one optimizer step; the mean of each term over all samples and ranks."""
         micro = list(self._micro_batches())
-        taught = [self._taught(batch) for batch in micro]
-        inputs = [self.student.inputs(batch) for batch in micro]
-        targets = [self._targets(batch) for batch in micro]
+        taught = [self._taught(one) for one in micro]
+        targets = [one.targets for one in micro]
         pairs = zip(taught, targets, strict=True)
         normalisers = torch.stack([self.objective.normalisers(*pair) for pair in pairs]).sum(0)
         self._add_over_ranks(normalisers)
         totals = torch.zeros_like(normalisers)
         device, narrow = self.student.model.device.type, self.rule.precision == "bfloat16"
-        for number, values in enumerate(inputs):
-            alone = self.ranked and number < len(inputs) - 1
+        for number, one in enumerate(micro):
+            alone = self.ranked and number < len(micro) - 1
+            values = self.student.inputs(one)
             with self.module.no_sync() if alone else nullcontext():
                 with torch.autocast(device, torch.bfloat16, narrow):
                     outputs = self.student.outputs(self.module(**values))
@@ -289,7 +222,7 @@ class _Run:
         self._add_over_ranks(totals)
         return means(totals, normalisers)
 
-    def _micro_batches(self) -> Iterator[Batch]:
+    def _micro_batches(self) -> Iterator[MicroBatch]:
         """The samples of this step that are this rank's, a few at a time."""
         epoch, position = divmod(self.step, self.steps_an_epoch)
         size = self.rule.batch_size
@@ -300,10 +233,12 @@ class _Run:
                 f"the last batch of an epoch has {len(chosen)} samples for {self.ranks} ranks",
                 fix="choose a batch_size that leaves each rank a sample",
             )
+        model, images = self.student.model, bool(self.objective.omega)
         empty = True
         for at in range(0, len(mine), self.rule.micro_batch_size):
             with suppress(EmptyBatch):  # its samples are broken, which the data has reported
-                yield self.collate(mine[at : at + self.rule.micro_batch_size])
+                batch = self.collate(mine[at : at + self.rule.micro_batch_size])
+                yield MicroBatch.read(model, batch, images=images)
                 empty = False
         if empty:
             raise GracecError(
@@ -311,18 +246,10 @@ class _Run:
             )
 
     @torch.no_grad()
-    def _taught(self, batch: Batch) -> Outputs | None:
+    def _taught(self, micro: MicroBatch) -> Outputs | None:
         if self.teacher is None:
             return None
-        return self.teacher.outputs(self.teacher.program(**self.teacher.inputs(batch)))
-
-    def _targets(self, batch: Batch) -> Targets:
-        model = self.student.model
-        _, labels = supervised_positions(batch["labels"])
-        if not self.objective.omega:
-            return Targets(labels.to(model.device))
-        index, sizes = family_of(model).image_index(model, batch)
-        return Targets(labels.to(model.device), index.to(model.device), sizes)
+        return self.teacher.outputs(self.teacher.program(**self.teacher.inputs(micro)))
 
     def _add_over_ranks(self, tensor: Tensor) -> None:
         if self.ranked:
@@ -356,9 +283,7 @@ class _Run:
     def _report(self, row: dict[str, Any], log: Log) -> None:
         self.curve.rows.append(row)
         if self.directory is not None and self.rank == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            with (self.directory / METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, sort_keys=True) + "\n")
+            append_metrics(row, self.directory)
         log(row)
 
     def _save(self) -> None:
@@ -407,41 +332,4 @@ class _Run:
             notes=[f"resumed after optimizer step {found.step}"],
         )
         if self.rank == 0:
-            lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in self.curve.rows)
-            (self.directory / METRICS).write_text(lines, encoding="utf-8")
-
-    def _note_the_end(self) -> None:
-        curve = self.curve
-        first = curve.held_out[0]
-        best = next(row for row in curve.held_out if row["step"] == curve.best_step)
-        curve.notes.append(
-            f"trained {self.steps} steps; held-out loss {first['held_out_loss']:.4f} before, "
-            f"{best['held_out_loss']:.4f} after step {best['step']}, which was kept"
-        )
-        if best["step"] == 0:
-            curve.notes.append("training did not help: the weights are those from before it")
-        if curve.skipped:
-            curve.notes.append(f"{curve.skipped} steps were skipped: their loss was not finite")
-        saturated = sum(bool(row["saturated"]) for row in curve.rows)
-        if saturated and self.objective.distillation != "none":
-            share = saturated / len(curve.rows)
-            curve.notes.append(f"β stood at a bound in {share:.0%} of the steps; see tau")
-
-
-@torch.no_grad()
-def score(student: Learner, batches: Iterable[Batch]) -> HeldOut:
-    """Loss and exact matches on batches with labels."""
-    total, tokens, exact, samples = 0.0, 0, 0, 0
-    for batch in batches:
-        outputs = student.outputs(student.program(**student.inputs(batch)))
-        assert isinstance(outputs.logits, Tensor)
-        index, labels = supervised_positions(batch["labels"])
-        logits, labels = outputs.logits.float().cpu(), labels.cpu()
-        total += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-        tokens += len(labels)
-        wrong = torch.zeros(len(batch["labels"]), dtype=torch.int64)
-        owner = index.cpu() // batch["labels"].shape[1]
-        wrong.index_add_(0, owner, (logits.argmax(-1) != labels).long())
-        exact += int((wrong == 0).sum())
-        samples += len(wrong)
-    return HeldOut(total / max(tokens, 1), exact / max(samples, 1))
+            write_metrics(self.curve, self.directory)

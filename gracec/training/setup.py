@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from gracec.ir.annotations import Part, part_of
+from gracec.ir.program import Program, annotation
 from gracec.objective import (
     Controller,
     DualAscentController,
@@ -22,11 +24,10 @@ from gracec.passes.insert_fake_quant import (
     FAKE_QUANTIZE_ACTIVATION,
     fake_quantized,
 )
-from gracec.program import Program, annotation
 from gracec.quant import quantize
 from gracec.recipe import Training
 
-PART_OF = {"vision": "vision", "fused": "decoder", "text": "decoder"}
+PART_OF = {"vision": Part.VISION, "fused": Part.DECODER, "text": Part.DECODER}
 """Part of what is no matmul, by its modality: norms, embeddings, biases."""
 
 
@@ -82,7 +83,7 @@ def trainable(program: Program, frozen: Sequence[str]) -> dict[str, nn.Parameter
         parameter = program.tensor(target)
         if isinstance(parameter, nn.Parameter) and parameter.is_floating_point():
             parts = {_part(user) for user in _readers(node)}
-            if parts - {*frozen, "unused"}:
+            if parts - {*frozen, Part.UNUSED}:
                 found[program.fqn(target)] = parameter
     return dict(sorted(found.items()))
 
@@ -116,9 +117,9 @@ def _readers(node: fx.Node) -> Iterator[fx.Node]:
             yield user
 
 
-def _part(node: fx.Node) -> str:
-    notes = annotation(node)
-    return str(notes.get("part") or PART_OF.get(str(notes.get("modality")), "unused"))
+def _part(node: fx.Node) -> Part:
+    modality = str(annotation(node).get("modality"))
+    return part_of(node) or PART_OF.get(modality, Part.UNUSED)
 
 
 def parameter_groups(

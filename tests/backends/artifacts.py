@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,11 +11,10 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from gracec import quant
-from gracec.backends.base import Artifact
-from gracec.compiler import CompiledModel
-from gracec.passes.freeze import FrozenWeight
+from gracec.compiled import CompiledModel
+from gracec.frozen import Frozen
 from gracec.quant import QuantSpec
-from gracec.report import Report
+from gracec.quant.frozen import FrozenWeight
 from tests.tiny import tiny_llava, tiny_processor
 
 DECODER = "model.language_model.layers"
@@ -22,16 +22,9 @@ ATTENTION = tuple(f"self_attn.{name}_proj.weight" for name in "qkvo")
 MLP = tuple(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
 
 
-def artifact_of(compiled: CompiledModel) -> Artifact:
+def artifact_of(compiled: CompiledModel) -> Frozen:
     """What `CompiledModel` hands to a format."""
-    return Artifact.of(
-        compiled.model,
-        compiled.weights,
-        compiled.report,
-        dtype=compiled.dtype,
-        processor=compiled.processor,
-        source="maker/model",
-    )
+    return replace(compiled.frozen, name="maker/model")
 
 
 def decoder_specs(spec: QuantSpec, layers: int = 2) -> dict[str, QuantSpec]:
@@ -58,21 +51,18 @@ def random_artifact(
     tie: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
-) -> Artifact:
+) -> Frozen:
     """The artifact of a tiny model in which the weights of `specs` are random codes."""
     model = tiny_llava(seed, dtype, tie=tie) if model is None else model
     weights = {
         fqn: random_weight(tuple(model.get_parameter(fqn).shape), spec, seed + number)
         for number, (fqn, spec) in enumerate(specs.items())
     }
-    report = Report({"name": "test", "weights": {}}, [], [], {"gate": True}, {"bfloat16": 1})
     processor = processor or tiny_processor()
-    return Artifact.of(
-        model, weights, report, dtype=dtype, processor=processor, source="maker/model"
-    )
+    return Frozen.of(model, weights, dtype, processor=processor, name="maker/model")
 
 
-def dense_model(artifact: Artifact, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def dense_model(artifact: Frozen, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The plain model whose weights are codes times scales, in the artifact's dtype."""
     dtype = dtype or artifact.dtype
     model: PreTrainedModel = AutoModelForImageTextToText.from_config(artifact.config, dtype=dtype)

@@ -12,7 +12,9 @@ from torch import Tensor
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from gracec.backends.awq import Awq, pack
-from gracec.backends.base import Artifact, empty_model, modules_of, modules_of_type
+from gracec.backends.huggingface import modules_of, modules_of_type
+from gracec.frozen import Frozen
+from gracec.models.skeleton import skeleton
 from gracec.quant import QuantSpec
 from tests.backends.artifacts import (
     DECODER,
@@ -22,19 +24,19 @@ from tests.backends.artifacts import (
     random_weight,
     tokens_of,
 )
-from tests.backends.test_hf import G32, PROJECTOR
+from tests.backends.test_compressed_tensors import G32, PROJECTOR
 
 MODULE = "language_model.model.layers.1.mlp.down_proj"
 PARTIAL = {k: v for k, v in decoder_specs(G32).items() if "1.mlp" not in k}
 
 
 @pytest.fixture(scope="module")
-def artifact() -> Artifact:
+def artifact() -> Frozen:
     return random_artifact(decoder_specs(G32), tie=True)
 
 
 @pytest.fixture(scope="module")
-def written(artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(artifact: Frozen, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("awq")
     Awq().write(artifact, directory)
     return directory
@@ -68,13 +70,13 @@ def test_the_order_within_a_word() -> None:
     assert pack(codes).tolist() == [[0x75316420]]
 
 
-def test_an_independent_reading_gives_codes_times_scales(artifact: Artifact, written: Path) -> None:
+def test_an_independent_reading_gives_codes_times_scales(artifact: Frozen, written: Path) -> None:
     found = float64_weight(load_file(written / "model.safetensors"), MODULE, 32)
     weight = artifact.weights[f"{DECODER}.1.mlp.down_proj.weight"]
     assert torch.equal(found, weight.dequantize(torch.float32).double())
 
 
-def test_everything_is_stored_in_float16(artifact: Artifact, written: Path) -> None:
+def test_everything_is_stored_in_float16(artifact: Frozen, written: Path) -> None:
     stored = load_file(written / "model.safetensors")
     assert {str(t.dtype) for t in stored.values()} == {"torch.float16", "torch.int32"}
     assert len(stored) == len(artifact.others) + 3 * len(artifact.weights)
@@ -96,7 +98,7 @@ def test_both_kinds_of_readers_convert_what_is_quantized(
     Awq().write(artifact, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     keys = config["quantization_config"]["modules_to_not_convert"]
-    linear = modules_of_type(empty_model(artifact.config), torch.nn.Linear)
+    linear = modules_of_type(skeleton(artifact.config), torch.nn.Linear)
     quantized = modules_of(artifact.weights)
     assert [name for name in linear if should_convert_module(name, keys)] == quantized
     assert [name for name in linear if not any(key in name for key in keys)] == quantized
@@ -119,7 +121,7 @@ def test_refusals(specs: dict[str, QuantSpec], reason: str) -> None:
     assert bool(found) == bool(reason)
 
 
-def test_what_float16_cannot_hold_is_refused(artifact: Artifact) -> None:
+def test_what_float16_cannot_hold_is_refused(artifact: Frozen) -> None:
     assert "packs 8 output features" in Awq().weight_refusal(random_weight((12, 32), G32, 0))
     name, tensor = next(iter(artifact.others.items()))
     large = replace(artifact, others={**artifact.others, name: tensor * 1e30})
@@ -128,7 +130,7 @@ def test_what_float16_cannot_hold_is_refused(artifact: Artifact) -> None:
     assert "1 of " in Awq().notes(small)[-1]
 
 
-def test_autoawq_unpacks_the_same_weights(artifact: Artifact, written: Path) -> None:
+def test_autoawq_unpacks_the_same_weights(artifact: Frozen, written: Path) -> None:
     """AutoAWQ's unpacking is one file of plain torch; the rest of the package needs a GPU."""
     spec = importlib.util.find_spec("awq")
     if spec is None or not spec.submodule_search_locations:
@@ -158,7 +160,7 @@ torch.save(tokens, sys.argv[2])
 
 @pytest.mark.slow
 def test_gptqmodel_generates_the_same_tokens(
-    artifact: Artifact, written: Path, batch: dict[str, Tensor], tmp_path: Path
+    artifact: Frozen, written: Path, batch: dict[str, Tensor], tmp_path: Path
 ) -> None:
     """In a process of its own, since gptqmodel changes transformers when it is imported."""
     if importlib.util.find_spec("gptqmodel") is None:

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,17 +11,19 @@ import yaml
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from gracec.backends import base
-from gracec.backends.base import (
-    Artifact,
-    all_formats,
-    largest_modules,
-    module_patterns,
-    parse_formats,
-)
-from gracec.backends.hf import HuggingFace
+from gracec.backends import huggingface
+from gracec.backends.base import Format, all_formats, parse_formats
+from gracec.backends.compressed_tensors import HuggingFace
+from gracec.backends.huggingface import largest_modules, module_patterns
+from gracec.backends.onnx.format import Onnx
 from gracec.errors import GateError, GracecError
+from gracec.frozen import Frozen
+from gracec.journal import Equal
 from gracec.quant import QuantSpec
+from gracec.quant.frozen import FrozenWeight
+from gracec.quant.observers import ActivationSpec
+from gracec.report import Report
+from gracec.stages.publish import write_artifact
 from tests.backends.artifacts import decoder_specs, random_artifact, random_weight
 from tests.tiny import (
     CHAT_TEMPLATE,
@@ -37,7 +40,7 @@ G32 = QuantSpec(4, 32)
 
 
 @pytest.fixture(scope="module")
-def artifact() -> Artifact:
+def artifact() -> Frozen:
     return random_artifact(decoder_specs(G32), tie=True)
 
 
@@ -56,6 +59,68 @@ def test_an_unknown_format_is_refused_with_the_nearest_name() -> None:
         parse_formats("hf,torcha")
     with pytest.raises(GracecError, match="unknown format ''; known: awq, hf, onnx, torchao"):
         parse_formats("")
+
+
+def test_formats_that_would_write_over_each_other_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Onnx, "folder", "awq")
+    with pytest.raises(GracecError) as error:
+        parse_formats("hf,awq,onnx")
+    assert str(error.value) == (
+        "formats awq and onnx both write to the folder 'awq'; ask for one of them"
+    )
+    assert len(parse_formats("hf,onnx")) == 2
+
+
+class Plain(Format):
+    """Refuses nothing of its own, and stores what it is told."""
+
+    folder = "plain"
+
+    def __init__(self, stored: dict[str, Tensor] | None = None) -> None:
+        self.name = "plain"  # not of the class, which would be registered
+        self.stored = stored or {}
+
+    def write(self, frozen: Frozen, directory: Path) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    def stored_weights(self, directory: Path) -> Iterator[tuple[str, Tensor]]:
+        yield from self.stored.items()
+
+
+def test_a_format_refuses_what_it_says_that_it_does_not_hold(
+    artifact: Frozen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Plain().refusal(artifact) == ""
+    fqn, weight = next(iter(artifact.weights.items()))
+    spec = ActivationSpec(8, "per_tensor", 128)
+    rounded = FrozenWeight.planned((weight.shape[0], weight.shape[1]), weight.spec, spec)
+    quantized = replace(artifact, weights={fqn: rounded})
+    assert Plain().refusal(quantized) == (
+        f"the input of {fqn} is quantized, which the format cannot say"
+    )
+    monkeypatch.setattr(Plain, "holds_activations", True)
+    assert Plain().refusal(quantized) == ""
+
+
+def test_what_is_read_back_is_compared_with_all_that_the_model_has(
+    artifact: Frozen, tmp_path: Path
+) -> None:
+    stored = {fqn: w.dequantize(artifact.dtype) for fqn, w in artifact.weights.items()}
+    other, tensor = next(iter(artifact.others.items()))
+    Plain(stored).check_stored_weights(artifact, tmp_path)
+    Plain({**stored, other: tensor}).check_stored_weights(artifact, tmp_path)
+    fqn = min(stored)
+    cases = {
+        "reads back other than codes times scales": {**stored, fqn: stored[fqn] * 2},
+        f"{other} reads back other than it is": {**stored, other: tensor + 1},
+        "x reads back, and the model has none": {**stored, "x": tensor},
+        f"{fqn} does not read back": {name: w for name, w in stored.items() if name != fqn},
+    }
+    for reason, wrong in cases.items():
+        with pytest.raises(GateError, match=reason):
+            Plain(wrong).check_stored_weights(artifact, tmp_path)
 
 
 LAYERS = [
@@ -80,7 +145,7 @@ def test_modules_are_named_by_as_little_as_tells_them_apart(
     assert module_patterns(inside, outside) == patterns
 
 
-def test_what_no_format_can_hold_is_refused(artifact: Artifact, tmp_path: Path) -> None:
+def test_what_no_format_can_hold_is_refused(artifact: Frozen, tmp_path: Path) -> None:
     form = HuggingFace()
     assert form.refusal(artifact) == ""
     assert form.refusal(replace(artifact, weights={})) == "no weight is quantized"
@@ -97,7 +162,7 @@ def test_what_no_format_can_hold_is_refused(artifact: Artifact, tmp_path: Path) 
     assert not (tmp_path / "a").exists()
 
 
-def test_an_artifact_must_be_whole(artifact: Artifact, tmp_path: Path) -> None:
+def test_an_artifact_must_be_whole(artifact: Frozen, tmp_path: Path) -> None:
     name, tensor = next(iter(artifact.others.items()))
     lacking = {key: value for key, value in artifact.others.items() if key != name}
     with pytest.raises(GracecError, match=f"artifact: lacks {name}"):
@@ -112,12 +177,12 @@ def test_an_artifact_must_be_whole(artifact: Artifact, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", ["code", "scale", "dropped"])
 def test_what_reads_back_otherwise_is_an_error(
-    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+    artifact: Frozen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     pack = HuggingFace.tensors
     fqn = next(iter(artifact.weights))
 
-    def wrong(form: HuggingFace, item: Artifact) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def wrong(form: HuggingFace, item: Frozen) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors, metadata = pack(form, item)
         if change == "code":
             tensors[f"{fqn}_packed"][0, 0] += 1
@@ -133,10 +198,21 @@ def test_what_reads_back_otherwise_is_an_error(
         HuggingFace().write(artifact, tmp_path)
 
 
-def test_large_models_are_written_in_shards(
-    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_weight_that_does_not_read_back_is_an_error(
+    artifact: Frozen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base, "MAX_SHARD_SIZE", "40KB")
+    read = HuggingFace.stored_weights
+    monkeypatch.setattr(
+        HuggingFace, "stored_weights", lambda form, directory: list(read(form, directory))[:-1]
+    )
+    with pytest.raises(GateError, match="format hf: .* does not read back"):
+        HuggingFace().write(artifact, tmp_path)
+
+
+def test_large_models_are_written_in_shards(
+    artifact: Frozen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface, "MAX_SHARD_SIZE", "40KB")
     for form in parse_formats("hf,torchao"):
         target = tmp_path / form.name
         form.write(artifact, target)
@@ -145,15 +221,15 @@ def test_large_models_are_written_in_shards(
         assert not any(info.values())
 
 
-def test_other_safetensors_files_are_not_in_the_index(artifact: Artifact, tmp_path: Path) -> None:
+def test_other_safetensors_files_are_not_in_the_index(artifact: Frozen, tmp_path: Path) -> None:
     (tmp_path / "gracec.safetensors").write_bytes(b"other")
     HuggingFace().write(artifact, tmp_path)
-    index = json.loads((tmp_path / base.INDEX).read_text())
+    index = json.loads((tmp_path / huggingface.INDEX).read_text())
     assert set(index["weight_map"].values()) == {"model.safetensors"}
     assert (tmp_path / "gracec.safetensors").read_bytes() == b"other"
 
 
-def test_the_processor_is_the_same_for_all_readers(artifact: Artifact, tmp_path: Path) -> None:
+def test_the_processor_is_the_same_for_all_readers(artifact: Frozen, tmp_path: Path) -> None:
     HuggingFace().write(artifact, tmp_path)
     loaded, original = AutoProcessor.from_pretrained(tmp_path), tiny_processor()
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what ?"}]}]
@@ -169,8 +245,9 @@ def test_the_processor_is_the_same_for_all_readers(artifact: Artifact, tmp_path:
     assert image["image_mean"] == list(original.image_processor.image_mean)
 
 
-def test_the_model_card_says_what_was_done(artifact: Artifact, tmp_path: Path) -> None:
-    HuggingFace().write(artifact, tmp_path / "a")
+def test_the_model_card_says_what_was_done(artifact: Frozen, tmp_path: Path) -> None:
+    report = Report({"name": "test", "weights": {}}, [], (), {"gate": Equal(3, "batches")}, {})
+    write_artifact(tmp_path / "a", artifact, [HuggingFace()], report)
     _, front, text = (tmp_path / "a" / "README.md").read_text().split("---\n", 2)
     fields = yaml.safe_load(front)
     assert fields["base_model"] == "maker/model"
@@ -179,12 +256,12 @@ def test_the_model_card_says_what_was_done(artifact: Artifact, tmp_path: Path) -
     assert "gracec compile maker/model --recipe test.yaml --format hf --out DIR" in text
     assert "No GPU runtime was run" in text
     assert "Its accuracy was not measured" in text
-    HuggingFace().write(replace(artifact, source="model"), tmp_path / "local")
+    write_artifact(tmp_path / "local", replace(artifact, name="model"), [HuggingFace()], report)
     assert "base_model" not in (tmp_path / "local" / "README.md").read_text()
 
 
 @pytest.mark.slow
-def test_the_example_answers(artifact: Artifact, tmp_path: Path) -> None:
+def test_the_example_answers(artifact: Frozen, tmp_path: Path) -> None:
     HuggingFace().write(artifact, tmp_path / "model")
     tiny_image().save(tmp_path / "image.png")
     script = ROOT / "examples" / "transformers" / "answer.py"
@@ -200,7 +277,7 @@ def test_the_example_answers(artifact: Artifact, tmp_path: Path) -> None:
 
 def test_the_processor_that_transformers_js_reads_makes_the_same_inputs(tmp_path: Path) -> None:
     processor = tiny_processor()
-    base.write_processor(processor, tmp_path)
+    huggingface.write_processor(processor, tmp_path)
     fields = json.loads((tmp_path / "processor_config.json").read_text())
     rows = columns = IMAGE_SIZE // PATCH_SIZE  # transformers.js adds the extra tokens and no more
     assert rows * columns + fields["num_additional_image_tokens"] == IMAGE_TOKENS
@@ -212,5 +289,5 @@ def test_the_processor_that_transformers_js_reads_makes_the_same_inputs(tmp_path
     again = AutoProcessor.from_pretrained(tmp_path)
     for name, expected in tiny_batch(processor).items():
         assert torch.equal(tiny_batch(again)[name], expected), name
-    base.write_processor(again, tmp_path / "again")
+    huggingface.write_processor(again, tmp_path / "again")
     assert json.loads((tmp_path / "again/processor_config.json").read_text()) == fields

@@ -18,11 +18,14 @@ from torchao.prototype.safetensors.safetensors_support import (
     unflatten_tensor_state_dict,
 )
 
-from gracec.backends import awq, torchao
-from gracec.backends.base import Artifact, Format, parse_formats, per_channel_scales
-from gracec.backends.torchao_hf import intx
-from gracec.passes.freeze import FrozenWeight
+from gracec.backends import awq
+from gracec.backends.base import Format, parse_formats
+from gracec.backends.huggingface import per_channel_scales
+from gracec.backends.torchao import intx
+from gracec.frozen import Frozen
+from gracec.kernels import torchao
 from gracec.quant import SUPPORTED_BITS, QuantSpec, pack_nibbles, unpack_nibbles
+from gracec.quant.frozen import FrozenWeight
 from tests.backends.artifacts import (
     decoder_specs,
     random_artifact,
@@ -161,7 +164,7 @@ LINEAR = sorted(
 
 
 @st.composite
-def artifacts(draw: st.DrawFn, uniform: bool = False) -> Artifact:
+def artifacts(draw: st.DrawFn, uniform: bool = False) -> Frozen:
     """Any linear weights of a model, each with a spec of its own; the tower's have a bias."""
     tie, seed = draw(st.booleans()), draw(st.integers(0, 1000))
     if uniform:
@@ -181,7 +184,7 @@ def artifacts(draw: st.DrawFn, uniform: bool = False) -> Artifact:
     return random_artifact(fitting, tie=tie, dtype=draw(st.sampled_from(DTYPES)), seed=seed)
 
 
-def check(form: Format, artifact: Artifact) -> None:
+def check(form: Format, artifact: Frozen) -> None:
     """What is written reads back, and only what was quantized is quantized."""
     assert form.refusal(artifact) == ""
     with tempfile.TemporaryDirectory() as directory:
@@ -199,7 +202,7 @@ def test_any_mixture_is_written_and_read(name: str, examples: int) -> None:
 
     @settings(deadline=None, max_examples=examples)
     @given(artifact=artifacts(uniform=name == "awq"))
-    def holds(artifact: Artifact) -> None:
+    def holds(artifact: Frozen) -> None:
         check(form, artifact)
 
     holds()

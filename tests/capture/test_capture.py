@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGener
 from gracec.capture import capture, captured_equals_eager, families, family_of
 from gracec.capture.families import Family
 from gracec.errors import GateError, GracecError
-from gracec.program import Program
+from gracec.ir.program import Program
 from tests.tiny import IMAGE, IMAGE_TOKENS, tiny_batch, tiny_llava
 
 

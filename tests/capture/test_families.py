@@ -13,23 +13,27 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 import gracec
-from gracec import ops
 from gracec.backends.onnx import genai
-from gracec.backends.torchao import CountInt4Kernels
 from gracec.capture import capture, captured_equals_eager, family_of
 from gracec.capture.families import qwen2_vl
 from gracec.capture.families.qwen2_vl import GRID, rotary_positions
-from gracec.compiler import CompiledModel, own_weights
+from gracec.compiled import CompiledModel
+from gracec.data.prompts import encode_questions
 from gracec.errors import GracecError
-from gracec.evaluate.vqa import _without_image, encode
+from gracec.evaluate.ask import _without_image
+from gracec.ir.program import Program, annotation
+from gracec.ir.queries import weight_of
+from gracec.journal import Journal
+from gracec.kernels.torchao import CountInt4Kernels
 from gracec.passes import run_passes
-from gracec.passes.analyze_modality import AnalyzeModality, weight_of
-from gracec.passes.insert_fake_quant import InsertFakeQuant
-from gracec.passes.plan_quantization import PlanQuantization
+from gracec.passes.analyze_modality import AnalyzeModality
 from gracec.passes.strip import Strip
-from gracec.program import Program, annotation
+from gracec.quant import ops
 from gracec.recipe import Recipe
-from gracec.training.run import train_student
+from gracec.request import Request
+from gracec.stages.prepare import prepare
+from gracec.stages.source import load_source
+from gracec.stages.train import train
 from gracec.training.setup import trainable
 from tests import genai as onnxruntime_genai
 from tests.backends.artifacts import artifact_of, dense_model
@@ -38,7 +42,7 @@ from tests.tiny import tiny_image
 from tests.tiny_families import CONFIGS, encode_conversations, tiny_model, tiny_processor
 from tests.transformers_js import NODE, ask
 
-Golden = Callable[[str, str], None]
+Golden = Callable[..., None]
 Record = Callable[[str, object], None]
 Batch = dict[str, Tensor]
 WEIGHTS = {part: {"group_size": 32} for part in ("projector", "decoder")}
@@ -86,7 +90,7 @@ def asked(name: str) -> Batch:
     """What the processor returns for two questions about pictures of different shape."""
     pictures = [tiny_image(0, (40, 30)), tiny_image(1, (64, 32))]
     questions = ["what is this ?", "where is the small red circle ?"]
-    batch = encode(tiny_processor(name), questions, pictures)
+    batch = encode_questions(tiny_processor(name), questions, pictures)
     assert (batch["attention_mask"][:, 0] == 0).any(), "padded on the left"
     return batch
 
@@ -160,7 +164,8 @@ def test_partition(program: Program, name: str, golden: Golden, record_property:
             assert weight is not None
             parts.append(notes["part"])
             lines.append(f"{notes['part']}: {program.fqn(str(weight.target))}")
-    golden(f"families/{name}.txt", "\n".join(lines) + "\n")
+    model = f"{name} of tests/tiny_families.py"
+    golden(f"families/{name}.txt", "\n".join(lines) + "\n", made_by=AnalyzeModality(), model=model)
     counts = [f"{parts.count(part)} {part}" for part in dict.fromkeys(parts)]
     record_property("cell", ", ".join(counts))
 
@@ -174,22 +179,28 @@ def test_grace_step(name: str, model: PreTrainedModel, record_property: Record) 
     training = recipe.training.model_copy(update=steps)
     weights = {**RECIPE.weights, "vision": RECIPE.weights["decoder"]}
     recipe = recipe.model_copy(update={"training": training, "weights": weights})
-    student = own_weights(model)
-    passes = [AnalyzeModality(), PlanQuantization(recipe=recipe), InsertFakeQuant()]
-    prepared = run_passes(capture(student), passes).program
-    before = {fqn: p.detach().clone() for fqn, p in trainable(prepared, []).items()}
     records = [
         {"image": tiny_image(number, (40, 32)), "question": "what is this ?", "answer": answer}
         for number, answer in enumerate(("red circle", "two", "no"))
     ]
-    processor = tiny_processor(name)
-    curve = train_student(
-        prepared, student, model, recipe, processor, records[:2], records[2:], progress=False
+    request = Request.checked(
+        model,
+        recipe,
+        teacher=model,
+        train_data=records[:2],
+        eval_data=records[2:],
+        processor=tiny_processor(name),
+        progress=False,
     )
-    terms = curve.rows[0]
+    journal = Journal()
+    prepared = prepare(load_source(model, request, journal), request, journal)
+    before = trainable(prepared.program, [])
+    learnt = trainable(train(prepared, request, journal).program, [])
+    terms = journal.training["rows"][0]
     assert terms["ce"] > 0 and terms["distillation"] > 0 and terms["rcka"] > 0
-    needed = {names[0] for names in run_passes(prepared, [Strip()]).program.fqns.values()}
-    learnt = {fqn: p for fqn, p in trainable(prepared, []).items() if fqn in needed}
+    stripped = run_passes(prepared.program, [Strip()]).program
+    needed = {names[0] for names in stripped.fqns.values()}
+    learnt = {fqn: p for fqn, p in learnt.items() if fqn in needed}
     assert not [fqn for fqn, p in learnt.items() if torch.equal(p, before[fqn])]
     scales = sum(fqn.endswith("_scale") for fqn in learnt)
     record_property("cell", f"{len(learnt) - scales} weights and {scales} scales moved")
@@ -256,8 +267,10 @@ def test_onnx(
     """ONNX Runtime generates the same tokens, with all gates; or there is a reason why not."""
     family = family_of(compiled.model)
     if isinstance(graphs, GracecError):
-        assert not family.serving and graphs.what == family.serving_refusal
-        record_property("cell", f"refused: {graphs.what}")
+        model_type = compiled.frozen.config.model_type
+        assert not family.serving
+        assert graphs.what == f"the family {model_type!r} {family.serving_refusal}"
+        record_property("cell", f"refused: {family.serving_refusal}")
         return
     runner = gracec.load(graphs, backend="onnx")
     assert torch.equal(runner.generate(**asked, **NEW), compiled.generate(**asked, **NEW))
@@ -313,7 +326,7 @@ def test_transformers_js(
     *each, text, two, two_given, text_given = ask(graphs, lines, tokens=12)
 
     for picture, told in zip(pictures, each, strict=True):
-        own = encode(processor, [question], [picture])
+        own = encode_questions(processor, [question], [picture])
         assert not told.error
         assert torch.equal(told.inputs["input_ids"], own["input_ids"])
         assert told.tokens == expected(told.inputs)

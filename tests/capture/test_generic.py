@@ -12,9 +12,9 @@ from transformers import (
 
 from gracec.capture import GENERIC, capture, captured_equals_eager, families, family_of
 from gracec.errors import GracecError
+from gracec.ir.program import annotation
 from gracec.passes import run_passes
 from gracec.passes.analyze_modality import AnalyzeModality
-from gracec.program import annotation
 from tests.tiny import IMAGE, tiny_llava
 from tests.tiny_families import SIGLIP, TEXT
 

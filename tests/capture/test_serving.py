@@ -15,11 +15,14 @@ from gracec.capture.serving import (
     empty_cache,
 )
 from gracec.errors import GateError, GracecError
-from gracec.passes.freeze import FrozenWeight, frozen_weights
-from gracec.program import Program
+from gracec.ir.program import Program
+from gracec.passes import PassResult
+from gracec.passes.apply_codes import ApplyCodes
+from gracec.passes.freeze import frozen_weights
+from gracec.quant.frozen import FrozenWeight
 from tests.tiny import tiny_llava
 
-Golden = Callable[[str, str], None]
+Golden = Callable[..., None]
 After = Callable[[str], Program]
 Serving = dict[str, ServingProgram]
 FROZEN = "analyze-modality,plan-quantization,insert-fake-quant,freeze"
@@ -33,7 +36,8 @@ def frozen_serving(serving: Serving, after: After) -> Serving:
 
 def test_golden(serving: Serving, golden: Golden) -> None:
     for name, graph in serving.items():
-        golden(f"serving/llava-{name}.txt", ir.format(graph.program))
+        text = ir.format(graph.program)
+        golden(f"serving/llava-{name}.txt", text, made_by="none", after=f"capture_serving: {name}")
 
 
 def test_names_and_symbols(serving: Serving) -> None:
@@ -126,3 +130,22 @@ def test_a_family_without_serving_graphs_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(family, "serving", {})
     with pytest.raises(GracecError, match="family llava: has no serving graphs yet"):
         capture_serving(model)
+
+
+def test_codes_that_come_out_otherwise_are_an_error(
+    serving: Serving, after: After, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply, fqn = ApplyCodes.apply, "model.language_model.layers.0.mlp.up_proj.weight"
+
+    def off_by_one(item: ApplyCodes, program: Program) -> PassResult:
+        result = apply(item, program)
+        (target,) = (t for t, names in result.program.fqns.items() if names[0] == f"{fqn}.codes")
+        codes = result.program.tensor(target).clone()
+        codes[0, 0] ^= 1
+        result.program.set_tensor(target, codes)
+        return result
+
+    weights = frozen_weights(after(FROZEN))
+    monkeypatch.setattr(ApplyCodes, "apply", off_by_one)
+    with pytest.raises(GateError, match=f"{fqn}: the codes are other than those of the training"):
+        apply_codes(serving, weights)

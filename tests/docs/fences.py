@@ -14,7 +14,7 @@ from unittest import mock
 
 from transformers import PreTrainedModel
 
-from gracec.program import Program
+from gracec.ir.program import Program
 
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
 _FENCE = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

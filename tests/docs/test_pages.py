@@ -16,12 +16,12 @@ from typer.main import get_command
 from gracec import gates, quant
 from gracec.cli import app
 from gracec.errors import GateError
+from gracec.inspection import inspect_model
+from gracec.ir.program import Program, annotation
 from gracec.passes import parse_pipeline
 from gracec.passes.apply_codes import ApplyCodes
 from gracec.passes.freeze import frozen_weights
-from gracec.program import Program, annotation
 from gracec.recipe import Part, Recipe
-from gracec.report.inspection import inspect_model
 from gracec.report.picture import draw_picture
 from tests.docs.fences import DOCS, fences, run_page
 
@@ -42,6 +42,16 @@ def test_generated_parts_are_up_to_date(make_pages: ModuleType) -> None:
     for page in make_pages.BLOCKS:
         found = (DOCS / page).read_text(encoding="utf-8")
         assert found == make_pages.rendered(page), "run: python docs/make_pages.py"
+
+
+def test_the_page_on_extensions_shows_the_whole_example(make_pages: ModuleType) -> None:
+    root = make_pages.EXTENSION
+    files = {"pyproject.toml"} | {
+        str(file.relative_to(root))
+        for file in root.glob("gracec_example/*.*")
+        if file.name != "__init__.py"
+    }
+    assert set(make_pages.BLOCKS["extending.md"]) == files
 
 
 def test_the_bound_on_the_logits_is_the_one_written(make_pages: ModuleType) -> None:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import Any
 
 import pytest
 
 from gracec.passes.plan_quantization import plan_of
-from gracec.program import Program
 from tests.docs.fences import fences, run_page
 
 PAGE = "write-your-own-pass.md"
 
 
 @pytest.fixture(scope="module")
-def page(captured: Program) -> dict[str, Any]:
+def page(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the blocks of the page leave; running them compares what they print."""
-    return run_page(PAGE, captured)
+    with contextlib.chdir(tmp_path_factory.mktemp("page")):
+        return run_page(PAGE)
 
 
 def test_it_protects_the_whole_fused_set_with_the_reason(page: dict[str, Any]) -> None:
@@ -36,6 +37,13 @@ def test_it_is_refused_once_the_plan_is_carried_out(page: dict[str, Any]) -> Non
     fake = page["run_passes"](page["planned"], [page["passes"][-2]]).program
     with pytest.raises(page["PassError"], match="run it before insert-fake-quant"):
         page["ProtectFragile"]().run(fake)
+
+
+def test_the_artifact_is_shaped_by_the_pass(page: dict[str, Any]) -> None:
+    loaded = page["loaded"]
+    assert set(loaded.weights) == set(page["compiled"].weights)
+    assert len(loaded.weights) == 11 and not {*page["kept"]} & {*loaded.weights}
+    assert loaded.frozen.passes == ()
 
 
 def test_it_is_as_short_as_the_page_says() -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import gracec
+from gracec.data.prompts import encode_questions
 from gracec.demo import write_questions
 from gracec.evaluate import load_image, load_samples
-from gracec.evaluate.vqa import encode
 from tests.tiny import IMAGE_SIZE, tiny_image
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,7 @@ def answered(directory: Path, questions: Sequence[tuple[Path, str]]) -> Tried:
     model = gracec.load(directory, backend="onnx")
     asked = []
     for image, question in questions:
-        inputs = encode(model.processor, [question], [load_image(image)])
+        inputs = encode_questions(model.processor, [question], [load_image(image)])
         tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS)
         asked.append(Asked(image, question, tokens[0, inputs["input_ids"].shape[1] :].tolist()))
     return Tried(directory, asked)

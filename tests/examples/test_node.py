@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import gracec
-from gracec.models import load_processor
+from gracec.models.loading import load_processor
 from tests.examples.conftest import NEW_TOKENS, ROOT, Tried
 from tests.npm import install
 from tests.transformers_js import NODE, SECONDS

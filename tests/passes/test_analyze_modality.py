@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from gracec import ir
-from gracec.errors import PassError
+from gracec.errors import GracecError, PassError
+from gracec.ir.program import Program, annotate, annotation
+from gracec.passes import PassResult
 from gracec.passes.analyze_modality import AnalyzeModality
-from gracec.program import Program, annotation
 
-Golden = Callable[[str, str], None]
+Golden = Callable[..., None]
 After = Callable[[str], Program]
 
 
@@ -19,7 +20,8 @@ def analyzed(program: Program) -> Program:
 
 
 def test_golden(after: After, golden: Golden) -> None:
-    golden("analyze-modality/llava.txt", ir.format(after("analyze-modality")))
+    text = ir.format(after("analyze-modality"))
+    golden("analyze-modality/llava.txt", text, made_by=AnalyzeModality())
 
 
 def test_numerics_are_kept_bit_for_bit(
@@ -120,3 +122,16 @@ def test_modalities_that_never_meet_are_refused(captured: Program) -> None:
     program.graph.erase_node(merge)
     with pytest.raises(PassError, match="images and text never meet"):
         analyzed(program)
+
+
+def test_parts_that_were_not_found_are_an_error(
+    captured: Program, after: After, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AnalyzeModality, "apply", lambda self, program: PassResult(program, False))
+    with pytest.raises(GracecError, match="0 nodes of the graph carry {'role': 'merge'}"):
+        AnalyzeModality().run(captured)
+    without_blocks = after("analyze-modality").copy()
+    for node in list(without_blocks.nodes(role="block_output")):
+        annotate(node, role=None)
+    with pytest.raises(PassError, match="found no decoder block"):
+        AnalyzeModality().run(without_blocks)

@@ -6,14 +6,14 @@ from torch import nn
 
 from gracec import ir
 from gracec.errors import PassError
+from gracec.ir.program import Program, annotation
 from gracec.module import capture_module
 from gracec.passes import run_passes
 from gracec.passes.analyze_module import AnalyzeModule
 from gracec.passes.flatten_convolutions import FlattenConvolutions
-from gracec.program import Program, annotation
 from tests.nets import conv_net
 
-Golden = Callable[[str, str], None]
+Golden = Callable[..., None]
 
 
 def captured() -> Program:
@@ -24,7 +24,13 @@ def captured() -> Program:
 def test_golden(golden: Golden) -> None:
     program = captured()
     analyzed = run_passes(program, [AnalyzeModule()]).program
-    golden("analyze-module/convnet.txt", ir.diff(program, analyzed) + "\n")
+    golden(
+        "analyze-module/convnet.txt",
+        ir.diff(program, analyzed) + "\n",
+        made_by=AnalyzeModule(),
+        after="flatten-convolutions",
+        model="conv_net() of tests/nets.py",
+    )
 
 
 def test_readers_of_one_activation_are_a_set() -> None:

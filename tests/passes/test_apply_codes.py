@@ -6,18 +6,36 @@ from torch import Tensor
 
 from gracec import ir
 from gracec.errors import PassError
+from gracec.ir.program import Program
 from gracec.passes.apply_codes import ApplyCodes
 from gracec.passes.freeze import QUANTIZE_DEQUANTIZE, frozen_activations, frozen_weights
-from gracec.program import Program
+from tests.goldens import ONE_BLOCK
 
-Golden = Callable[[str, str], None]
+Golden = Callable[..., None]
 After = Callable[[str], Program]
 FROZEN = "analyze-modality,plan-quantization,insert-fake-quant,freeze"
 
 
-def test_golden(captured: Program, after: After, golden: Golden) -> None:
-    applied = ApplyCodes(frozen_weights(after(FROZEN))).run(captured).program
-    golden("apply-codes/llava.txt", ir.diff(captured, applied) + "\n")
+def observed(recipe: str) -> str:
+    plan = f"analyze-modality,plan-quantization{{recipe={recipe}}}"
+    return f"{plan},insert-observers,insert-fake-quant,freeze"
+
+
+@pytest.mark.parametrize(
+    ("name", "frozen"),
+    [
+        ("llava", FROZEN),
+        ("llava-w8a8", observed("w8a8")),
+        ("llava-w4a8", observed("w4a8")),
+    ],
+)
+def test_golden(
+    captured_block: Program, after_block: After, golden: Golden, name: str, frozen: str
+) -> None:
+    item = ApplyCodes(frozen_weights(after_block(frozen)))
+    text = ir.diff(captured_block, item.run(captured_block).program) + "\n"
+    made_by = f"{item} with the codes of {frozen}"
+    golden(f"apply-codes/{name}.txt", text, made_by=made_by, model=ONE_BLOCK)
 
 
 def test_another_capture_computes_what_the_frozen_graph_does(
@@ -34,12 +52,10 @@ def test_inputs_are_rounded_as_in_the_frozen_graph(
     captured: Program,
     after: After,
     batch: dict[str, Tensor],
-    golden: Golden,
     recipe: str,
     activations: int,
 ) -> None:
-    plan = f"analyze-modality,plan-quantization{{recipe={recipe}}},insert-observers"
-    frozen = after(f"{plan},insert-fake-quant,freeze")
+    frozen = after(observed(recipe))
     weights = frozen_weights(frozen)
     assert all(weight.activation is not None for weight in weights.values())
     applied = ApplyCodes(weights).run(captured).program
@@ -49,7 +65,6 @@ def test_inputs_are_rounded_as_in_the_frozen_graph(
     assert found.keys() == weights.keys()
     for fqn, weight in weights.items():
         assert weight.activation is not None and weight.activation.equals(found[fqn])
-    golden(f"apply-codes/llava-{recipe}.txt", ir.diff(captured, applied) + "\n")
 
 
 def test_codes_of_another_model_are_refused(captured: Program, after: After) -> None:

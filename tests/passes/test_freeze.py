@@ -7,20 +7,22 @@ from torch import Tensor
 from gracec import ir
 from gracec.capture import capture
 from gracec.errors import PassError
-from gracec.passes import parse_pipeline, run_passes
+from gracec.ir.program import Program
+from gracec.passes import PassResult, parse_pipeline, run_passes
 from gracec.passes.freeze import Freeze, frozen_weights
 from gracec.passes.plan_quantization import plan_of
-from gracec.program import Program
+from tests.goldens import ONE_BLOCK
 from tests.tiny import tiny_batch, tiny_llava
 
-Golden = Callable[[str, str], None]
+Golden = Callable[..., None]
 After = Callable[[str], Program]
 FAKE = "analyze-modality,plan-quantization,insert-fake-quant"
 PIPELINE = f"{FAKE},freeze"
 
 
-def test_golden(after: After, golden: Golden) -> None:
-    golden("freeze/llava.txt", ir.diff(after(FAKE), after(PIPELINE)) + "\n")
+def test_golden(after_block: After, golden: Golden) -> None:
+    text = ir.diff(after_block(FAKE), after_block(PIPELINE)) + "\n"
+    golden("freeze/llava.txt", text, made_by=Freeze(), after=FAKE, model=ONE_BLOCK)
 
 
 def test_frozen_equals_fake_quantized_bit_for_bit(after: After, batch: dict[str, Tensor]) -> None:
@@ -68,3 +70,11 @@ def test_the_fake_quantized_program_keeps_its_weights(
     before = after(FAKE)(**batch)[0]
     Freeze().run(after(FAKE))
     assert torch.equal(after(FAKE)(**batch)[0], before)
+
+
+def test_a_weight_that_is_left_fake_quantized_is_an_error(
+    after: After, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Freeze, "apply", lambda self, program: PassResult(program, False))
+    with pytest.raises(PassError, match="freeze: a fake_quantize node is left"):
+        Freeze().run(after(FAKE))

@@ -4,16 +4,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from transformers import LlavaForConditionalGeneration
 
 from gracec import ir
 from gracec.capture import capture_serving
 from gracec.capture.serving import ServingProgram
-from gracec.passes.fuse_decoder import ATTENTION, RMS_NORM, ROTARY_EMBEDDING, SDPA, FuseDecoder
+from gracec.ir.program import Program
+from gracec.passes.fuse_decoder import FuseDecoder
+from gracec.passes.fusions.attention import ATTENTION, SDPA
+from gracec.passes.fusions.norm import RMS_NORM
+from gracec.passes.fusions.rotary import ROTARY_EMBEDDING
 from gracec.passes.strip import drop_dead
-from gracec.program import Program
+from tests.goldens import ONE_BLOCK
 from tests.tiny import tiny_llava
+from tests.tiny_families import tiny_model
 
-Golden = Callable[[str, str], None]
+Golden = Callable[..., None]
 Serving = dict[str, ServingProgram]
 
 
@@ -39,9 +45,12 @@ def inputs(program: Program, length: int, past: int, heads: int) -> dict[str, Te
     return given | {name: torch.randn(2, heads, past, 16) for name in caches}
 
 
-def test_golden(decoder: Program, golden: Golden) -> None:
-    fused = FuseDecoder().run(decoder).program
-    golden("fuse-decoder/llava.txt", ir.diff(decoder, fused) + "\n")
+def test_golden(block: LlavaForConditionalGeneration, golden: Golden) -> None:
+    decoder = capture_serving(block)["decoder"].program
+    drop_dead(decoder)
+    text = ir.diff(decoder, FuseDecoder().run(decoder).program) + "\n"
+    before = "capture_serving: decoder, drop_dead"
+    golden("fuse-decoder/llava.txt", text, made_by=FuseDecoder(), after=before, model=ONE_BLOCK)
 
 
 @pytest.mark.parametrize(("length", "past"), [(5, 0), (1, 7), (4, 3)])
@@ -102,8 +111,43 @@ def test_what_has_another_form_stays(decoder: Program) -> None:
     # A query whose embedding is not known is still a projection turned by something.
     assert counts(copied) == [5, 3, 1, 1]
 
-    def causal(attention: fx.Node) -> None:
+    def dropping(attention: fx.Node) -> None:
         attention.kwargs = {**attention.kwargs, "dropout_p": 0.5}
 
-    result = FuseDecoder().run(edited(decoder, SDPA, causal))
-    assert "1 attentions stay as they are" in result.notes[0]
+    result = FuseDecoder().run(edited(decoder, SDPA, dropping))
+    assert result.notes == (
+        "1 attention stays as it is: a share of 0.5 is dropped (scaled_dot_product_attention)",
+        "5 norms, 4 rotary embeddings, 1 attentions",
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "notes"),
+    [
+        (
+            "qwen2_vl",
+            (
+                "4 rotary embeddings stay as they are: the cosine is changed after it is taken, by "
+                "aten.cat (add_5)",
+                "2 attentions stay as they are: the query is no projection seen as heads, but "
+                "aten.add.Tensor (scaled_dot_product_attention)",
+                "5 norms, 0 rotary embeddings, 0 attentions",
+            ),
+        ),
+        ("idefics3", ("5 norms, 4 rotary embeddings, 2 attentions",)),
+    ],
+)
+def test_decoders_of_families(family: str, notes: tuple[str, ...]) -> None:
+    program = capture_serving(tiny_model(family))["decoder"].program
+    before = ir.format(program)
+    result = FuseDecoder().run(program)
+    assert result.notes == notes
+    assert ir.format(program) == before
+
+
+def test_what_no_output_depends_on_is_not_counted(serving: Serving) -> None:
+    # LLaVA takes its features before the last block of the tower.
+    result = FuseDecoder().run(serving["vision_encoder"].program)
+    assert result.notes[0].startswith("1 attention stays as it is: the mask is missing")
+    again = FuseDecoder().run(result.program)
+    assert result.modified and not again.modified and again.notes == result.notes

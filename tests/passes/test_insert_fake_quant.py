@@ -7,20 +7,23 @@ from torch import Tensor, nn
 from gracec import ir, quant
 from gracec.capture import capture
 from gracec.errors import PassError
-from gracec.passes import parse_pipeline, run_passes
+from gracec.ir.program import Program
+from gracec.passes import PassResult, parse_pipeline, run_passes
 from gracec.passes.insert_fake_quant import FAKE_QUANTIZE, InsertFakeQuant
 from gracec.passes.plan_quantization import plan_of
-from gracec.program import Program
+from tests.goldens import ONE_BLOCK
 from tests.tiny import tiny_llava
 
-Golden = Callable[[str, str], None]
+Golden = Callable[..., None]
 After = Callable[[str], Program]
 PLAN = "analyze-modality,plan-quantization"
 PIPELINE = f"{PLAN},insert-fake-quant"
 
 
-def test_golden(after: After, golden: Golden) -> None:
-    golden("insert-fake-quant/llava.txt", ir.diff(after(PLAN), after(PIPELINE)) + "\n")
+def test_golden(after_block: After, golden: Golden) -> None:
+    text = ir.diff(after_block(PLAN), after_block(PIPELINE)) + "\n"
+    made_by = InsertFakeQuant()
+    golden("insert-fake-quant/llava.txt", text, made_by=made_by, after=PLAN, model=ONE_BLOCK)
 
 
 def test_the_graph_computes_with_the_quantized_weights(
@@ -81,3 +84,11 @@ def test_weights_that_are_not_finite_are_named() -> None:
         model.model.language_model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
     with pytest.raises(PassError, match=r"layers\.1\.mlp\.up_proj\.weight.*NaN or infinity"):
         run_passes(capture(model), parse_pipeline(PIPELINE))
+
+
+def test_a_planned_weight_that_is_left_is_an_error(
+    after: After, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(InsertFakeQuant, "apply", lambda self, program: PassResult(program, False))
+    with pytest.raises(PassError, match="is planned but not fake-quantized"):
+        InsertFakeQuant().run(after(PLAN))

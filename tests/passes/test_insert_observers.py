@@ -7,16 +7,18 @@ from torch import Tensor, nn
 from gracec import ir
 from gracec.capture import capture
 from gracec.errors import GracecError, PassError
+from gracec.ir.program import Program
 from gracec.passes import parse_pipeline, run_passes
 from gracec.passes.freeze import Freeze
 from gracec.passes.insert_fake_quant import FAKE_QUANTIZE_ACTIVATION, InsertFakeQuant
 from gracec.passes.insert_observers import InsertObservers, observer_nodes
 from gracec.passes.plan_quantization import PlanQuantization
-from gracec.program import Program
+from gracec.quant.observers import Observer
 from gracec.recipe import Recipe
+from tests.goldens import ONE_BLOCK
 from tests.tiny import tiny_llava
 
-Golden = Callable[[str, str], None]
+Golden = Callable[..., None]
 After = Callable[[str], Program]
 PLAN = "analyze-modality,plan-quantization{recipe=w4a8}"
 
@@ -26,14 +28,16 @@ def observed(after: After, batch: dict[str, Tensor]) -> Program:
     return InsertObservers((batch,)).run(after(PLAN)).program
 
 
-def test_golden(after: After, observed: Program, golden: Golden) -> None:
-    golden("insert-observers/llava.txt", ir.diff(after(PLAN), observed) + "\n")
+def test_golden(after_block: After, golden: Golden) -> None:
+    text = ir.diff(after_block(PLAN), after_block(f"{PLAN},insert-observers")) + "\n"
+    made_by = InsertObservers()
+    golden("insert-observers/llava.txt", text, made_by=made_by, after=PLAN, model=ONE_BLOCK)
 
 
 def test_golden_of_the_whole_way_for_a_vision_tower(after: After, golden: Golden) -> None:
-    start = after("analyze-modality,plan-quantization{recipe=w8a8}")
-    frozen = run_passes(start, parse_pipeline("insert-observers,insert-fake-quant,freeze")).program
-    golden("insert-observers/llava-w8a8-frozen.txt", ir.diff(start, frozen) + "\n")
+    plan, rest = PLAN.replace("w4a8", "w8a8"), "insert-observers,insert-fake-quant,freeze"
+    text = ir.diff(after(plan), after(f"{plan},{rest}")) + "\n"
+    golden("insert-observers/llava-w8a8-frozen.txt", text, made_by=rest, after=plan)
 
 
 def test_observing_changes_no_bit(
@@ -140,3 +144,11 @@ def test_activations_of_weights_that_are_kept_are_refused() -> None:
     fields = {"name": "test", "weights": {}, "activations": {"decoder": {}}}
     with pytest.raises(GracecError, match=r"activations\.decoder needs weights\.decoder"):
         Recipe.from_dict(fields)
+
+
+def test_an_observer_that_saw_nothing_is_an_error(
+    after: After, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Observer, "forward", lambda self, x: x)
+    with pytest.raises(PassError, match="insert-observers: .* has observed nothing"):
+        InsertObservers((batch,)).run(after(PLAN))

@@ -6,16 +6,19 @@ from torch import Tensor
 
 from gracec import ir
 from gracec.errors import PassError
+from gracec.ir.program import Program, annotation
+from gracec.passes import PassResult
 from gracec.passes.insert_taps import InsertTaps
-from gracec.program import Program, annotation
 
-Golden = Callable[[str, str], None]
+Golden = Callable[..., None]
 After = Callable[[str], Program]
 PIPELINE = "analyze-modality,insert-taps"
 
 
 def test_golden(after: After, golden: Golden) -> None:
-    golden("insert-taps/llava.txt", ir.diff(after("analyze-modality"), after(PIPELINE)) + "\n")
+    before = "analyze-modality"
+    text = ir.diff(after(before), after(PIPELINE)) + "\n"
+    golden("insert-taps/llava.txt", text, made_by=InsertTaps(), after=before)
 
 
 def test_outputs_are_the_logits_and_the_models_hidden_state(
@@ -62,3 +65,11 @@ def test_refusals(captured: Program, after: After) -> None:
         InsertTaps().run(captured)
     with pytest.raises(PassError, match="there is no block -3, the decoder has 2"):
         InsertTaps(block=-3).run(after("analyze-modality"))
+
+
+def test_a_block_that_is_not_returned_is_an_error(
+    after: After, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(InsertTaps, "apply", lambda self, program: PassResult(program, False))
+    with pytest.raises(PassError, match="insert-taps: the tapped block is not returned"):
+        InsertTaps().run(after("analyze-modality"))

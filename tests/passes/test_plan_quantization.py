@@ -7,13 +7,14 @@ from torch import Tensor, nn
 from gracec import ir
 from gracec.capture import capture
 from gracec.errors import PassError
-from gracec.passes import parse_pipeline, run_passes
+from gracec.ir.program import Program
+from gracec.passes import PassResult, parse_pipeline, run_passes
 from gracec.passes.plan_quantization import PlanQuantization, plan_of
-from gracec.program import Program
 from gracec.recipe import Recipe
+from tests.goldens import ONE_BLOCK
 from tests.tiny import tiny_llava
 
-Golden = Callable[[str, str], None]
+Golden = Callable[..., None]
 After = Callable[[str], Program]
 PIPELINE = "analyze-modality,plan-quantization"
 
@@ -23,10 +24,11 @@ def planned(program: Program, strict: bool = False, **weights: dict[str, int] | 
     return PlanQuantization(recipe=recipe, strict=strict).run(program).program
 
 
-def test_golden(after: After, golden: Golden) -> None:
-    golden(
-        "plan-quantization/llava.txt", ir.diff(after("analyze-modality"), after(PIPELINE)) + "\n"
-    )
+def test_golden(after_block: After, golden: Golden) -> None:
+    before = "analyze-modality"
+    text = ir.diff(after_block(before), after_block(PIPELINE)) + "\n"
+    made_by = PlanQuantization()
+    golden("plan-quantization/llava.txt", text, made_by=made_by, after=before, model=ONE_BLOCK)
 
 
 def test_numerics_are_kept_bit_for_bit(
@@ -151,3 +153,11 @@ def test_sliced_weights_and_expert_stacks_are_counted_with_their_reason() -> Non
 
 
 G32 = {"name": "g32", "weights": {"decoder": {"group_size": 32}}}
+
+
+def test_a_weight_without_a_decision_is_an_error(
+    after: After, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PlanQuantization, "apply", lambda self, program: PassResult(program, False))
+    with pytest.raises(PassError, match="has 0 decisions, one is needed"):
+        PlanQuantization().run(after("analyze-modality"))

@@ -6,11 +6,12 @@ from torch import Tensor
 
 from gracec import ir
 from gracec.errors import PassError
+from gracec.ir.program import Program
+from gracec.passes import PassResult
 from gracec.passes.select_supervised import SelectSupervised
-from gracec.program import Program
 from tests.tiny import VOCAB_SIZE
 
-Golden = Callable[[str, str], None]
+Golden = Callable[..., None]
 After = Callable[[str], Program]
 MLP_TENSORS = 4  # gate, up, silu and their product, in each of the two blocks
 PIPELINE = "analyze-modality,select-supervised"
@@ -18,7 +19,8 @@ PIPELINE = "analyze-modality,select-supervised"
 
 def test_golden(after: After, golden: Golden) -> None:
     text = ir.diff(after("analyze-modality"), after(PIPELINE))
-    golden("select-supervised/llava.txt", text + "\n")
+    made_by, before = SelectSupervised(), "analyze-modality"
+    golden("select-supervised/llava.txt", text + "\n", made_by=made_by, after=before)
 
 
 @pytest.mark.parametrize("positions", [[5], [0, 7, 20, 33], list(range(3, 41))])
@@ -75,3 +77,11 @@ def test_refusals(captured: Program, after: After) -> None:
     program.set_outputs({"logits": view})
     with pytest.raises(PassError, match=r"aten.transpose.int follows the head and depends on the"):
         SelectSupervised().run(program)
+
+
+def test_logits_of_every_position_are_an_error(
+    after: After, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SelectSupervised, "apply", lambda self, program: PassResult(program, False))
+    with pytest.raises(PassError, match="the logits still have a position axis"):
+        SelectSupervised().run(after("analyze-modality"))

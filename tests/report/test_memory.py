@@ -2,9 +2,9 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from gracec.ir.program import Program
 from gracec.passes import parse_pipeline, run_passes
 from gracec.passes.plan_quantization import Plan, plan_of
-from gracec.program import Program
 from gracec.report.memory import memory_plan, size
 
 

@@ -11,11 +11,13 @@ import pytest
 from transformers import LlavaForConditionalGeneration
 
 import gracec
-from gracec.compiler import CompiledModel
+from gracec.compiled import CompiledModel
 from gracec.errors import GracecError
 from gracec.evaluate import load_samples
-from gracec.report.page import render_page, write_report_page
+from gracec.journal import Note
+from gracec.report.page import render_page
 from gracec.report.report import Report
+from gracec.reporting import write_report_page
 from tests.tiny import tiny_image, tiny_processor
 
 SCORE = {"n": 9, "standard_error": 0.1, "blind_accuracy": 0.2, "majority": 0.3}
@@ -112,18 +114,18 @@ def test_it_says_what_the_report_says(trained: tuple[Path, Path], tmp_path: Path
     report = gracec.load(artifact).report
     assert report.sizes_line() in page.words and report.accuracy_line() in page.words
     for note in report.notes:
-        assert note in page.words
+        assert str(note) in page.words
     for gate in report.gates:
         assert gate.replace("_", " ") in page.words
     for row in report.plan:
-        if row["spec"]:
-            assert row["fqns"][0] in page.words
+        if row.spec is not None:
+            assert row.fqns[0] in page.words
     assert "steps: 3" in page.words and "group_size: 32" in page.words
     assert "Answered wrongly" in page.words and "what color is <this> ?" in page.words
     drawings = [picture for picture in page.pictures() if picture.startswith(b"<?xml")]
     assert len(drawings) == 2  # the training, and the noise of the weights
-    rows = [row for row in report.plan if row["spec"]]
-    assert all(row["ptq_sqnr_db"] > 10 for row in rows)
+    rows = [row for row in report.plan if row.spec is not None]
+    assert all(row.ptq_sqnr_db > 10 for row in rows)
 
 
 def test_without_training_and_questions_it_is_shorter(
@@ -132,7 +134,7 @@ def test_without_training_and_questions_it_is_shorter(
     page = Page(render_page({"out": compiled.report}, ""))
     assert "Not measured when the model was compiled." in page.words
     assert len(page.pictures()) == 1
-    assert not any("ptq_sqnr_db" in row for row in compiled.report.plan)
+    assert not any("ptq_sqnr_db" in row.to_dict() for row in compiled.report.plan)
 
 
 def test_several_artifacts_are_compared(trained: tuple[Path, Path], tmp_path: Path) -> None:
@@ -146,7 +148,7 @@ def test_several_artifacts_are_compared(trained: tuple[Path, Path], tmp_path: Pa
 
 
 def test_what_others_wrote_is_text(compiled: CompiledModel) -> None:
-    report = dataclasses.replace(compiled.report, notes=["<script>alert(1)</script>"])
+    report = dataclasses.replace(compiled.report, notes=(Note("", "<script>alert(1)</script>"),))
     text = render_page({"<b>": accurate(report, 0.4)}, '"><img src=x>')
     assert "<script>" not in text and "<b>," not in text and "src=x>" not in Page(text).tags
     assert "<script>alert(1)</script>" in Page(text).words

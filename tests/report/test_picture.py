@@ -6,7 +6,8 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 from gracec.errors import GracecError
-from gracec.report.inspection import Inspection, inspect_model
+from gracec.inspection import inspect_model
+from gracec.report.partition import Inspection
 from gracec.report.picture import COLOURS, draw_picture
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from gracec.capture import capture
+from gracec.capture import Family, capture
 from gracec.errors import GracecError
+from gracec.ir.program import Program
 from gracec.passes import parse_pipeline, run_passes
-from gracec.program import Program
 from gracec.recipe import Training
-from gracec.training.checkpoint import Fingerprint, latest_checkpoint
-from gracec.training.loop import Batch, Curve, Learner, score, train
+from gracec.training import micro_batch
+from gracec.training.checkpoints.directory import latest_checkpoint
+from gracec.training.checkpoints.fingerprint import Fingerprint
+from gracec.training.curve import Curve
+from gracec.training.learner import Learner, score
+from gracec.training.loop import train
+from gracec.training.micro_batch import Batch
 from tests.children import in_a_child, start, wait
 from tests.tiny import IMAGE, IMAGE_TOKENS, PAD, tiny_image, tiny_llava, tiny_processor
 
@@ -167,6 +173,34 @@ def test_a_step_does_not_depend_on_how_the_batch_is_cut(
         found.append(row)
     for name in ("ce", "distillation", "rcka", "grad_norm"):
         assert found[0][name] == pytest.approx(found[1][name], rel=1e-5), name
+
+
+def test_a_micro_batch_is_read_once_for_student_and_teacher(
+    student: Learner, teacher: Learner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: Counter[str] = Counter()
+
+    def count(owner: Any, name: str) -> None:
+        usual = getattr(owner, name)
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            calls[name] += 1
+            return usual(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    for name in ("read", "image_index"):
+        count(Family, name)
+    count(micro_batch, "supervised_positions")
+    options = rule(steps=3, evaluate_every=3)
+    go(student, teacher, options)
+    trained = options.steps * options.batch_size // options.micro_batch_size
+    scored = 2 * len(HELD_OUT)  # before and after
+    assert calls == {
+        "read": trained + scored,
+        "supervised_positions": trained + scored,
+        "image_index": trained,
+    }
 
 
 def test_terms_can_be_switched_off(student: Learner) -> None:

@@ -12,11 +12,13 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 import gracec
+from gracec.capture import family_of
 from gracec.errors import GateError, GracecError
-from gracec.training import run
-from gracec.training.run import check_teacher, check_tokenizers
+from gracec.stages import train as stage
+from gracec.training.teacher import check_teacher, check_tokenizers
 from tests.children import in_a_child
 from tests.tiny import tiny_image, tiny_llava, tiny_processor
+from tests.tiny_families import tiny_model
 
 TRAINING = {
     "steps": 4,
@@ -71,12 +73,12 @@ def test_a_compilation_trains_lowers_saves_and_leaves_the_caller_alone(
         progress=False,
     )
     report = compiled.report
-    assert report.gates["int4_kernels"] == 14
+    assert report.gates["int4_kernels"].count == 14
     assert report.training["steps"] == 4
     assert report.training["best_step"] == 4
     first, *_, last = report.training["held_out"]
     assert last["held_out_loss"] < first["held_out_loss"]
-    assert any("trained 4 steps" in note for note in report.notes)
+    assert any("trained 4 steps" in note.text for note in report.notes)
     fresh = tiny_llava(tie=True).state_dict()
     assert all(torch.equal(fresh[name], t) for name, t in llava.state_dict().items())
     untrained = gracec.compile(llava, "w4a16-ptq", processor=tiny_processor())
@@ -95,7 +97,9 @@ def test_without_a_teacher_a_frozen_copy_of_the_original_teaches(
     compiled = gracec.compile(
         llava, recipe(), train_data=records(), processor=tiny_processor(), progress=False
     )
-    assert "no teacher was given: a frozen copy of the original teaches" in compiled.report.notes
+    assert "no teacher was given: a frozen copy of the original teaches" in [
+        *map(str, compiled.report.notes)
+    ]
     rows = compiled.report.training["rows"]
     assert rows[0]["distillation"] < 0.5  # quantized against itself
     assert rows[0]["rcka"] < 0.1
@@ -105,7 +109,7 @@ def test_without_data_it_is_post_training_quantization_and_says_so(
     llava: LlavaForConditionalGeneration, teacher: LlavaForConditionalGeneration, tmp_path: Path
 ) -> None:
     note = "no training data: post-training quantization instead"
-    assert note in gracec.compile(llava).report.notes
+    assert note in map(str, gracec.compile(llava).report.notes)
     resume = {"resume": True, "output_dir": tmp_path / "out"}
     for more in ({"strict": True}, {"teacher": teacher}, resume):
         with pytest.raises(GracecError, match=note):
@@ -216,7 +220,9 @@ def test_a_control_is_trained_and_not_quantized(
         progress=False,
     )
     assert not compiled.weights
-    assert "nothing is quantized: an ordinary Hugging Face model" in compiled.report.notes
+    assert "nothing is quantized: an ordinary Hugging Face model" in [
+        *map(str, compiled.report.notes)
+    ]
     with pytest.raises(GracecError, match="format awq: no weight is quantized"):
         compiled.save_pretrained(tmp_path / "awq", "awq")
     assert not (tmp_path / "awq").exists()
@@ -240,16 +246,16 @@ def options() -> dict[str, Any]:
 
 
 def compile_until_killed(directory: Path) -> None:
-    train = run.train
+    learn = stage.train_learner
 
     def killed(*arguments: Any, **more: Any) -> Any:
         def die(row: dict[str, Any]) -> None:
             if row["step"] == 3 and "ce" in row:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        return train(*arguments, **{**more, "log": die})
+        return learn(*arguments, **{**more, "log": die})
 
-    run.train = killed
+    stage.train_learner = killed  # type: ignore[assignment]
     gracec.compile(tiny_llava(tie=True), output_dir=directory, **options())
 
 
@@ -262,7 +268,7 @@ def test_a_killed_compilation_resumes_to_the_same_codes(
     with pytest.raises(GracecError, match="an earlier training was interrupted here"):
         gracec.compile(llava, output_dir=tmp_path / "out", **options())
     again = gracec.compile(llava, output_dir=tmp_path / "out", resume=True, **options())
-    assert any("resumed after optimizer step 2" in note for note in again.report.notes)
+    assert any("resumed after optimizer step 2" in note.text for note in again.report.notes)
     assert again.report.training == whole.report.training
     for fqn, weight in whole.weights.items():
         assert torch.equal(weight.stored, again.weights[fqn].stored)
@@ -282,6 +288,30 @@ def test_a_teacher_that_speaks_otherwise_is_refused(
 ) -> None:
     with pytest.raises(GracecError, match=reason):
         check_teacher(llava, tiny_llava(**other))
+
+
+def test_a_teacher_that_counts_the_tokens_of_a_grid_otherwise_is_refused() -> None:
+    """Patches of one size, merged into fewer tokens."""
+    teacher = tiny_model("qwen2_vl")
+    check_teacher(tiny_model("qwen2_vl"), teacher)
+    teacher.config.vision_config.spatial_merge_size = 1
+    with pytest.raises(GracecError, match="the number of visual tokens is 4 .* and 16"):
+        check_teacher(tiny_model("qwen2_vl"), teacher)
+
+
+def test_a_teacher_that_reads_a_batch_otherwise_is_refused(
+    llava: LlavaForConditionalGeneration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, teacher = type(family_of(llava)), tiny_llava(seed=7)
+    usual = family.text_inputs
+
+    def text_inputs(self: Any, model: Any, batch: Any) -> dict[str, Tensor]:
+        found = usual(self, model, batch)
+        return {**found, "attention_mask": found["attention_mask"] * (1 + (model is teacher))}
+
+    monkeypatch.setattr(family, "text_inputs", text_inputs)
+    with pytest.raises(GracecError, match="teacher: student and teacher do not get the same atten"):
+        check_teacher(llava, teacher)
 
 
 def test_tokenizers_must_agree() -> None:

@@ -2,8 +2,8 @@ from collections.abc import Callable
 
 import pytest
 
+from gracec.ir.program import Program
 from gracec.objective import DualAscentController, EpochLagrangianController, FixedController
-from gracec.program import Program
 from gracec.recipe import Training
 from gracec.training.setup import (
     capacity,

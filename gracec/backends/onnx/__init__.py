@@ -1,1 +1,5 @@
-"""ONNX: codes as ONNX Runtime reads them, graphs, their gates, and the runner."""
+"""ONNX graphs: written from codes, checked, and run by ONNX Runtime."""
+
+from gracec.backends.onnx.format import Onnx
+
+__all__ = ["Onnx"]

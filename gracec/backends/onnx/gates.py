@@ -14,15 +14,16 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from gracec.backends.onnx import graphs, kernel
-from gracec.backends.onnx.kernel import ACCURACY_LEVEL, OPSET
+from gracec.backends.onnx import graphs
 from gracec.backends.onnx.session import open_session, session_options
 from gracec.backends.onnx.translate import KERNEL_DOMAIN
+from gracec.capture.greedy import Runtime, greedy
 from gracec.errors import GateError
 from gracec.gates import NEAR_TIE, LogitAgreement
-from gracec.greedy import Runtime, greedy
-from gracec.passes.freeze import FrozenWeight
+from gracec.kernels import onnxruntime as kernel
+from gracec.kernels.onnxruntime import ACCURACY_LEVEL, OPSET
 from gracec.passes.lower_qdq import LoweredWeight
+from gracec.quant.frozen import FrozenWeight
 
 MATMUL_BOUND = {"faithful": 1e-5, "fast": 2e-2}
 ROUNDED_KL = 0.1

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from gracec.backends.base import Artifact
 from gracec.backends.onnx import gates
 from gracec.backends.onnx.session import open_session
 from gracec.capture.families import families, family_of
@@ -40,6 +39,7 @@ from gracec.capture.serving_graph import (
     empty_cache,
 )
 from gracec.errors import GateError
+from gracec.frozen import Frozen
 
 TYPES = {"qwen2_vl": "qwen2_5_vl", "qwen2_5_vl": "qwen2_5_vl"}
 """Model type of the Hugging Face config -> the type of genai that runs it."""
@@ -59,9 +59,9 @@ SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 """What genai takes from a generation config, by the same names."""
 
 
-def refusal(artifact: Artifact) -> str:
-    """Why genai cannot load this artifact's graphs, or an empty string."""
-    config, processor = artifact.config, artifact.processor
+def refusal(frozen: Frozen) -> str:
+    """Why genai cannot load the graphs of this model, or an empty string."""
+    config, processor = frozen.config, frozen.processor
     if config.model_type not in TYPES:
         return f"it has no model type for {config.model_type!r}"
     if processor is None:
@@ -69,7 +69,7 @@ def refusal(artifact: Artifact) -> str:
     for field, token in TOKENS.items():
         if processor.tokenizer.convert_tokens_to_ids(token) != getattr(config, field):
             return f"its processor writes {token}, which is not the {field} of the tokenizer"
-    images = _image_fields(artifact)
+    images = _image_fields(frozen)
     steps = ("do_resize", "do_rescale", "do_normalize")
     left_out = [step for step in steps if not images[step]]
     if left_out:
@@ -104,29 +104,29 @@ def write_headers(
     _check(model, files, written, options)
 
 
-def write_config(artifact: Artifact, directory: Path, options: Mapping[str, str]) -> None:
+def write_config(frozen: Frozen, directory: Path, options: Mapping[str, str]) -> None:
     """Write `genai_config.json` and `genai_processor.json`.
 
     Args:
         directory: where configuration and tokenizer are.
         options: of the sessions.
     """
-    _write(genai_config(artifact, options), directory / CONFIG_FILE)
-    _write(image_processor(artifact), directory / PROCESSOR_FILE)
+    _write(genai_config(frozen, options), directory / CONFIG_FILE)
+    _write(image_processor(frozen), directory / PROCESSOR_FILE)
 
 
-def genai_config(artifact: Artifact, options: Mapping[str, str]) -> dict[str, Any]:
+def genai_config(frozen: Frozen, options: Mapping[str, str]) -> dict[str, Any]:
     """What `genai_config.json` holds.
 
     Args:
         options: entries of the configuration of each session.
     """
-    config, generation = artifact.config, artifact.generation_config or GenerationConfig()
+    config, generation = frozen.config, frozen.generation_config or GenerationConfig()
     text = config.get_text_config()
-    images = _image_fields(artifact)
+    images = _image_fields(frozen)
     heads = text.num_attention_heads
     tokens = {
-        name: _first(name, generation, text, artifact.processor.tokenizer)
+        name: _first(name, generation, text, frozen.processor.tokenizer)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
     }
     for name in ("image_token_id", "video_token_id", "vision_start_token_id"):
@@ -182,15 +182,15 @@ def genai_config(artifact: Artifact, options: Mapping[str, str]) -> dict[str, An
     }
 
 
-def image_processor(artifact: Artifact) -> dict[str, Any]:
+def image_processor(frozen: Frozen) -> dict[str, Any]:
     """What `genai_processor.json` holds: the steps from the bytes of a picture to patches."""
-    images = _image_fields(artifact)
+    images = _image_fields(frozen)
     patches = {"patch_size": images["patch_size"], "merge_size": images["merge_size"]}
     resize = {
         "interpolation": FILTERS[images["resample"]],
         "smart_resize": 1,
         "min_pixels": images["size"]["shortest_edge"],
-        "max_pixels": max_pixels(artifact),
+        "max_pixels": max_pixels(frozen),
         **patches,
     }
     normalize = {
@@ -211,20 +211,20 @@ def image_processor(artifact: Artifact) -> dict[str, Any]:
     return {"processor": {"name": "image_processor", "transforms": operations}}
 
 
-def max_pixels(artifact: Artifact) -> int:
+def max_pixels(frozen: Frozen) -> int:
     """Pixels of the largest image: what the model's processor allows, and the graph takes."""
-    images = _image_fields(artifact)
+    images = _image_fields(frozen)
     return min(int(images["size"]["longest_edge"]), SERVED_PATCHES * int(images["patch_size"]) ** 2)
 
 
-def notes(artifact: Artifact) -> list[str]:
+def notes(frozen: Frozen) -> list[str]:
     """What a user should know, of a family that genai has a type for."""
-    if artifact.config.model_type not in TYPES:
+    if frozen.config.model_type not in TYPES:
         return []
-    reason = refusal(artifact)
+    reason = refusal(frozen)
     if reason:
         return [f"onnxruntime-genai: no {CONFIG_FILE}: {reason}"]
-    largest, wanted = max_pixels(artifact), _image_fields(artifact)["size"]["longest_edge"]
+    largest, wanted = max_pixels(frozen), _image_fields(frozen)["size"]["longest_edge"]
     if largest == wanted:
         return []
     return [
@@ -239,8 +239,8 @@ def _first(name: str, *sources: Any) -> Any:
     return next((value for value in found if value is not None), None)
 
 
-def _image_fields(artifact: Artifact) -> dict[str, Any]:
-    fields: dict[str, Any] = json.loads(artifact.processor.image_processor.to_json_string())
+def _image_fields(frozen: Frozen) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads(frozen.processor.image_processor.to_json_string())
     return fields
 
 

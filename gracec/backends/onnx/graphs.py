@@ -20,13 +20,13 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedOpsetsPass
 
 from gracec._version import __version__
-from gracec.backends.onnx.kernel import OPSET
 from gracec.backends.onnx.lift import lift
 from gracec.backends.onnx.translate import PLACEHOLDER_DOMAIN, translations
 from gracec.capture.serving import ServingProgram
 from gracec.capture.serving_graph import Shape
 from gracec.errors import GracecError
-from gracec.program import Program
+from gracec.ir.program import Program
+from gracec.kernels.onnxruntime import OPSET
 
 EXTERNAL_ABOVE = 16 << 20
 """Bytes of tensors from which on they lie in a file of their own, beside the graph."""

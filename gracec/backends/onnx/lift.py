@@ -21,7 +21,7 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
-from gracec.program import Program
+from gracec.ir.program import Program
 
 aten = torch.ops.aten
 CASTS = {aten.to.device, aten.to.dtype, aten.to.dtype_layout}

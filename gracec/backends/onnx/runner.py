@@ -22,6 +22,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from gracec.backends.onnx.session import FOLDER, SessionConfig, open_session
 from gracec.capture.families import families
 from gracec.capture.families.base import Family
+from gracec.capture.greedy import Step, greedy, next_positions, prompt_logits
 from gracec.capture.serving_graph import (
     CACHE,
     DECODER,
@@ -32,8 +33,7 @@ from gracec.capture.serving_graph import (
     empty_cache,
 )
 from gracec.errors import GracecError
-from gracec.greedy import Step, greedy, next_positions, prompt_logits
-from gracec.models import load_config, load_processor
+from gracec.models.loading import load_config, load_processor
 
 TEXT = ("input_ids", "attention_mask")
 PLAIN: dict[str, tuple[Any, ...]] = {
@@ -71,11 +71,13 @@ class OnnxModel:
         config: PreTrainedConfig,
         generation_config: GenerationConfig | None = None,
         *,
+        session_config: SessionConfig | None = None,
         threads: int | None = None,
     ) -> None:
         """Load the graphs of a folder.
 
         Args:
+            session_config: how to run them; by default read from the folder.
             threads: that one operator may use. By default the number that torch may use for image
                 and prompt; for the decoder, as many or fewer, as a token is faster.
 
@@ -84,7 +86,7 @@ class OnnxModel:
         """
         self.folder, self.config = folder, config
         self.generation_config = generation_config or GenerationConfig()
-        self.session_config = SessionConfig.read(folder)
+        self.session_config = session_config or SessionConfig.read(folder)
         if self.session_config.family != config.model_type or config.model_type not in families():
             raise GracecError(
                 f"the graphs are of the family {self.session_config.family!r}, "

@@ -20,8 +20,8 @@ from typing import Any
 import onnxruntime as ort
 
 from gracec._version import __version__
-from gracec.backends.onnx.kernel import ACCURACY_LEVEL
 from gracec.errors import GracecError
+from gracec.kernels.onnxruntime import ACCURACY_LEVEL
 from gracec.store import file_sha256
 
 SESSION_FILE, FOLDER = "session.json", "onnx"

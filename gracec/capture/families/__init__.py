@@ -1,40 +1,40 @@
 """One small adapter per model family: what happens on the host, and what is traced.
 
-Adding a family means adding one file here that defines one `Family` subclass. A model whose family
-has none is captured by the generic one, if it can be.
+Adding a family means adding one file here that defines one `Family` subclass. Another package
+declares its own by an entry point of the group `gracec.capture.families`, and in a script it is
+enough to define one. A model whose family has none is captured by the generic one, if it can be.
 """
 
 from __future__ import annotations
-
-import importlib
-import pkgutil
-from functools import cache
 
 from transformers import PreTrainedModel
 
 from gracec.capture.families.base import Family
 from gracec.capture.families.generic import Generic
 from gracec.errors import GracecError
+from gracec.registry import Registry
 
-__all__ = ["GENERIC", "Family", "Generic", "families", "family_of"]
+__all__ = ["FAMILIES", "GENERIC", "Family", "Generic", "families", "family_of"]
+
+FAMILIES: Registry[Family] = Registry(
+    "family",
+    Family,  # type: ignore[type-abstract]
+    "gracec.capture.families",
+    attribute="model_type",
+)
+"""Model type of the Hugging Face config -> the class of the adapter for it."""
 
 GENERIC = Generic()
 """The adapter for models of families that have none."""
 
 
-@cache
 def families() -> dict[str, Family]:
-    """Model type of the Hugging Face config -> the adapter for it."""
-    found: dict[str, Family] = {}
-    for module in pkgutil.iter_modules(__path__):
-        if module.name != "base":
-            adapters = importlib.import_module(f"{__name__}.{module.name}")
-            for value in vars(adapters).values():
-                if isinstance(value, type) and issubclass(value, Family):
-                    model_type = getattr(value, "model_type", "")
-                    if model_type:
-                        found[model_type] = value()
-    return found
+    """Model type of the Hugging Face config -> the adapter for it, the same one each time.
+
+    Raises:
+        GracecError: if two are for one model type, or a declared one cannot be imported.
+    """
+    return {model_type: cls.instance() for model_type, cls in FAMILIES.all().items()}
 
 
 def family_of(model: PreTrainedModel) -> Family:

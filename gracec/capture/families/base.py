@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch.export import Dim
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from gracec.capture.families.check import check_image_tokens
+from gracec.capture.families.examples import example_prompts
 from gracec.capture.serving_graph import (
     BATCH,
     DECODER,
@@ -63,6 +65,16 @@ class Family(ABC):
     serving_positions: ClassVar[Shape] = (BATCH, LENGTH)
     serving_refusal: ClassVar[str] = "has no serving graphs yet"
     serving_config: ClassVar[tuple[str, ...]] = ()
+    _instance: ClassVar[Family]
+
+    @classmethod
+    def instance(cls) -> Self:
+        """The one adapter of this class: it may keep what it has asked a model once."""
+        # Kept by the class, so that both go when nothing else refers to them.
+        if "_instance" not in vars(cls):
+            cls._instance = cls()
+        found: Self = vars(cls)["_instance"]
+        return found
 
     @abstractmethod
     def image_tokens(self, model: PreTrainedModel, batch: Inputs) -> list[int]:
@@ -128,6 +140,10 @@ class Family(ABC):
             GracecError: if an input is missing, is of a kind that is not captured, or image tokens
                 and images disagree.
         """
+        return self.cast(model, self.read(model, batch))
+
+    def read(self, model: PreTrainedModel, batch: Inputs) -> dict[str, Tensor]:
+        """What `prepare` does before it casts: the same for all models of one configuration."""
         self.required(batch, "input_ids")
         for name in VIDEO:
             if batch.get(name) is not None:
@@ -138,12 +154,13 @@ class Family(ABC):
                 )
         self.required(batch, "pixel_values")
         self.check(model, batch)
-        _check_image_tokens(
-            batch["input_ids"], self.image_mask(model, batch), self.image_tokens(model, batch)
-        )
+        check_image_tokens(self.image_mask(model, batch), self.image_tokens(model, batch))
         found = {**self.text_inputs(model, batch), **self.vision_inputs(model, batch)}
-        found["pixel_values"] = found["pixel_values"].to(model.dtype)
         return {name: found[name] for name in (*self.text, *self.vision)}
+
+    def cast(self, model: PreTrainedModel, inputs: Inputs) -> dict[str, Tensor]:
+        """Inputs that were read, pixels in the dtype of the model."""
+        return {**inputs, "pixel_values": inputs["pixel_values"].to(model.dtype)}
 
     def model_inputs(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What the Hugging Face forward takes, from what the processor returned."""
@@ -211,31 +228,11 @@ class Family(ABC):
             text: text tokens of the longest prompt; each further prompt has one fewer, but enough
                 to keep its images apart.
         """
-        config = model.config
-        decoder = config.get_text_config()
         generator = torch.Generator().manual_seed(0)
         pictures = self.example_images(model, images, generator)
         sizes = self.image_tokens(model, pictures)
-        pad = decoder.pad_token_id
-        pad = 0 if pad is None or pad < 0 else pad
-        prompts = []
-        for number in range(batch):
-            share = images // batch + (number < images % batch)
-            length = max(share + 1, text - number)
-            words = torch.randint(0, decoder.vocab_size, (length,), generator=generator)
-            words[torch.isin(words, _reserved(config))] = _free(config)
-            parts = []
-            for place in range(share):
-                picture = torch.full((sizes.pop(0),), config.image_token_id)
-                parts += [words[place : place + 1], picture]
-            prompts.append(torch.cat([*parts, words[share:]]))
-        longest = max(len(prompt) for prompt in prompts)
-        input_ids = torch.full((batch, longest), pad)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, prompt in enumerate(prompts):
-            input_ids[row, longest - len(prompt) :] = prompt
-            attention_mask[row, longest - len(prompt) :] = 1
-        found = {"input_ids": input_ids, "attention_mask": attention_mask, **pictures}
+        prompts = example_prompts(model.config, sizes, generator, batch=batch, text=text)
+        found = {**prompts, **pictures}
         found |= self.example_text(model, found)
         return {
             name: _in_dtype(tensor.to(model.device), model.dtype) for name, tensor in found.items()
@@ -362,51 +359,3 @@ class Flat(nn.Module):
 
 def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _reserved(config: PreTrainedConfig) -> Tensor:
-    """Ids that stand for something that is not text."""
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    found = [getattr(config, name, None) for name in names]
-    return torch.tensor([number for number in found if number is not None])
-
-
-def _free(config: PreTrainedConfig) -> int:
-    """An id that is no reserved one, after that of images if possible."""
-    vocab: int = config.get_text_config().vocab_size
-    image: int = config.image_token_id
-    reserved = set(_reserved(config).tolist())
-    candidates = ((image + step) % vocab for step in range(1, vocab))
-    return next(number for number in candidates if number not in reserved)
-
-
-def _check_image_tokens(input_ids: Tensor, visual: Tensor, sizes: list[int]) -> None:
-    """The traced graph no longer checks this, so every batch is checked here."""
-    ends = [0]
-    for size in sizes:
-        ends.append(ends[-1] + size)
-    found = 0
-    for row, count in enumerate(visual.sum(1).tolist()):
-        found += count
-        if found > ends[-1]:
-            break  # more places than there are images
-        if found not in ends:
-            raise GracecError(
-                f"the prompt holds {count} image tokens, which is no whole number of its images: "
-                f"{_listed(sizes)} tokens each (was it truncated inside an image?)",
-                where=f"sample {row} of the batch",
-                fix="allow longer prompts or drop the sample",
-            )
-    total = int(visual.sum())
-    if total != ends[-1]:
-        raise GracecError(
-            f"the prompts have places for {total} visual tokens, the {len(sizes)} images that were "
-            f"given have {ends[-1]}",
-            where="batch",
-            fix="put one image placeholder into the prompt for each image",
-        )
-
-
-def _listed(sizes: list[int]) -> str:
-    distinct = list(dict.fromkeys(map(str, sizes)))
-    return ", ".join(distinct[:3]) + (", ..." if len(distinct) > 3 else "")

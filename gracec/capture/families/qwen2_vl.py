@@ -16,7 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from gracec.capture.families.base import Dims, Family, Inputs
 from gracec.capture.serving_graph import BATCH, LENGTH, Shape
 from gracec.errors import GracecError
-from gracec.ops import segment_attention
+from gracec.quant.ops import segment_attention
 
 GRID = "image_grid_thw"
 SEGMENT_ATTENTION = "gracec_segments_as_flash_attention"

@@ -10,10 +10,11 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from gracec.backends.onnx import gates, graphs, kernel
-from gracec.compiler import CompiledModel
+from gracec.backends.onnx import gates, graphs
+from gracec.capture.greedy import Step
+from gracec.compiled import CompiledModel
 from gracec.errors import GateError
-from gracec.greedy import Step
+from gracec.kernels import onnxruntime as kernel
 from gracec.passes.lower_qdq import LoweredWeight
 from gracec.quant import QuantSpec
 from tests.backends.artifacts import random_weight

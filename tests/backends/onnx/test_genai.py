@@ -1,4 +1,6 @@
+import copy
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from gracec.backends.base import Artifact
 from gracec.backends.onnx import genai
+from gracec.backends.onnx.format import Onnx
 from gracec.backends.onnx.graphs import EXTERNAL_FROM
-from gracec.backends.onnx_hf import Onnx
 from gracec.errors import GateError
-from gracec.models import load_processor
+from gracec.frozen import Frozen
+from gracec.models.loading import load_processor
+from gracec.models.skeleton import without_weights
 from gracec.quant import QuantSpec
 from tests.backends.artifacts import decoder_specs, random_artifact
 from tests.docs.fences import fences
@@ -24,7 +27,7 @@ from tests.tiny_families import tiny_model, tiny_processor, tokenizer
 
 
 @pytest.fixture(scope="module")
-def artifact() -> Artifact:
+def artifact() -> Frozen:
     """Not to be changed by a test. Its tower takes pictures of 1,024 to 2,304 pixels."""
     return random_artifact(
         decoder_specs(QuantSpec(group_size=32)),
@@ -35,12 +38,12 @@ def artifact() -> Artifact:
 
 
 @pytest.fixture(scope="module")
-def directory(artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def directory(artifact: Frozen, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `--format onnx` writes. Not to be changed by a test."""
     return write(artifact, tmp_path_factory.mktemp("genai") / "DIR", Onnx())
 
 
-def write(artifact: Artifact, folder: Path, form: Onnx) -> Path:
+def write(artifact: Frozen, folder: Path, form: Onnx) -> Path:
     artifact.config.save_pretrained(folder)
     assert artifact.generation_config is not None
     artifact.generation_config.save_pretrained(folder)
@@ -58,7 +61,7 @@ def noise(path: Path, width: int, height: int, mode: str = "RGB") -> Path:
     return path
 
 
-def changed(artifact: Artifact, **fields: Any) -> Artifact:
+def changed(artifact: Frozen, **fields: Any) -> Frozen:
     """An artifact whose image processor has other settings."""
     processor = tiny_processor("qwen2_vl")
     for name, value in fields.items():
@@ -86,7 +89,7 @@ def test_genai_answers_as_onnx_runtime_does(directory: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_standard_operators_with_the_option_of_their_sessions(
-    artifact: Artifact, tmp_path: Path
+    artifact: Frozen, tmp_path: Path
 ) -> None:
     needed()
     directory = write(artifact, tmp_path / "DIR", Onnx("qdq"))
@@ -171,7 +174,41 @@ def test_a_graph_that_computes_something_else_is_an_error(directory: Path) -> No
         genai._check(model, files, headers, {})
 
 
-def test_pictures_are_as_large_as_the_graph_takes(artifact: Artifact) -> None:
+def other_image_token(graph: Any, config: Any) -> None:
+    """Merges the rows of an image into the places of another token."""
+    odd = copy.deepcopy(config)
+    odd.image_token_id = 7
+    MERGE(graph, odd)
+
+
+def misspelt(graph: Any, config: Any) -> None:
+    MERGE(graph, config)
+    next(node for node in graph if node.op_type == "CumSum").op_type = "CumSumm"
+
+
+MERGE = genai._merge_features
+
+
+@pytest.mark.parametrize(
+    ("merge", "message"),
+    [
+        (other_image_token, "genai_embedding.onnx: computes something else than embed_tokens"),
+        (misspelt, "genai_embedding.onnx: not valid ONNX"),
+    ],
+)
+def test_every_header_is_looked_at(
+    merge: Any, message: str, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(directory / "onnx", tmp_path / "onnx"))
+    session = json.loads((folder / "session.json").read_text())
+    files = {name: folder / file for name, file in session["graphs"].items()}
+    genai.write_headers(tiny_model("qwen2_vl"), files, {})
+    monkeypatch.setattr(genai, "_merge_features", merge)
+    with pytest.raises(GateError, match=message):
+        genai.write_headers(tiny_model("qwen2_vl"), files, {})
+
+
+def test_pictures_are_as_large_as_the_graph_takes(artifact: Frozen) -> None:
     large = changed(artifact, size={"shortest_edge": 1024, "longest_edge": 1 << 30})
     assert genai.max_pixels(large) == 8192 * 8 * 8
     (note,) = genai.notes(large)
@@ -180,7 +217,7 @@ def test_pictures_are_as_large_as_the_graph_takes(artifact: Artifact) -> None:
     assert genai.notes(artifact) == []
 
 
-def test_what_genai_would_read_differently_is_not_written(artifact: Artifact) -> None:
+def test_what_genai_would_read_differently_is_not_written(artifact: Frozen) -> None:
     assert genai.refusal(artifact) == ""
     words = changed(artifact)
     words.processor.tokenizer = tokenizer()
@@ -206,12 +243,14 @@ def test_genai_has_no_type_for_the_other_families(family: str, tmp_path: Path) -
     assert "Unsupported model_type" in why_not(family, tmp_path)
 
 
-def test_the_generation_config_is_kept(artifact: Artifact) -> None:
+def test_the_generation_config_is_kept(artifact: Frozen) -> None:
     assert artifact.generation_config is not None
     generation = type(artifact.generation_config)(
         do_sample=True, top_k=1, repetition_penalty=1.05, eos_token_id=[2, 3], pad_token_id=9
     )
-    config = genai.genai_config(replace(artifact, generation_config=generation), {"a": "1"})
+    skeleton = without_weights(artifact.skeleton)
+    skeleton.generation_config = generation
+    config = genai.genai_config(replace(artifact, skeleton=skeleton), {"a": "1"})
     assert config["model"]["eos_token_id"] == [2, 3]
     assert config["model"]["pad_token_id"] == 9
     assert config["model"]["decoder"]["session_options"] == {"provider_options": [], "a": "1"}

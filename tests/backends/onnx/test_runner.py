@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText
 
 import gracec
 from gracec.backends.onnx.runner import OnnxModel
-from gracec.compiler import CompiledModel
+from gracec.compiled import CompiledModel
 from gracec.errors import GracecError
 from gracec.evaluate import answer
 from tests.backends.artifacts import artifact_of, dense_model, tokens_of
@@ -167,7 +167,7 @@ def test_the_commands_run_it(exported: Path, tmp_path: Path) -> None:
     wrong = command("run", exported, *question, "--backend", "onxx")
     assert (wrong.returncode, wrong.stderr.strip()) == (
         2,
-        "gracec: unknown backend 'onxx'; use torchao or onnx",
+        "gracec: unknown target 'onxx'; did you mean 'onnx'?",
     )
 
 

@@ -1,0 +1,1 @@
+"""What gracec can be given by another package, one file each."""

@@ -1,0 +1,258 @@
+"""ONNX graphs for ONNX Runtime, beside a Hugging Face configuration and processor.
+
+    DIR/onnx/vision_encoder.onnx              pixels -> visual tokens
+    DIR/onnx/embed_tokens.onnx                token ids -> embeddings
+    DIR/onnx/decoder_model_merged_q4.onnx     embeddings and cache -> logits and longer cache
+    DIR/onnx/NAME.onnx_data                   tensors of a large graph
+    DIR/onnx/session.json                     how to run them, and the figures of the gates
+
+The graphs compute in float32. Codes and scales are the canonical ones; everything else is widened
+from the dtype of the model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gracec.backends.base import Format
+from gracec.backends.huggingface import write_json, write_processor
+from gracec.capture import capture_serving, families, family_of
+from gracec.capture.greedy import prompt_logits
+from gracec.capture.serving import (
+    Serving,
+    ServingRuntime,
+    apply_codes,
+    composed_equals_training,
+)
+from gracec.capture.serving_graph import DECODER, EMBEDDING, VISION
+from gracec.errors import GateError
+from gracec.frozen import Frozen, build, dense_twin
+from gracec.gates import logit_agreement, lowered_is_as_good_as_dense
+from gracec.kernels import onnxruntime as kernel
+from gracec.passes.freeze import QUANTIZE_DEQUANTIZE, frozen_weights
+from gracec.passes.fuse_decoder import FuseDecoder
+from gracec.passes.lower_qdq import LoweredWeight, LowerQdq
+from gracec.passes.pipeline import parse_placed
+from gracec.store import file_sha256
+
+if TYPE_CHECKING:  # these packages take a second, so they are imported where a graph is written
+    from gracec.backends.onnx.runner import OnnxModel
+    from gracec.backends.onnx.write import WrittenGraph
+
+FILES = {VISION: "vision_encoder", EMBEDDING: "embed_tokens", DECODER: "decoder_model_merged"}
+"""Name of a graph -> stem of its file, as transformers.js looks for it."""
+GATE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Onnx(Format):
+    """Options: `ops` (qdq or matmulnbits) and `mode` (faithful or fast)."""
+
+    ops: str = "matmulnbits"
+    mode: str = "faithful"
+
+    name: ClassVar[str] = "onnx"
+    folder: ClassVar[str] = "onnx"
+    holds_activations: ClassVar[bool] = True
+    holds_adapters: ClassVar[bool] = True
+    passes: ClassVar[tuple[str, ...]] = (LowerQdq.name, FuseDecoder.name)
+
+    def refusal(self, frozen: Frozen) -> str:
+        kernel.check_options(self.ops, self.mode)
+        if not frozen.weights:
+            return "no weight is quantized"
+        family = family_of(frozen.skeleton)
+        if not family.serving:
+            return f"the family {frozen.config.model_type!r} {family.serving_refusal}"
+        reasons = ((fqn, kernel.refusal(weight)) for fqn, weight in frozen.weights.items())
+        return next((f"{fqn}: {reason}" for fqn, reason in reasons if reason), "")
+
+    def dtype(self, frozen: Frozen) -> torch.dtype:
+        return torch.float32
+
+    def stored_weights(self, directory: Path) -> Iterator[tuple[str, Tensor]]:
+        from gracec.backends.onnx import gates
+        from gracec.backends.onnx.session import SessionConfig
+
+        for file in SessionConfig.read(directory).graphs.values():
+            yield from gates.stored_weights(directory / file)
+
+    def write(self, frozen: Frozen, directory: Path) -> tuple[str, ...]:
+        """Write graphs and session file, and run every gate on them.
+
+        Args:
+            directory: the folder of the graphs.
+
+        Raises:
+            GracecError: if the family has no serving graphs or a weight cannot be held.
+            GateError: if what was written is not numerically what it should be.
+        """
+        from gracec.backends.onnx import genai, session
+        from gracec.backends.onnx.runner import OnnxModel
+
+        self.check(frozen)
+        directory.mkdir(parents=True, exist_ok=True)
+        model = build(frozen, torch.float32)
+        serving, hashes = apply_codes(capture_serving(model), frozen.weights)
+        figures: dict[str, Any] = {"equal_code_hashes": hashes}
+        dense = dense_twin(frozen, torch.float32, rounded=False)
+        training = family_of(model).traced(dense)
+        figures["composed_equals_training"] = composed_equals_training(serving, training, model)
+        del dense, training
+
+        shared = not genai.refusal(frozen)
+        written = self._write_graphs(frozen, serving, directory, shared)
+        emitted = {fqn: one for graph in written.values() for fqn, one in graph.lowered.items()}
+        figures |= self._kernel_figures(emitted)
+        config = session.SessionConfig(
+            family=model.config.model_type,
+            ops=self.ops,
+            mode=self.mode,
+            graphs={name: graph.files[0].name for name, graph in written.items()},
+            sha256={f.name: file_sha256(f) for graph in written.values() for f in graph.files},
+            kernels={name: graph.kernels for name, graph in written.items()},
+            options=session.session_options(self.ops, self.mode),
+            gates={},
+            minimum_runtime=self._minimum_runtime(serving, emitted),
+        )
+        if shared:
+            graphs = {name: graph.files[0] for name, graph in written.items()}
+            genai.write_headers(model, graphs, config.options)
+        # Which number of threads is fastest is not asked here, so none is tried.
+        threads = torch.get_num_threads()
+        runner = OnnxModel(directory, model.config, session_config=config, threads=threads)
+        figures |= self._run(runner, serving, model, frozen)
+        replace(config, gates=figures).write(directory)
+        told = (note for graph in written.values() for note in graph.notes)
+        notes = (str(note) for note in told if note.source != LowerQdq.name)
+        return (*notes, _summary(figures), *genai.notes(frozen))
+
+    def finish(self, frozen: Frozen, directory: Path) -> None:
+        """Complete the top level: what transformers.js and onnxruntime-genai look for there."""
+        from gracec.backends.onnx import genai
+        from gracec.backends.onnx.session import session_options
+
+        if frozen.processor is not None:
+            write_processor(frozen.processor, directory)
+        path = directory / "config.json"
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        folder = directory / self.folder
+        external = sorted(file.name.removesuffix("_data") for file in folder.glob("*.onnx_data"))
+        dtypes = {
+            stem: next(
+                (d for d in ("q4", "int8") if (folder / f"{stem}_{d}.onnx").is_file()), "fp32"
+            )
+            for stem in FILES.values()
+        }
+        fields["transformers.js_config"] = {
+            "dtype": dtypes,
+            "use_external_data_format": dict.fromkeys(external, 1),
+        }
+        text_config = frozen.config.get_text_config()
+        for field in families()[frozen.config.model_type].serving_config:
+            fields[field] = getattr(text_config, field)
+        write_json(fields, path)
+        if not genai.refusal(frozen):
+            genai.write_config(frozen, directory, session_options(self.ops, self.mode))
+
+    def _write_graphs(
+        self, frozen: Frozen, serving: Serving, directory: Path, shared: bool
+    ) -> dict[str, WrittenGraph]:
+        from gracec.backends.onnx.write import write_graph
+
+        further = [parse_placed(text) for text in frozen.passes]
+        written = {}
+        for name, graph in serving.items():
+            stem = FILES[name]
+
+            def path(kinds: Set[str], stem: str = stem) -> Path:
+                suffix = "_int8" if kinds == {kernel.MATMUL_INT8} else "_q4" if kinds else ""
+                return directory / f"{stem}{suffix}.onnx"
+
+            written[name] = write_graph(
+                graph,
+                name,
+                path,
+                ops=self.ops,
+                mode=self.mode,
+                strict=True,
+                further=[FuseDecoder()] if name == DECODER else [],
+                place=lambda pipeline: pipeline.placed(further)[0],
+                external=shared,
+            )
+            frozen_here, lowered = frozen_weights(graph.program), written[name].lowered
+            if lowered.keys() != frozen_here.keys():
+                raise GateError(
+                    f"{len(lowered)} of {len(frozen_here)} weights are lowered", where=name
+                )
+        return written
+
+    def _kernel_figures(self, emitted: Mapping[str, LoweredWeight]) -> dict[str, Any]:
+        from gracec.backends.onnx import gates
+
+        counts = Counter(weight.kernel for weight in emitted.values())
+        figures: dict[str, Any] = {"int4_kernels": counts[kernel.MATMUL_NBITS]}
+        if counts[kernel.MATMUL_INT8]:
+            figures["int8_kernels"] = counts[kernel.MATMUL_INT8]
+        figures["matmul_error"] = gates.matmul_error(emitted, self.ops, self.mode)
+        return figures
+
+    def _minimum_runtime(self, serving: Serving, emitted: Mapping[str, LoweredWeight]) -> str:
+        from gracec.backends.onnx import session
+
+        wide = self.ops == "qdq" and any(weight.bits == 8 for weight in emitted.values())
+        wide |= any(any(graph.program.nodes(QUANTIZE_DEQUANTIZE)) for graph in serving.values())
+        return session.MINIMUM_RUNTIME_8_BITS if wide else session.MINIMUM_RUNTIME
+
+    def _run(
+        self, found: OnnxModel, serving: Serving, model: PreTrainedModel, frozen: Frozen
+    ) -> dict[str, Any]:
+        """Gates on the graphs as they run: logits and greedy tokens beside the frozen graphs."""
+        from gracec.backends.onnx import gates
+
+        family = family_of(model)
+        batch = family.example_batch(model)
+        inputs = family.prepare(model, batch)
+        mask = inputs["attention_mask"]
+        reference = ServingRuntime(serving, model.config)
+        with torch.no_grad():
+            expected = prompt_logits(reference, inputs)
+            agreement = logit_agreement(expected, prompt_logits(found, inputs), mask)
+            dense: Any = dense_twin(frozen, torch.bfloat16)
+            logits = dense(**family.model_inputs(dense, batch), use_cache=False).logits
+        beside = logit_agreement(expected, logits, mask)
+        if self.mode == "faithful":
+            lowered_is_as_good_as_dense(agreement, beside)
+        else:
+            gates.rounding_is_small(agreement)
+        tokens = gates.token_agreement(reference, found, inputs, GATE_TOKENS)
+        if self.mode == "faithful" and tokens.different:
+            raise GateError(f"{tokens.different} greedy answers differ from those of the codes")
+        return {
+            "logits": asdict(agreement),
+            "logits_dense_bfloat16": asdict(beside),
+            "greedy": asdict(tokens),
+        }
+
+
+def _summary(figures: Mapping[str, Any]) -> str:
+    logits, dense, greedy = (
+        figures[name] for name in ("logits", "logits_dense_bfloat16", "greedy")
+    )
+    int8 = figures.get("int8_kernels", 0)
+    return (
+        f"{figures['int4_kernels']} matmuls on INT4 kernels, "
+        f"{f'{int8} on INT8 kernels, ' if int8 else ''}"
+        f"KL {logits['kl']:.2g} (dense bfloat16 {dense['kl']:.2g}), "
+        f"{greedy['same']} greedy answers the same, {greedy['ambiguous']} ambiguous, "
+        f"{greedy['different']} different"
+    )

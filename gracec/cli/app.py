@@ -1,0 +1,62 @@
+"""What all commands share: the application, where they print, options of the same name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperCommand
+
+app = typer.Typer(
+    name="gracec",
+    help="A quantizing compiler for vision-language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+out = Console()
+
+
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+ModelPath = Annotated[Path, typer.Argument(help="Hugging Face model directory or gracec artifact.")]
+
+
+TargetName = Annotated[
+    str | None,
+    typer.Option("--target", "--backend", help="What runs it: {targets} (torchao by default)."),
+]
+
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+
+
+class WithNames(TyperCommand):
+    """A command whose help names what the registries know; they are read when it is asked for."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from gracec.backends.base import FORMATS
+        from gracec.recipe import known_recipes
+        from gracec.targets.base import TARGETS
+
+        names = {
+            "{targets}": ", ".join(TARGETS.all()),
+            "{formats}": ", ".join(FORMATS.all()),
+            "{recipes}": ", ".join(known_recipes()),
+        }
+        for parameter in self.params:
+            for place, known in names.items():
+                if getattr(parameter, "help", None):
+                    parameter.help = parameter.help.replace(place, known)  # type: ignore[attr-defined]
+        super().format_help(ctx, formatter)
+
+
+def print_json(value: Any) -> None:
+    """One object on standard output."""
+    typer.echo(json.dumps(value, indent=1))

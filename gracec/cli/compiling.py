@@ -1,0 +1,180 @@
+"""Commands that compile a model, or say what compiling did or would do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gracec.cli.app import Json, ModelPath, TargetName, WithNames, app, out, print_json
+
+
+@app.command(cls=WithNames)
+def compile(
+    model: Annotated[Path, typer.Argument(help="Hugging Face model directory.")],
+    output: Annotated[Path, typer.Option("--out", help="Directory to write.")],
+    recipe: Annotated[
+        str, typer.Option(help="Path of a YAML file, or one of {recipes}.")
+    ] = "w4a16",
+    teacher: Annotated[Path | None, typer.Option(help="Model directory to distil from.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="To train or calibrate on: conversations, a dataset or questions."),
+    ] = None,
+    eval_data: Annotated[
+        Path | None, typer.Option(help="Chooses the best state; questions are scored as well.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with an interrupted training.")] = False,
+    formats: Annotated[
+        str,
+        typer.Option("--format", help="For other libraries: {formats}; several as hf,onnx; all."),
+    ] = "hf",
+    target: TargetName = None,
+    passes: Annotated[
+        list[str] | None,
+        typer.Option("--pass", help="A further pass: 'PASS{option=value} after PASS'."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace the artifact that --out is, when all is done.")
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option(help="Refuse fallbacks instead of reporting them.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Compile a model to INT4 weights and save the result."""
+    import gracec
+    from gracec.training.ranks import rank
+
+    compiled = gracec.compile(
+        model,
+        recipe,
+        teacher=teacher,
+        train_data=data,
+        eval_data=eval_data,
+        resume=resume,
+        output_dir=output,
+        formats=formats,
+        target=target,
+        passes=passes or (),
+        overwrite=overwrite,
+        strict=strict,
+    )
+    if rank():  # another process of this run speaks
+        return
+    if as_json:
+        print_json({"output": str(output), "report": compiled.report.to_dict()})
+        return
+    for note in compiled.report.notes:
+        out.print(str(note), markup=False, soft_wrap=True)
+    out.print(compiled.report.coverage_table())
+    out.print(compiled.report.gates_table())
+    out.print(compiled.report.sizes_line())
+    if compiled.report.accuracy:
+        out.print(compiled.report.accuracy_line())
+    out.print(f"saved to {output}", markup=False)
+
+
+@app.command()
+def inspect(
+    model: ModelPath,
+    recipe: Annotated[
+        str, typer.Option(help="What would be quantized: built-in name or YAML file.")
+    ] = "w4a16-ptq",
+    batch: Annotated[int, typer.Option(min=1, help="Prompts, for the memory plan.")] = 1,
+    images: Annotated[int, typer.Option(min=1, help="Images a prompt.")] = 1,
+    text: Annotated[int, typer.Option(min=2, help="Text tokens a prompt.")] = 128,
+    picture: Annotated[
+        Path | None, typer.Option(help="Also draw the parts: a path ending in .svg, .png or .pdf.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the parts of a model, the plan and the memory it takes, without reading a weight.
+
+    Of a gracec artifact: what was done to it, every gate and the error of every weight.
+    """
+    from gracec.inspection import inspect_artifact, inspect_model
+    from gracec.report.picture import draw_picture
+    from gracec.store import is_artifact
+
+    if is_artifact(model):
+        report = inspect_artifact(model)
+        if picture is not None:
+            draw_picture(inspect_model(model, _recipe_of(report)), picture)
+        if as_json:
+            print_json({"model": str(model), "report": report.to_dict()})
+            return
+        tables = [report.coverage_table(), report.errors_table(), report.gates_table()]
+        lines = [*report.notes, report.sizes_line()]
+    else:
+        found = inspect_model(model, recipe, batch=batch, images=images, text=text)
+        if picture is not None:
+            draw_picture(found, picture)
+        if as_json:
+            print_json(found.to_dict())
+            return
+        out.print(
+            f"{found.architecture}, {found.dtype}, {found.blocks} decoder blocks", highlight=False
+        )
+        tables = [found.partition_table(), found.plan_table()]
+        summary = f"{found.recipe} quantizes {found.coverage:.1%} of the bytes of all matrices"
+        lines = [*found.notes, summary, *found.memory.lines()]
+    for table in tables:
+        out.print(table)
+    for line in lines:
+        out.print(str(line), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    artifacts: Annotated[
+        list[Path], typer.Argument(help="gracec artifacts; the page is about the first one.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--out", help="File to write. [default: ARTIFACT/report.html]")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Questions to ask all of them, to show what differs.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Questions to ask.")] = 200,
+) -> None:
+    """Write what was done to a model, with pictures, into one HTML file that needs nothing else.
+
+    With several artifacts: their accuracies against their sizes, and with --data the questions that
+    the first one answers and another does not, and the other way round.
+    """
+    from gracec.evaluate import load_samples
+    from gracec.reporting import write_report_page
+
+    target = output or artifacts[0] / "report.html"
+    write_report_page(artifacts, target, load_samples(data, limit) if data is not None else [])
+    out.print(f"wrote {target}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def doctor(
+    model: Annotated[Path, typer.Argument(help="Anything that may be a model directory.")],
+    recipe: Annotated[str, typer.Option(help="The recipe that has to be open.")] = "w4a16-ptq",
+    as_json: Json = False,
+) -> None:
+    """Say what of a model can be compiled, and what blocks where. Exit code 1 if anything does."""
+    from gracec.doctor import Check, diagnose
+
+    def show(check: Check) -> None:
+        if not as_json:
+            typer.echo(check.line())
+
+    found = diagnose(model, recipe, show)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        typer.echo(found.verdict())
+    if not found.compiles:
+        raise typer.Exit(1)
+
+
+def _recipe_of(report: Any) -> Any:
+    from gracec.recipe import Recipe
+
+    return Recipe.from_dict(dict(report.recipe))

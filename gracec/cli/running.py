@@ -1,0 +1,125 @@
+"""Commands that ask a model: `run`, `serve`, `eval` and `demo`."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import Progress
+
+from gracec.cli.app import Json, ModelPath, TargetName, WithNames, app, err, out, print_json
+
+
+@app.command(cls=WithNames)
+def run(
+    model: ModelPath,
+    image: Annotated[Path, typer.Option(help="Picture to ask about.")],
+    prompt: Annotated[str, typer.Option(help="The question.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    target: TargetName = None,
+    as_json: Json = False,
+) -> None:
+    """Ask a model one question about one picture; the answer appears word by word."""
+    from transformers import TextStreamer
+
+    from gracec.evaluate import answer, load_image
+
+    picture = load_image(image)
+    loaded, processor = _load(model, target)
+    streamer = None
+    if not as_json:
+        streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    text = answer(
+        loaded, processor, picture, prompt, max_new_tokens=max_new_tokens, streamer=streamer
+    )
+    if as_json:
+        print_json({"model": str(model), "image": str(image), "prompt": prompt, "answer": text})
+
+
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(help="Directory compiled with --format onnx.")],
+    page: Annotated[
+        Path, typer.Option("--app", help="Folder of the page, with its packages installed.")
+    ] = Path("examples/browser"),
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; other machines reach 0.0.0.0.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
+) -> None:
+    """Let a browser on this machine run a model: serve it and a page that asks it about images."""
+    from gracec.serve import Server
+
+    with Server(model, page, host, port) as server:
+        typer.echo(f"{server.url} (Ctrl+C ends it)")
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
+
+
+@app.command(cls=WithNames)
+def eval(
+    model: ModelPath,
+    data: Annotated[Path, typer.Option(help="Folder with samples.jsonl and its images.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Use an even spread of samples.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 8,
+    blind: Annotated[bool, typer.Option(help="Also ask without the image.")] = True,
+    target: TargetName = None,
+    as_json: Json = False,
+) -> None:
+    """Accuracy by type of question, beside the blind, majority and chance rates."""
+    from gracec.evaluate import evaluate_vqa, format_table, load_samples
+
+    samples = load_samples(data, limit)
+    loaded, processor = _load(model, target)
+    with Progress(console=err, disable=not err.is_terminal) as progress:
+        task = progress.add_task(model.name, total=len(samples))
+        report = evaluate_vqa(
+            loaded,
+            processor,
+            samples,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            blind=blind,
+            progress=lambda done, _: progress.update(task, completed=done),
+        )
+    if as_json:
+        print_json({"model": str(model), "data": str(data), **report.to_dict()})
+    else:
+        out.print(format_table({model.name: report}))
+
+
+@app.command()
+def demo(
+    example: Annotated[Path, typer.Option(help="Example with teacher, student and data.")] = Path(
+        "examples/emojivqa"
+    ),
+    output: Annotated[Path, typer.Option("--out", help="Folder for everything it writes.")] = Path(
+        "out/demo"
+    ),
+    limit: Annotated[int, typer.Option(min=1, help="Questions to ask each model.")] = 2000,
+    as_json: Json = False,
+) -> None:
+    """Compile the shipped student, and let teacher, student and INT4 student answer questions."""
+    from gracec.demo import run_demo
+
+    result = run_demo(example, output, limit=limit, console=err if as_json else out)
+    if as_json:
+        print_json(result)
+
+
+def _load(directory: Path, target: str | None = None) -> tuple[Any, Any]:
+    """A model that generates and its processor, from an artifact or a Hugging Face directory."""
+    import gracec
+    from gracec.models.loading import load_model, load_processor
+    from gracec.store import is_artifact
+
+    if target is not None:
+        loaded: Any = gracec.load(directory, target)
+        return loaded, loaded.processor
+    if is_artifact(directory):
+        compiled = gracec.load(directory)
+        return compiled, compiled.processor
+    return load_model(directory), load_processor(directory)

@@ -1,0 +1,1 @@
+"""Data: records, pictures, questions and prompts, for training and evaluation alike."""

@@ -1,0 +1,188 @@
+"""Batches of conversations about pictures, with the answers as labels.
+
+collate = Collator(processor, model, max_length=2048)
+batch = collate([data.sample(index) for index in (3, 1, 2)])
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gracec.data.answers import Answers, Row, stop_tokens
+from gracec.data.conversations import BrokenSample, Sample
+from gracec.data.prompts import Prompts, messages
+from gracec.data.records import IMAGE_PLACEHOLDER, Broken
+from gracec.errors import GracecError, GracecWarning
+from gracec.objective.labels import IGNORE_INDEX
+
+Batch = dict[str, Tensor]
+
+
+class EmptyBatch(GracecError):
+    """Broken samples were left out of a batch, and nothing to train on is left: take the next."""
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Samples to a batch, through the processor and the chat template of the model.
+
+    Args:
+        processor: of the model; its chat template builds the text, or, where it has none, the
+            turns follow each other in lines, as in `gracec.evaluate`.
+        model: tells at which tokens generation stops.
+        max_length: tokens of the longest sample; longer ones are cut at the end.
+        strict: whether a sample that is found to be broken here is an error.
+
+    `problems` has a line for each of them otherwise.
+
+    Raises:
+        GracecError: if the processor has no tokenizer, no padding token or no image token, or if
+            the model has no token to stop at.
+    """
+
+    processor: Any
+    model: nn.Module
+    max_length: int | None = None
+    strict: bool = False
+    problems: list[str] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        name = type(self.processor).__name__
+        if getattr(self.processor, "tokenizer", None) is None:
+            raise GracecError("has no tokenizer", where=name, fix="give the model's processor")
+        if self._tokenizer.pad_token_id is None:
+            raise GracecError(
+                "the tokenizer has no padding token", where=name, fix="set tokenizer.pad_token"
+            )
+        if self.max_length is not None and self.max_length < 1:
+            raise GracecError(f"max_length must be at least 1, not {self.max_length}")
+        _ = self._answers.prompts.image_token  # fails early, as does what ends an answer
+
+    def __call__(self, samples: Sequence[Sample | BrokenSample]) -> Batch:
+        """Encode samples; broken ones are left out.
+
+        Returns:
+            What the processor makes of them, padded on the right: `input_ids` and `attention_mask`
+            int64 [B, T], `pixel_values` (LLaVA: float32 [images, 3, H, W]) and whatever else the
+            family takes; and `labels` int64 [B, T], where labels[b, t] is token t if it belongs to
+            an answer or ends one, else -100. The shift to the next token is up to the loss.
+
+        Raises:
+            EmptyBatch: if, without broken samples, nothing to train on is left.
+            GracecError: if no sample has a picture; if the processor or the template refuses a
+                sample; if the template writes an answer otherwise than after its own prompt; if
+                `max_length` cuts off a part of a picture; in strict mode, if a sample is broken.
+        """
+        if not samples:
+            raise GracecError("a batch needs a sample")
+        whole = [sample for sample in samples if isinstance(sample, Sample)]
+        usable = [sample for sample in whole if self._is_usable(sample)]
+        while usable:
+            if not any(sample.images for sample in usable):
+                if len(usable) < len(samples):
+                    break
+                raise GracecError(
+                    "no sample of the batch has a picture, which the model needs",
+                    where=usable[0].where or "batch",
+                    fix="make batches larger, or leave out samples without a picture",
+                )
+            encoded = self._encode(usable)
+            rows = [self._row(encoded, i, sample) for i, sample in enumerate(usable)]
+            if all(row is not None for row in rows):
+                return self._batch(encoded, [row for row in rows if row is not None])
+            # Which pixels belong to a sample is known to the processor only: once more, without.
+            usable = [sample for sample, row in zip(usable, rows, strict=True) if row is not None]
+        raise EmptyBatch(
+            f"broken samples leave {'no picture' if usable else 'nothing'} to train on",
+            where=samples[0].where or "batch",
+            fix="mend the data, or make batches larger",
+        )
+
+    def _encode(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        prompts = self._answers.prompts
+        return prompts.encode(
+            [messages(sample.turns, sample.images) for sample in samples],
+            [sample.name for sample in samples],
+            padding_side="right",
+            answer_masks=prompts.marks_answers,
+        )
+
+    @property
+    def _tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @cached_property
+    def _answers(self) -> Answers:
+        stops = stop_tokens(self.model, self.processor)
+        end = self._tokenizer.convert_ids_to_tokens(stops[0])
+        return Answers(Prompts(self.processor, end), stops, self.max_length)
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        tokens = {*self._tokenizer.all_special_tokens, self.processor.image_token}
+        return re.compile("|".join(re.escape(str(token)) for token in sorted(tokens)))
+
+    def _is_usable(self, sample: Sample) -> bool:
+        for turn in sample.turns:
+            found = self._control.search(turn.text.replace(IMAGE_PLACEHOLDER, ""))
+            if found:
+                self._report(sample, f"the text has {found[0]!r}, a control token of the tokenizer")
+                return False
+        return True
+
+    def _report(self, sample: Sample, reason: str) -> None:
+        if self.strict:
+            raise GracecError(reason, where=sample.where)
+        first = not self.problems
+        line = f"{sample.where or 'sample'}: {reason}"
+        if line not in self.problems:
+            self.problems.append(line)
+        if first:
+            warnings.warn(f"{line}; samples like this are left out", GracecWarning, stacklevel=4)
+
+    def _row(self, encoded: Mapping[str, Any], index: int, sample: Sample) -> Row | None:
+        """Row `index` of the batch, without padding; None if the sample is broken."""
+        mask: Tensor = encoded["attention_mask"][index]
+        length = int(mask.sum())
+        if not bool(mask[:length].all()):
+            raise GracecError("the processor does not pad on the right", where="batch")
+        ids: list[int] = encoded["input_ids"][index, :length].tolist()
+        marks: list[int] = []
+        if self._answers.prompts.marks_answers:
+            marks = torch.as_tensor(encoded["assistant_masks"][index])[:length].tolist()
+        try:
+            return self._answers.row(sample, ids, marks)
+        except Broken as broken:
+            self._report(sample, broken.reason)
+            return None
+
+    def _batch(self, encoded: Mapping[str, Any], rows: Sequence[Row]) -> Batch:
+        """The processor's tensors with the rows as they are now, and the labels."""
+        old: Tensor = encoded["input_ids"]
+        shape = (len(rows), max(len(row.ids) for row in rows))
+        batch: Batch = {}
+        for name, value in encoded.items():
+            if not isinstance(value, Tensor) or name == "assistant_masks":
+                continue
+            batch[name] = value
+            if value.shape == old.shape:  # of tokens: input_ids, attention_mask, token types
+                width = min(shape[1], old.shape[1])
+                batch[name] = value.new_zeros(shape)
+                batch[name][:, :width] = value[:, :width]
+        batch["labels"] = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
+        for index, row in enumerate(rows):
+            length = len(row.ids)
+            batch["input_ids"][index] = self._tokenizer.pad_token_id
+            batch["input_ids"][index, :length] = torch.tensor(row.ids)
+            batch["attention_mask"][index] = torch.arange(shape[1]) < length
+            for start, end in row.spans:
+                batch["labels"][index, start:end] = torch.tensor(row.ids[start:end])
+        return batch

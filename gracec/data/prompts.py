@@ -1,0 +1,232 @@
+"""Prompts: turns and pictures as messages, as text, and as the tokens and pixels of a model.
+
+Training and evaluation both encode here, so that a model is asked as it was taught.
+
+    prompts = Prompts(processor)
+    batch = prompts.encode([messages(turns, images)], padding_side="right")
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from jinja2 import TemplateError
+from PIL import Image
+
+from gracec.data.records import IMAGE_PLACEHOLDER, Turn
+from gracec.errors import GracecError, first_line
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# What templates and processors raise for input that they do not take.
+_REFUSALS = (ValueError, TypeError, KeyError, IndexError, RuntimeError, TemplateError)
+
+Message = dict[str, Any]
+"""A role, and a list of parts that are texts and images, as chat templates take it."""
+
+
+def messages(turns: Sequence[Turn], images: Sequence[Image.Image] = ()) -> list[Message]:
+    """Turns with an image in the place of each placeholder; without `images` these are empty."""
+    rest = iter(images)
+    found = []
+    for turn in turns:
+        parts: list[dict[str, Any]] = []
+        for number, text in enumerate(turn.text.split(IMAGE_PLACEHOLDER)):
+            if number:
+                parts.append(
+                    {"type": "image", "image": next(rest)} if images else {"type": "image"}
+                )
+            if text.strip():
+                parts.append({"type": "text", "text": text.strip()})
+        found.append({"role": turn.role, "content": parts})
+    return found
+
+
+def question_about(image: Image.Image, question: str) -> list[Message]:
+    """One turn: an image, and a question as it is."""
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    return [{"role": "user", "content": content}]
+
+
+def encode_questions(
+    processor: Any,
+    questions: Sequence[str],
+    images: Sequence[Image.Image],
+    names: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """What a model takes for some questions, one image each, padded on the left.
+
+    Args:
+        names: what to call each question in an error.
+
+    Raises:
+        GracecError: if the processor or its template refuses a question.
+    """
+    asked = [question_about(image, text) for text, image in zip(questions, images, strict=True)]
+    names = names or [f"question {number}" for number in range(1, len(asked) + 1)]
+    prompts = Prompts(processor)
+    return prompts.encode(asked, names, padding_side="left", generation_prompt=True)
+
+
+@contextmanager
+def refusals(where: str) -> Iterator[None]:
+    """What templates and processors raise inside becomes a GracecError of one line."""
+    try:
+        yield
+    except _REFUSALS as error:
+        raise _refused(error, where) from error
+
+
+def _refused(error: Exception, where: str) -> GracecError:
+    return GracecError(f"the processor refuses it ({first_line(error)})", where=where)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The text and the tokens of conversations, by the processor of a model.
+
+    Args:
+        processor: its chat template writes the text. Where it has none, the parts of all turns
+            follow each other in lines.
+        end: what closes an answer where there is no chat template.
+    """
+
+    processor: Any
+    end: str = ""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of the processor."""
+        return self.processor.tokenizer
+
+    @property
+    def image_token(self) -> str:
+        """What stands for an image in a text.
+
+        Raises:
+            GracecError: if the processor does not say.
+        """
+        token = getattr(self.processor, "image_token", None)
+        if not isinstance(token, str):
+            raise GracecError(
+                "has no image token",
+                where=type(self.processor).__name__,
+                fix="give the model's processor, or set its chat_template",
+            )
+        return token
+
+    @cached_property
+    def image_id(self) -> int:
+        """The token that an image becomes, many of it."""
+        found = getattr(self.processor, "image_token_id", None)
+        if found is None:
+            found = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        return int(found)
+
+    @property
+    def templated(self) -> bool:
+        """Whether there is a chat template."""
+        return bool(getattr(self.processor, "chat_template", None))
+
+    @cached_property
+    def marks_answers(self) -> bool:
+        """Whether the template says itself what the model has to generate."""
+        template = getattr(self.processor, "chat_template", None)
+        if isinstance(template, Mapping):
+            template = template.get("default")
+        fast = bool(getattr(self.tokenizer, "is_fast", False))
+        return fast and isinstance(template, str) and bool(_GENERATION.search(template))
+
+    def text(self, conversation: Sequence[Message], *, generation_prompt: bool = False) -> str:
+        """A conversation as text, one placeholder an image; `generation_prompt` asks on."""
+        if self.templated:
+            rendered: list[str] = self.processor.apply_chat_template(
+                [conversation], add_generation_prompt=generation_prompt
+            )
+            return rendered[0]
+        lines = []
+        for message in conversation:
+            texts = [part.get("text", self.image_token) for part in message["content"]]
+            end = self.end if message["role"] == "assistant" else ""
+            lines.append("\n".join(texts) + end)
+        return "\n".join(lines)
+
+    def tokens(self, text: str, images: Sequence[Image.Image] = ()) -> list[int]:
+        """The tokens of a text, its images expanded; without `images` a placeholder is one."""
+        # As `apply_chat_template` does: none are added where the template wrote the first.
+        bos = self.tokenizer.bos_token
+        written = self.templated and bos and text.startswith(bos)
+        options = {"add_special_tokens": False} if written else {}
+        if not images:
+            plain: list[int] = self.tokenizer(text, **options)["input_ids"]
+            return plain
+        encoded = self.processor(images=[list(images)], text=[text], **options)
+        return [int(token) for token in encoded["input_ids"][0]]
+
+    def encode(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        names: Sequence[str],
+        *,
+        padding_side: Literal["left", "right"],
+        generation_prompt: bool = False,
+        answer_masks: bool = False,
+    ) -> dict[str, Any]:
+        """What the processor makes of some conversations, as one batch.
+
+        Args:
+            names: what to call each conversation in an error.
+            padding_side: left to generate, right to learn.
+            generation_prompt: whether to end with the beginning of an answer.
+            answer_masks: whether to add `assistant_masks`, for a template that marks answers.
+
+        Returns:
+            `input_ids` and `attention_mask` int64 [B, T], the pixels, and whatever else the family
+            takes; no labels.
+
+        Raises:
+            GracecError: naming the first conversation that is refused by itself.
+        """
+        template = {
+            "add_generation_prompt": generation_prompt,
+            "return_assistant_tokens_mask": answer_masks,
+        }
+        try:
+            return self._together(conversations, padding_side, template)
+        except _REFUSALS as error:
+            for conversation, name in zip(conversations, names, strict=True):
+                with refusals(name):
+                    self._together([conversation], padding_side, template)
+            raise _refused(error, f"{names[0]} to {names[-1]}") from error
+
+    def _together(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        padding_side: str,
+        template: Mapping[str, bool],
+    ) -> dict[str, Any]:
+        options = {"padding": True, "padding_side": padding_side, "return_tensors": "pt"}
+        if self.templated:
+            # Tokenized in the same call: it knows whether the template wrote the first token.
+            encoded = self.processor.apply_chat_template(
+                conversations,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",  # SmolVLM does not look for it among the options
+                processor_kwargs=options,
+                **template,
+            )
+        else:
+            texts = [self.text(conversation) for conversation in conversations]
+            images = [_images(conversation) for conversation in conversations]
+            encoded = self.processor(images=images, text=texts, **options)
+        return {name: value for name, value in encoded.items() if name != "labels"}
+
+
+def _images(conversation: Sequence[Message]) -> list[Image.Image]:
+    parts = [part for message in conversation for part in message["content"]]
+    return [part["image"] for part in parts if part["type"] == "image"]

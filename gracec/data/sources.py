@@ -1,0 +1,311 @@
+"""Where records come from: JSON, saved datasets, parquet, memory. Each is read when asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from gracec.data.questions import SAMPLES_FILE
+from gracec.data.records import Broken, Embedded, as_record
+from gracec.errors import GracecError, first_line
+
+FOLDER_FILES = ("train.jsonl", "train.json", "data.jsonl", "data.json", SAMPLES_FILE)
+"""What is looked for in a folder, in this order."""
+
+
+class Source(Protocol):
+    """Records by number. `name` and `where` are for messages, `folder` is the image root, `content`
+    the digest of what is read."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def folder(self) -> Path | None: ...
+
+    @property
+    def content(self) -> bytes: ...
+
+    def __len__(self) -> int: ...
+
+    def where(self, number: int) -> str: ...
+
+    def record(self, number: int) -> Mapping[str, Any]: ...
+
+
+def open_source(source: Any) -> Source:
+    """What `open_train_data` was given, as records by number.
+
+    Raises:
+        GracecError: if it cannot be read, or is no training data.
+    """
+    if not isinstance(source, str | os.PathLike):
+        return _in_memory(source)
+    path = Path(source)
+    if path.is_dir():
+        return _open_folder(path)
+    if path.suffix == ".jsonl":
+        return _JsonLines.open(path)
+    if path.suffix == ".json":
+        return _open_json(path)
+    if not path.exists():
+        raise GracecError("does not exist", where=str(path), fix="give training data")
+    raise GracecError(
+        "not training data", where=str(path), fix="give a .json or .jsonl file, or a folder"
+    )
+
+
+def _open_folder(path: Path) -> Source:
+    for name in FOLDER_FILES:
+        if (path / name).is_file():
+            return open_source(path / name)
+    if (path / "dataset_dict.json").is_file():
+        return _Arrow.saved(_train_split(path), path)
+    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+        return _Arrow.saved(path, path)
+    shards = sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
+    # A folder with all splits names the shards after them.
+    shards = [shard for shard in shards if shard.name.startswith("train")] or shards
+    if shards:
+        return _Arrow.parquet(shards, path)
+    raise GracecError(
+        "no training data in this folder",
+        where=str(path),
+        fix=f"put one of {', '.join(FOLDER_FILES)}, a saved dataset or parquet files there",
+    )
+
+
+def _train_split(path: Path) -> Path:
+    """The folder of the training split of a saved `datasets.DatasetDict`."""
+    found = sorted(file.parent.name for file in path.glob("*/state.json"))
+    if found == ["train"] or "train" in found:
+        return path / "train"
+    raise GracecError(
+        f"no split is called train (found {', '.join(found) or 'none'})",
+        where=str(path),
+        fix="give the folder of one split",
+    )
+
+
+@dataclass(frozen=True)
+class _JsonLines:
+    """One record a line. Offsets are kept; a line is read and parsed when it is asked for."""
+
+    file: Path
+    offsets: array[int]
+    lines: array[int]
+    content: bytes
+    stamp: tuple[int, int]
+
+    @classmethod
+    def open(cls, file: Path) -> _JsonLines:
+        offsets, lines = array("Q"), array("Q")
+        content = hashlib.sha256()
+        offset = 0
+        try:
+            with file.open("rb") as stream:
+                stamp = _stamp(stream.fileno())
+                for number, line in enumerate(stream, start=1):
+                    if line.strip():
+                        offsets.append(offset)
+                        lines.append(number)
+                    offset += len(line)
+                    content.update(line)
+        except OSError as error:
+            raise GracecError(f"cannot be read ({error.strerror})", where=str(file)) from error
+        return cls(file, offsets, lines, content.digest(), stamp)
+
+    @property
+    def name(self) -> str:
+        return str(self.file)
+
+    @property
+    def folder(self) -> Path | None:
+        return self.file.parent
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def where(self, number: int) -> str:
+        return f"{self.file}:{self.lines[number]}"
+
+    def record(self, number: int) -> Mapping[str, Any]:
+        # Opened each time: a file that stays open shares its position with forked processes.
+        try:
+            with self.file.open("rb") as stream:
+                if _stamp(stream.fileno()) != self.stamp:
+                    raise GracecError("has changed since it was opened", where=str(self.file))
+                stream.seek(self.offsets[number])
+                line = stream.readline()
+        except OSError as error:
+            raise GracecError(f"cannot be read ({error.strerror})", where=str(self.file)) from error
+        try:
+            parsed = json.loads(line)
+        except json.JSONDecodeError as error:
+            reason = f"not valid JSON ({error.msg}, column {error.colno})"
+            raise Broken("not a record", reason) from error
+        except (ValueError, RecursionError) as error:
+            reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not valid JSON"
+            raise Broken("not a record", reason) from error
+        return as_record(parsed)
+
+
+@dataclass(frozen=True)
+class _Records:
+    """Records that are in memory."""
+
+    name: str
+    folder: Path | None
+    records: Sequence[Any]
+    content: bytes
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def where(self, number: int) -> str:
+        return f"{self.name}: record {number}" if self.folder else f"record {number}"
+
+    def record(self, number: int) -> Mapping[str, Any]:
+        return as_record(self.records[number])
+
+
+def _open_json(file: Path) -> _Records:
+    try:
+        content = file.read_bytes()
+        parsed = json.loads(content)
+    except OSError as error:
+        raise GracecError(f"cannot be read ({error.strerror})", where=str(file)) from error
+    except (ValueError, RecursionError) as error:
+        raise GracecError(f"not valid JSON ({first_line(error)})", where=str(file)) from error
+    if not isinstance(parsed, list):
+        raise GracecError(
+            f"expected a JSON list of records, found {type(parsed).__name__}",
+            where=str(file),
+            fix="a file with one record a line ends in .jsonl",
+        )
+    return _Records(str(file), file.parent, parsed, hashlib.sha256(content).digest())
+
+
+def _in_memory(source: Any) -> Source:
+    if type(source).__module__.partition(".")[0] == "datasets":
+        return _Arrow.given(source)
+    if not isinstance(source, Sequence) or isinstance(source, bytes):
+        raise GracecError(
+            f"training data cannot be a {type(source).__name__}",
+            fix="give a path, a sequence of records, or a datasets.Dataset",
+        )
+    # Pictures are hashed by the scan.
+    text = json.dumps(list(source), skipkeys=True, default=lambda value: type(value).__name__)
+    return _Records("the records", None, source, hashlib.sha256(text.encode()).digest())
+
+
+@dataclass(frozen=True)
+class _Arrow:
+    """A `datasets.Dataset`, read as Arrow: that never decodes or fetches a picture by itself."""
+
+    name: str
+    folder: Path | None
+    dataset: Any
+    content: bytes
+
+    @classmethod
+    def saved(cls, path: Path, root: Path) -> _Arrow:
+        from datasets import load_from_disk
+
+        with _refusing("the saved dataset", path):
+            dataset = load_from_disk(str(path))
+        files = sorted(path.glob("*.arrow"))
+        content = [dataset._fingerprint, *([file.name, file.stat().st_size] for file in files)]
+        return cls.of(str(path), root, dataset, content)
+
+    @classmethod
+    def parquet(cls, shards: Sequence[Path], root: Path) -> _Arrow:
+        from datasets import Dataset
+
+        with _refusing("the parquet files", root):
+            # Not `load_dataset`: that one reports to a server that it was called.
+            dataset = Dataset.from_parquet([str(shard) for shard in shards])
+        # The last bytes of a parquet file are its table of contents, with statistics.
+        content = [[shard.name, shard.stat().st_size, _tail_digest(shard)] for shard in shards]
+        return cls.of(str(root), root, dataset, content)
+
+    @classmethod
+    def given(cls, dataset: Any) -> _Arrow:
+        from datasets import Dataset
+
+        if not isinstance(dataset, Dataset):
+            raise GracecError(
+                f"training data cannot be a {type(dataset).__name__}",
+                fix="give one split: a datasets.Dataset",
+            )
+        return cls.of("the dataset", None, dataset, [dataset._fingerprint])
+
+    @classmethod
+    def of(cls, name: str, folder: Path | None, dataset: Any, content: Sequence[Any]) -> _Arrow:
+        text = json.dumps([len(dataset), str(dataset.features), *content])
+        digest = hashlib.sha256(text.encode()).digest()
+        return cls(name, folder, dataset.with_format("arrow"), digest)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def where(self, number: int) -> str:
+        return f"{self.name}: record {number}"
+
+    def record(self, number: int) -> Mapping[str, Any]:
+        row = self.dataset[number]  # a table of one row
+        record: dict[str, Any] = {}
+        for name in row.column_names:
+            scalar = row.column(name)[0]
+            record[name] = _picture(scalar) if name in ("image", "images") else scalar.as_py()
+        return record
+
+
+def _picture(scalar: Any) -> Any:
+    """Arrow's picture or list of pictures as references; their bytes stay where they are."""
+    if not scalar.is_valid:
+        return None
+    if hasattr(scalar, "values") and not hasattr(scalar, "keys"):
+        return [_picture(item) for item in scalar.values] if scalar.values is not None else []
+    if hasattr(scalar, "keys"):
+        fields = dict(scalar.items())
+        path = fields["path"].as_py() if "path" in fields else None
+        data = fields.get("bytes")
+        if data is not None and data.is_valid:
+            return Embedded(path or "", data.as_buffer())
+        return path
+    value = scalar.as_py()
+    return Embedded("", value) if isinstance(value, bytes) else value
+
+
+class _refusing:
+    """with _refusing(what, path): an error of `datasets` inside names the path in one line."""
+
+    def __init__(self, what: str, path: Path) -> None:
+        self.what, self.path = what, path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception):
+            cause = error.__cause__ or error
+            raise GracecError(
+                f"{self.what} cannot be read ({first_line(cause)})", where=str(self.path)
+            ) from error
+
+
+def _tail_digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        stream.seek(max(0, file.stat().st_size - (1 << 16)))
+        return hashlib.sha256(stream.read()).hexdigest()
+
+
+def _stamp(descriptor: int) -> tuple[int, int]:
+    found = os.fstat(descriptor)
+    return found.st_size, found.st_mtime_ns

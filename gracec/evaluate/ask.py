@@ -1,0 +1,233 @@
+"""Ask a model questions about images: one, a batch, or all of a set, with and without the image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gracec.data.pictures import load_image
+from gracec.data.prompts import Prompts, encode_questions
+from gracec.data.questions import VqaSample
+from gracec.errors import GracecError
+from gracec.evaluate.scores import Prediction, VqaReport, same_answer, summarise
+
+Progress = Callable[[int, int], None]
+
+
+PIXELS = "pixel_values"
+
+
+class Generator(Protocol):
+    """What is evaluated: a Hugging Face model, or anything that generates like one."""
+
+    @property
+    def device(self) -> Any: ...
+
+    @property
+    def generate(self) -> Callable[..., Any]:
+        """Returns the prompt's tokens followed by the new ones."""
+
+
+def evaluate_vqa(
+    model: Generator,
+    processor: Any,
+    samples: Sequence[VqaSample],
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = 8,
+    blind: bool = True,
+    progress: Progress | None = None,
+) -> VqaReport:
+    """Ask every question once, greedily, and once more without the image.
+
+    Args:
+        model: has `generate(**inputs, ...)` and `device`.
+        processor: of the model; its chat template builds the prompt, or "<image>\\nquestion" does.
+        samples: the questions.
+        batch_size: questions a batch, padded on the left.
+        max_new_tokens: the longest answer.
+        blind: whether to run the control without the image (twice the time).
+        progress: called with (done, total) after each batch.
+    """
+    if not samples:
+        raise GracecError("no samples to evaluate")
+    if batch_size < 1 or max_new_tokens < 1:
+        raise GracecError("batch_size and max_new_tokens must be at least 1")
+    predictions: list[Prediction] = []
+    tokens_by_size: dict[tuple[int, int], int] = {}
+    with _inference(model):
+        for start in range(0, len(samples), batch_size):
+            batch = samples[start : start + batch_size]
+            images = [load_image(sample.image) for sample in batch]
+            names = [f"sample {start + offset}" for offset in range(len(batch))]
+            questions = [sample.question for sample in batch]
+            inputs = _prepare(model, processor, questions, images, names, tokens_by_size)
+            answers = _generate(model, processor, inputs, max_new_tokens)
+            blind_answers: Sequence[str | None] = [None] * len(batch)
+            if blind:
+                blind_answers = _generate(model, processor, _without_image(inputs), max_new_tokens)
+            predictions += [
+                Prediction(
+                    index=start + offset,
+                    type=sample.type,
+                    predicted=answer,
+                    answer=sample.answer,
+                    correct=same_answer(answer, sample.answer),
+                    blind=blind_answer,
+                )
+                for offset, (sample, answer, blind_answer) in enumerate(
+                    zip(batch, answers, blind_answers, strict=True)
+                )
+            ]
+            if progress is not None:
+                progress(len(predictions), len(samples))
+    return summarise(predictions)
+
+
+def answer(
+    model: Generator,
+    processor: Any,
+    image: Image.Image,
+    question: str,
+    *,
+    max_new_tokens: int = 64,
+    streamer: Any = None,
+) -> str:
+    """The greedy answer to one question about one image.
+
+    Args:
+        streamer: is given the tokens as they come, as streamers of transformers are.
+    """
+    inputs = encode_questions(processor, [question], [image], ["the question"])
+    with _inference(model):
+        return _generate(model, processor, _place(inputs, model), max_new_tokens, streamer)[0]
+
+
+def answers(
+    model: Generator,
+    processor: Any,
+    questions: Sequence[str],
+    images: Sequence[Image.Image],
+    *,
+    names: Sequence[str],
+    tokens_by_size: dict[tuple[int, int], int],
+    max_new_tokens: int = 64,
+) -> list[str]:
+    """The greedy answers to a batch of questions, asked and checked as `evaluate_vqa` does.
+
+    Args:
+        model: has `generate(**inputs, ...)` and `device`.
+        processor: of the model.
+        questions: what to ask, about one image each.
+        images: as `load_image` gives them.
+        names: what to call each question in an error.
+        tokens_by_size: empty at first, then the same for each batch: image size -> image tokens.
+        max_new_tokens: the longest answer.
+    """
+    with _inference(model):
+        inputs = _prepare(model, processor, questions, images, names, tokens_by_size)
+        return _generate(model, processor, inputs, max_new_tokens)
+
+
+@contextmanager
+def _inference(model: Any) -> Iterator[None]:
+    """Dropout off, as generating needs it; the model is put back as it was."""
+    training = bool(getattr(model, "training", False))
+    if training:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        if training:
+            model.train()
+
+
+def _prepare(
+    model: Generator,
+    processor: Any,
+    questions: Sequence[str],
+    images: Sequence[Image.Image],
+    names: Sequence[str],
+    tokens_by_size: dict[tuple[int, int], int],
+) -> dict[str, Any]:
+    """Prompts and pixels of a batch on the model's device, with all of their image tokens."""
+    inputs = encode_questions(processor, questions, images, names)
+    _check_image_tokens(processor, inputs["input_ids"], images, names, tokens_by_size)
+    return _place(inputs, model)
+
+
+def _check_image_tokens(
+    processor: Any,
+    input_ids: Tensor,
+    images: Sequence[Image.Image],
+    names: Sequence[str],
+    tokens_by_size: dict[tuple[int, int], int],
+) -> None:
+    """Images of one size have one number of placeholders; a prompt with fewer was cut.
+
+    Some families take more tokens for a larger image, so that the number is compared by size.
+    `tokens_by_size` holds the largest seen so far.
+    """
+    counts = (input_ids == Prompts(processor).image_id).sum(dim=1).tolist()
+    for count, image in zip(counts, images, strict=True):
+        tokens_by_size[image.size] = max(count, tokens_by_size.get(image.size, 0))
+    for name, count, image in zip(names, counts, images, strict=True):
+        expected = tokens_by_size[image.size]
+        if count == 0 or count != expected:
+            raise GracecError(
+                f"the prompt has {count} image tokens where {expected or 'some'} are expected",
+                where=name,
+                fix="do not let the processor truncate",
+            )
+
+
+def _place(inputs: Mapping[str, Any], model: Generator) -> dict[str, Any]:
+    """On the model's device; floating-point inputs in its dtype."""
+    dtype = getattr(model, "dtype", None)
+    placed = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            value = value.to(model.device)
+            if value.is_floating_point() and dtype is not None:
+                value = value.to(dtype)
+        placed[name] = value
+    return placed
+
+
+def _without_image(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(inputs.get(PIXELS), Tensor):
+        raise GracecError(f"the processor returns no {PIXELS} to blank", fix="pass blind=False")
+    pixels = inputs[PIXELS]
+    blank = torch.zeros_like(pixels)
+    if pixels.dim() == 5:  # several images a prompt, where one of zeros is padding
+        real = pixels.flatten(2).any(-1)[..., None, None, None]
+        blank = blank.masked_fill(real, torch.finfo(pixels.dtype).tiny)
+    return {**inputs, PIXELS: blank}
+
+
+def _generate(
+    model: Generator,
+    processor: Any,
+    inputs: Mapping[str, Any],
+    max_new_tokens: int,
+    streamer: Any = None,
+) -> list[str]:
+    prompt: Tensor = inputs["input_ids"]
+    settings: dict[str, Any] = {"do_sample": False, "num_beams": 1}
+    if streamer is not None:
+        settings["streamer"] = streamer
+    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
+    length = prompt.shape[1]
+    if not torch.equal(tokens[:, :length], prompt):
+        raise GracecError(
+            "generate() does not return the prompt followed by the new tokens",
+            where=type(model).__name__,
+        )
+    decoded: list[str] = processor.batch_decode(tokens[:, length:], skip_special_tokens=True)
+    return [text.strip() for text in decoded]

@@ -1,0 +1,140 @@
+"""A quantized model as a value: what every format, target and artifact is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from gracec.models.lora import adapters_of
+from gracec.models.skeleton import stand_in, without_weights
+from gracec.models.surgery import configurations, fill_while_running, quantize_inputs, set_tensor
+from gracec.quant.frozen import FrozenWeight
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What lowered models are held to.
+
+    Attributes:
+        batch: as the processor returns it.
+        logits: [B, T, V] of the frozen graph.
+    """
+
+    batch: Mapping[str, Tensor]
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A model whose planned weights are integer codes and scales. Nothing changes it.
+
+    Attributes:
+        skeleton: the model without weights, with the places of its adapters.
+        weights: FQN -> canonical codes and scales.
+        others: FQN -> every other parameter, in `dtype`, and every persistent buffer.
+        dtype: what the model runs in.
+        processor: of the model, or None.
+        name: of the model that was compiled, for the model card; may be empty.
+        passes: further passes, as text with their places, that lowering runs as well.
+        reference: what lowered models are held to; an artifact that was read has none.
+    """
+
+    skeleton: PreTrainedModel
+    weights: Mapping[str, FrozenWeight]
+    others: Mapping[str, Tensor]
+    dtype: torch.dtype
+    processor: Any = None
+    name: str = ""
+    passes: tuple[str, ...] = ()
+    reference: Reference | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        weights: Mapping[str, FrozenWeight],
+        dtype: torch.dtype,
+        *,
+        cast: bool = True,
+        **more: Any,
+    ) -> Frozen:
+        """From a model and the codes of its planned weights.
+
+        Args:
+            cast: put `others` into `dtype`, in memory of their own: one view into a checkpoint
+                would keep the whole file mapped. Otherwise they are as they are.
+            more: the other attributes.
+        """
+        others: dict[str, Tensor] = {
+            # Not the buffers: rotary frequencies stay in float32.
+            name: parameter.detach().to(dtype, copy=True) if cast else parameter.detach()
+            for name, parameter in model.named_parameters()
+            if name not in weights
+        }
+        persistent = model.state_dict()
+        others |= {name: t for name, t in model.named_buffers() if name in persistent}
+        return cls(without_weights(model), weights, others, dtype, **more)
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Of the model; not to be changed."""
+        found: PreTrainedConfig = self.skeleton.config
+        return found
+
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        """Of the model, if it generates."""
+        return self.skeleton.generation_config if self.skeleton.can_generate() else None
+
+    @property
+    def adapters(self) -> dict[str, float]:
+        """Linear -> scaling of the LoRA beside it, whose tensors are in `others`."""
+        return adapters_of(self.skeleton)
+
+
+def build(frozen: Frozen, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A model of its own, in eval mode, with stand-ins in the place of the quantized weights.
+
+    Args:
+        dtype: what it runs in; by default that of `frozen`, with which it shares its tensors.
+    """
+    dtype = dtype or frozen.dtype
+    model = without_weights(frozen.skeleton)
+    for part in configurations(model.config):
+        part.dtype = dtype
+    buffers = dict(model.named_buffers())
+    for name, tensor in frozen.others.items():
+        set_tensor(model, name, tensor if name in buffers else _to(tensor, dtype))
+    for fqn, weight in frozen.weights.items():
+        set_tensor(model, fqn, stand_in(weight.shape, dtype, weight.stored.device))
+    model.tie_weights()
+    model.requires_grad_(False)
+    return model
+
+
+def dense_twin(frozen: Frozen, dtype: torch.dtype, *, rounded: bool = True) -> PreTrainedModel:
+    """The same, but each quantized layer has its weight, codes times scales, while it runs.
+
+    Args:
+        rounded: let linears put their inputs on the grids that `frozen` has for them.
+    """
+    model = build(frozen, dtype)
+    left = {fqn: model.get_parameter(fqn) for fqn in frozen.weights}
+    fill_while_running(
+        model,
+        frozen.weights,
+        lambda fqn: frozen.weights[fqn].dequantize(dtype),
+        lambda fqn: left[fqn],
+    )
+    grids = {fqn: weight.activation for fqn, weight in frozen.weights.items() if rounded}
+    quantize_inputs(model, {fqn: grid for fqn, grid in grids.items() if grid is not None})
+    return model
+
+
+def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

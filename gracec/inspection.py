@@ -1,0 +1,81 @@
+"""Look at a model or an artifact without reading a single weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from gracec.capture import capture
+from gracec.errors import GracecError
+from gracec.models.loading import configured_dtype, load_config
+from gracec.passes.plan_quantization import plan_of
+from gracec.recipe import Recipe
+from gracec.report import Report
+from gracec.report.memory import memory_plan
+from gracec.report.partition import Inspection, partition
+from gracec.report.rows import plan_rows
+from gracec.stages.prepare import plan
+from gracec.stages.source import stand_in_source
+from gracec.store import read_manifest
+
+
+def inspect_model(
+    directory: Path,
+    recipe: str | Path | Recipe = "w4a16-ptq",
+    *,
+    batch: int = 1,
+    images: int = 1,
+    text: int = 128,
+) -> Inspection:
+    """Look at a Hugging Face directory.
+
+    Args:
+        recipe: what would be quantized.
+        batch, images, text: prompts, images a prompt and text tokens a prompt of the memory plan.
+
+    Raises:
+        GracecError: if the model cannot be captured or the recipe does not fit it.
+    """
+    recipe = Recipe.load(recipe)
+    model = stand_in_source(directory, recipe).model
+    captured = capture(model)
+    planned = plan(captured, recipe)
+    found = plan_of(planned.program)
+    return Inspection(
+        model=str(directory),
+        architecture=type(model).__name__,
+        family=captured.family,
+        dtype=str(captured.dtype).removeprefix("torch."),
+        recipe=recipe.name,
+        blocks=len(list(planned.program.nodes(role="block_output"))),
+        parts=partition(model, planned.program, found),
+        tied=tuple(entry.fqns for entry in found.entries if len(entry.fqns) > 1),
+        plan=plan_rows(found),
+        coverage=found.coverage,
+        notes=(
+            *map(str, planned.notes),
+            *(f"compiling also runs {text}" for text in recipe.passes),
+        ),
+        memory=memory_plan(
+            model,
+            found,
+            getattr(torch, recipe.deploy.dtype),
+            batch=batch,
+            images=images,
+            text=text,
+            stored=configured_dtype(load_config(directory)),
+        ),
+    )
+
+
+def inspect_artifact(directory: Path) -> Report:
+    """The report that was saved with a gracec artifact.
+
+    Raises:
+        GracecError: if the directory holds none.
+    """
+    try:
+        return Report.from_dict(read_manifest(directory)["report"])
+    except (KeyError, TypeError) as error:
+        raise GracecError("the manifest holds no report", where=str(directory)) from error

@@ -1,0 +1,1 @@
+"""Codes and scales in the layout of a kernel, exactly."""

@@ -1,0 +1,225 @@
+"""Loading Hugging Face models and processors, with errors that say what to do."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import warnings
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers import __version__ as transformers_version
+from transformers.models.auto.auto_mappings import PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.processing_auto import processor_class_from_name
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils.import_utils import is_torchvision_available
+
+from gracec.errors import GracecError, GracecWarning, first_line
+from gracec.models.weight_files import checkpoint_files, first_not_finite
+
+
+def load_config(path: str | Path) -> PreTrainedConfig:
+    """The configuration of a vision-language model.
+
+    Raises:
+        GracecError: if the directory or the configuration is missing, unreadable, unknown to
+            transformers, or not that of a vision-language model.
+    """
+    directory = _directory(path)
+    file = directory / "config.json"
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        model_type = fields.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise GracecError(
+            f"not readable as a JSON object: {first_line(error)}", where=str(file)
+        ) from error
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING.keys()), n=1)
+        known_to = f"transformers {transformers_version}"
+        own_code = " (it brings its own code, which is never run)" if "auto_map" in fields else ""
+        raise GracecError(
+            f"model type {model_type!r} is unknown to {known_to}{own_code}",
+            where=str(file),
+            fix=f"did you mean {near[0]!r}?" if near else "use a model that transformers knows",
+        )
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as error:
+        raise GracecError(
+            f"transformers refuses this configuration: {first_line(error)}", where=str(file)
+        ) from error
+    assert isinstance(config, PreTrainedConfig)
+    if type(config) not in AutoModelForImageTextToText._model_mapping:
+        raise GracecError(
+            f"model type {model_type!r} is not a vision-language model",
+            where=str(directory),
+            fix="give the directory of a Hugging Face ...ForConditionalGeneration checkpoint",
+        )
+    return config
+
+
+def load_model(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A vision-language model from a directory, in eval mode.
+
+    Args:
+        dtype: of the weights in memory; by default as stored, but float16 is widened to float32 on
+            the CPU, which has no float16 kernels worth using.
+
+    Raises:
+        GracecError: if the directory holds no vision-language model, or a checkpoint that is not
+            whole: files or tensors missing, cut short, of another shape, or not finite.
+    """
+    load_config(path)
+    directory = Path(path)
+    checkpoint_files(directory)
+    try:
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            directory,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+        )
+    except Exception as error:
+        raise GracecError(f"cannot be loaded: {first_line(error)}", where=str(directory)) from error
+    model: PreTrainedModel = loaded[0]
+    _check_keys(loaded[1], directory)
+    check_finite(model, where=str(directory))
+    if dtype is None and model.dtype == torch.float16 and model.device.type == "cpu":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float()
+    model.eval()
+    return model
+
+
+def configured_dtype(config: PreTrainedConfig) -> torch.dtype | None:
+    """The dtype that the configuration says the weights are stored in, if it says so."""
+    return config.dtype if isinstance(config.dtype, torch.dtype) else None
+
+
+def load_processor(path: str | Path) -> Any:
+    """The processor (tokenizer and image processor) of a model directory.
+
+    Raises:
+        GracecError: if there is none.
+    """
+    directory = _directory(path)
+    try:
+        loader: Any = _without_videos(directory) or AutoProcessor
+        return loader.from_pretrained(directory, local_files_only=True)
+    except Exception as error:
+        raise GracecError(
+            f"no processor can be loaded: {first_line(error)}",
+            where=str(directory),
+            fix="save the model's processor into this directory",
+        ) from error
+
+
+def _without_videos(directory: Path) -> type[ProcessorMixin] | None:
+    """The processor class without its part for videos, which needs torchvision, if that is missing.
+
+    Videos are not captured, and images need no torchvision.
+    """
+    if is_torchvision_available():
+        return None
+    model_type = json.loads((directory / "config.json").read_text(encoding="utf-8"))["model_type"]
+    name = PROCESSOR_MAPPING_NAMES.get(model_type)
+    for file in ("processor_config.json", "preprocessor_config.json"):
+        if (directory / file).is_file():
+            fields = json.loads((directory / file).read_text(encoding="utf-8"))
+            name = fields.get("processor_class", name)
+            break
+    found = processor_class_from_name(name) if name else None
+    return None if found is None else images_only(found)
+
+
+def images_only(processor: type[ProcessorMixin]) -> type[ProcessorMixin] | None:
+    """The same class without a video processor; None if it has none."""
+    parts: list[str] = processor.get_attributes()
+    *kept, last = parts
+    if last != "video_processor":
+        return None
+
+    class ImagesOnly(processor):  # type: ignore[misc,valid-type]
+        video_processor = SimpleNamespace(num_frames=None, fps=None)  # templates ask for these
+
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return kept
+
+        @classmethod
+        def _get_arguments_from_pretrained(cls, *args: Any, **options: Any) -> list[Any]:
+            return [*super()._get_arguments_from_pretrained(*args, **options), None]
+
+    ImagesOnly.__name__ = processor.__name__  # it is saved under its name
+    return ImagesOnly
+
+
+def check_finite(model: PreTrainedModel, *, where: str = "") -> None:
+    """Refuse a model with NaN or infinity in any weight, planned or not.
+
+    Raises:
+        GracecError: naming the first such weight.
+    """
+    name = first_not_finite(chain(model.named_parameters(), model.named_buffers()))
+    if name:
+        raise GracecError(
+            f"{name} holds NaN or infinity",
+            where=where or type(model).__name__,
+            fix="check the checkpoint",
+        )
+
+
+def _check_keys(found: Any, directory: Path) -> None:
+    """transformers draws missing weights at random and says so in a log line; that is no model."""
+    wrong = sorted(found["mismatched_keys"])
+    if wrong:
+        name, stored, expected = wrong[0]
+        raise GracecError(
+            f"{name} is {tuple(stored)} in the checkpoint, {tuple(expected)} by the configuration",
+            where=str(directory),
+            fix="config.json and the weights belong to different models",
+        )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise GracecError(
+            f"the checkpoint lacks {missing[0]}{more}",
+            where=str(directory),
+            fix="use a checkpoint of the whole model",
+        )
+    unexpected = sorted(found["unexpected_keys"])
+    if unexpected:
+        warnings.warn(
+            f"{directory}: {len(unexpected)} tensors of the checkpoint are not in the model "
+            f"and were ignored, the first is {unexpected[0]}",
+            GracecWarning,
+            stacklevel=3,
+        )
+
+
+def _directory(path: str | Path) -> Path:
+    directory = Path(path)
+    if not directory.is_dir():
+        raise GracecError("no such model directory", where=str(directory))
+    if not (directory / "config.json").is_file():
+        if (directory / "adapter_config.json").is_file():
+            raise GracecError(
+                "holds an adapter of PEFT, not a model",
+                where=str(directory),
+                fix="load it with peft.PeftModel.from_pretrained and compile that model",
+            )
+        raise GracecError("no config.json, so this is no model", where=str(directory))
+    return directory

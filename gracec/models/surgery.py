@@ -1,0 +1,124 @@
+"""Changes to a model that is one's own: tensors put in, heads untied, inputs of linears rounded."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+
+def configurations(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """A configuration and those of its parts."""
+    return [config, *(getattr(config, name) for name in config.sub_configs)]
+
+
+def untie_head(model: PreTrainedModel) -> bool:
+    """Give a head that is the token embedding a parameter of its own; the configuration says so.
+
+    The two share their memory until one of them is replaced. A quantized head needs it: a table of
+    codes cannot be looked up, and the embedding keeps its precision.
+
+    Returns:
+        Whether the head was tied.
+    """
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not table.weight:
+        return False
+    head.weight = nn.Parameter(table.weight.detach(), requires_grad=table.weight.requires_grad)
+    for part in configurations(model.config):
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    return True
+
+
+def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor in the place of the parameter or buffer of this name."""
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if attribute in module._parameters and not isinstance(tensor, nn.Parameter):
+        tensor = nn.Parameter(tensor, requires_grad=False)
+    setattr(module, attribute, tensor)
+
+
+def fill_while_running(
+    model: nn.Module,
+    names: Iterable[str],
+    filled: Callable[[str], Tensor],
+    left: Callable[[str], Tensor],
+) -> list[RemovableHandle]:
+    """Let each of some parameters hold one tensor while its module runs, and another afterwards.
+
+    Args:
+        filled, left: FQN -> the tensor during a run, and after it.
+
+    Returns:
+        Handles that undo it.
+    """
+    handles = []
+    for fqn in names:
+        owner = model.get_submodule(fqn.rpartition(".")[0])
+        for hook, made, options in (
+            (owner.register_forward_pre_hook, filled, {}),
+            (owner.register_forward_hook, left, {"always_call": True}),
+        ):
+
+            def put(*_: Any, fqn: str = fqn, made: Callable[[str], Tensor] = made) -> None:
+                set_tensor(model, fqn, made(fqn))
+
+            handles.append(hook(put, **options))
+    return handles
+
+
+def quantize_inputs(
+    model: nn.Module, activations: Mapping[str, Callable[[Tensor], Tensor]]
+) -> list[RemovableHandle]:
+    """Let linears round their input first, as the graph does.
+
+    Args:
+        activations: FQN of a weight -> what puts the input of its linear on its grid.
+
+    Returns:
+        Handles that undo it.
+    """
+
+    def hook(rounded: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+        return lambda module, args: (rounded(args[0]), *args[1:])
+
+    owners = {fqn: model.get_submodule(fqn.rpartition(".")[0]) for fqn in activations}
+    return [
+        owner.register_forward_pre_hook(hook(activations[fqn])) for fqn, owner in owners.items()
+    ]
+
+
+def share_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of its own that reads the very same memory; what is replaced in it, stays in it."""
+    parameters = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
+    buffers = {id(buffer): buffer.detach() for buffer in model.buffers()}
+    return copy.deepcopy(model, {**parameters, **buffers})
+
+
+def own_tensors(model: PreTrainedModel) -> tuple[PreTrainedModel, dict[int, Tensor]]:
+    """A copy with parameters and buffers of its own; id of each of the model's -> its copy."""
+    parameters: dict[int, Tensor] = {
+        id(p): nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
+        for p in model.parameters()
+    }
+    copies = {**parameters, **{id(b): b.detach().clone() for b in model.buffers()}}
+    return copy.deepcopy(model, dict(copies)), copies
+
+
+def own_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy to be trained: weights of its own, in float32."""
+    owned = share_weights(model)
+    for parameter in owned.parameters():
+        parameter.data = parameter.data.to(torch.float32, copy=True)
+    return owned

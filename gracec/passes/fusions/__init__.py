@@ -1,0 +1,1 @@
+"""Rules of fuse-decoder, one a file."""

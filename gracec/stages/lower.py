@@ -1,0 +1,54 @@
+"""lower: a frozen model becomes one that a target runs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from gracec import gates
+from gracec.capture import family_of
+from gracec.errors import GateError
+from gracec.frozen import Frozen, dense_twin
+from gracec.journal import Agreement, Journal
+from gracec.kernels.torchao import CountInt4Kernels
+from gracec.targets.base import Runtime, Target
+
+
+def lower(frozen: Frozen, target: Target, journal: Journal, *, strict: bool = False) -> Runtime:
+    """What runs a frozen model, held to every gate of the target and to the frozen logits.
+
+    Raises:
+        GracecError: if the target cannot run it, or, if `strict`, a weight would run dense.
+        GateError: if it is not numerically what it should be.
+    """
+    runtime, notes = target.lower(frozen, strict=strict)
+    journal.extend(notes)
+    journal.figures.update(target.gates(runtime, frozen))
+    if frozen.reference is not None:
+        _agree(runtime, frozen, journal)
+    return runtime
+
+
+def _agree(runtime: Runtime, frozen: Frozen, journal: Journal) -> None:
+    """Gate: the logits are as close to the frozen ones as those of dense weights are."""
+    assert frozen.reference is not None
+    batch, reference = frozen.reference.batch, frozen.reference.logits
+    mask = batch["attention_mask"]
+    dense: Any = dense_twin(frozen, frozen.dtype)
+    family = family_of(dense)
+    inputs = {
+        name: tensor.to(runtime.dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in batch.items()
+    }
+    with torch.no_grad():
+        found = gates.logit_agreement(reference, runtime(**inputs), mask)
+        with CountInt4Kernels() as kernels:
+            logits = dense(**family.model_inputs(dense, batch), use_cache=False).logits
+    if kernels.count:
+        raise GateError(f"{kernels.count} INT4 kernels ran among weights that are meant as dense")
+    beside = gates.logit_agreement(reference, logits, mask)
+    bound = gates.lowered_is_as_good_as_dense(found, beside, reference.dtype)
+    journal.figures["logits"] = Agreement(**asdict(found), bound=bound)
+    journal.figures["logits_dense"] = Agreement(**asdict(beside))

@@ -1,0 +1,102 @@
+"""source: a path or a model becomes a model that is the compiler's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gracec.capture import Family, family_of
+from gracec.journal import Journal
+from gracec.models.loading import check_finite, load_model, load_processor
+from gracec.models.lora import has_adapters
+from gracec.models.skeleton import model_without_weights
+from gracec.models.surgery import share_weights, untie_head
+from gracec.recipe import Recipe
+from gracec.request import Request
+from gracec.stages.peft import keep_adapters, merge_adapters
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is compiled.
+
+    Attributes:
+        model: in eval mode; reads the memory of the caller's, which it leaves as it is.
+        processor: of the model, or None.
+        name: for the model card; may be empty.
+        parameters: how many the original has; a head that is untied becomes one more weight.
+    """
+
+    model: PreTrainedModel
+    processor: Any
+    name: str
+    parameters: int
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.model)
+
+    def batch(self) -> Mapping[str, Tensor]:
+        """As a processor returns it, built from the configuration."""
+        return self.family.example_batch(self.model)
+
+
+def load_source(model: PreTrainedModel | str | Path, request: Request, journal: Journal) -> Source:
+    """The model of a directory, or one that shares its memory with the caller's.
+
+    Raises:
+        GracecError: if it is no vision-language model, not whole, or not finite.
+    """
+    processor = request.processor
+    if isinstance(model, (str, Path)):
+        name = Path(model).resolve().name
+        shell = model_without_weights(model)
+        family_of(shell).example_batch(shell)  # refused before gigabytes are read
+        processor = processor or load_processor(model)
+        own = load_model(model)
+    else:
+        own = _without_peft(model, request, journal)
+        name = str(getattr(own.config, "_name_or_path", ""))
+        name = Path(name).name if Path(name).exists() else name
+        check_finite(own)
+        own = own if request.inplace else share_weights(own)
+    own.eval()
+    parameters = sum(parameter.numel() for parameter in own.parameters())
+    if untied(own, request.recipe):
+        journal.note("", "the head was tied to the token embedding, which keeps its precision")
+    return Source(own, processor, name, parameters)
+
+
+def stand_in_source(directory: Path, recipe: Recipe) -> Source:
+    """The model of a directory without its weights: for looking at what a recipe would do.
+
+    Raises:
+        GracecError: if there is no usable configuration.
+    """
+    model = model_without_weights(directory)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    untied(model, recipe)
+    return Source(model, None, directory.resolve().name, parameters)
+
+
+def untied(model: PreTrainedModel, recipe: Recipe) -> bool:
+    """Untie the head of one's own model, if a recipe quantizes it; whether it was tied."""
+    return recipe.quantizes("head") and untie_head(model)
+
+
+def _without_peft(model: Any, request: Request, journal: Journal) -> PreTrainedModel:
+    """The model, with adapters of PEFT merged or kept in float."""
+    found: PreTrainedModel = model
+    if has_adapters(model):
+        if request.adapters == "merge":
+            found, note = merge_adapters(model, inplace=request.inplace)
+        else:
+            shared = model if request.inplace else share_weights(model)
+            found, note = keep_adapters(shared.eval())
+        journal.note("", note)
+    return found

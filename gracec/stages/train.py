@@ -1,0 +1,142 @@
+"""train: a prepared model learns from data and from a teacher; another one comes out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from gracec.capture import capture
+from gracec.data.collate import Collator, EmptyBatch
+from gracec.data.conversations import TrainData, open_with_held_out
+from gracec.errors import GracecError
+from gracec.journal import Journal
+from gracec.models.loading import load_model, load_processor
+from gracec.passes.base import run_passes
+from gracec.passes.pipeline import Pipeline
+from gracec.recipe import Recipe
+from gracec.report.report import sqnr_db
+from gracec.request import Request
+from gracec.stages.pipelines import ANALYSIS, learning
+from gracec.stages.prepare import Prepared
+from gracec.training.checkpoints.fingerprint import (
+    Fingerprint,
+    describe_device,
+    fingerprint_of_json,
+    fingerprint_of_tensors,
+)
+from gracec.training.learner import Learner
+from gracec.training.log import training_log
+from gracec.training.loop import train as train_learner
+from gracec.training.micro_batch import Batch
+from gracec.training.ranks import join_ranks, rank
+from gracec.training.teacher import check_teacher, check_tokenizers
+
+
+def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
+    """Train weights and scales; what is given stays as it is.
+
+    Returns:
+        The model in its best state.
+
+    Raises:
+        GracecError: if data, teacher and student do not fit together.
+    """
+    rule, processor = request.training, prepared.source.processor
+    assert rule is not None
+    if processor is None:
+        raise GracecError("training needs the model's processor", fix="pass processor=")
+    join_ranks()
+    journal.ptq_sqnr_db = sqnr_db(prepared.program)
+    taps = learning(rule)
+    taught = _teacher(prepared, request, taps) if rule.distillation.needs_teacher else None
+    owned = prepared.owned()
+    del prepared  # its floats may go, if nobody else has them
+    program = run_passes(owned.program, taps.placed(request.further)[0]).program
+    student = Learner(program, owned.model)
+    data, held_out = open_with_held_out(
+        request.train_data, request.held_out, rule.held_out, rule.seed, strict=request.strict
+    )
+    collate = Collator(processor, owned.model, rule.max_length, request.strict)
+    directory, fingerprint = request.training_dir, None
+    if directory is not None:
+        teacher = taught.model if taught else None
+        fingerprint = _fingerprint(owned.model, teacher, data, held_out, processor, request.recipe)
+        if rank() == 0 and not request.resume:
+            _refuse_leftovers(directory)
+    with training_log(directory, rule, len(data), request.progress and rank() == 0) as log:
+        curve = train_learner(
+            student,
+            taught,
+            lambda numbers: collate([data.sample(number) for number in numbers]),
+            len(data),
+            _Batches(held_out, collate, rule.micro_batch_size),
+            rule,
+            fingerprint=fingerprint,
+            directory=directory,
+            resume=request.resume,
+            log=log,
+        )
+    journal.note("training", *data.problems, *held_out.problems, *collate.problems, *curve.notes)
+    journal.training = curve.to_dict()
+    return owned
+
+
+def _teacher(prepared: Prepared, request: Request, taps: Pipeline) -> Learner:
+    """The teacher as a graph; by default the original itself, which training does not touch."""
+    source, teacher = prepared.source, request.teacher
+    if isinstance(teacher, (str, Path)):
+        check_tokenizers(source.processor, load_processor(teacher))
+        teacher = load_model(teacher)
+    found: PreTrainedModel = source.model if teacher is None else teacher
+    found.eval()
+    check_teacher(prepared.model, found)
+    return Learner(run_passes(capture(found), [*ANALYSIS, *taps]).program, found)
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """All samples of some data in batches, made anew each time."""
+
+    data: TrainData
+    collate: Collator
+    size: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self.data), self.size):
+            numbers = range(start, min(start + self.size, len(self.data)))
+            with suppress(EmptyBatch):
+                yield self.collate([self.data.sample(number) for number in numbers])
+
+
+def _fingerprint(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    data: TrainData,
+    held_out: TrainData,
+    processor: Any,
+    recipe: Recipe,
+) -> Fingerprint:
+    return Fingerprint(
+        model=fingerprint_of_tensors(dict(model.named_parameters())),
+        teacher=fingerprint_of_tensors(dict(teacher.named_parameters())) if teacher else "",
+        data=fingerprint_of_json([data.fingerprint, held_out.fingerprint]),
+        processor=fingerprint_of_json(json.loads(processor.to_json_string())),
+        recipe=fingerprint_of_json(recipe.to_dict()),
+        device=describe_device(next(model.parameters()).device),
+    )
+
+
+def _refuse_leftovers(directory: Path) -> None:
+    if directory.is_dir() and any(directory.iterdir()):
+        raise GracecError(
+            "an earlier training was interrupted here",
+            where=str(directory),
+            fix="go on with resume=True (--resume), or remove it",
+        )

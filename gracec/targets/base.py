@@ -1,0 +1,149 @@
+"""What a target is: a runtime that frozen models are lowered to.
+
+A runtime is added with one file that defines one `Target`; `compile`, `load`, `gracec doctor` and
+the command line know it then.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from gracec.errors import GracecError
+from gracec.frozen import Frozen
+from gracec.journal import Figure, Note
+from gracec.registry import Registry, nearest
+
+
+class Runtime(Protocol):
+    """A model as a target runs it; generates like a Hugging Face model."""
+
+    @property
+    def config(self) -> PreTrainedConfig: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations."""
+
+    def __call__(self, **inputs: Tensor) -> Tensor:
+        """Logits [B, T, V] of a batch from the processor."""
+
+    def generate(self, **inputs: Any) -> Tensor:
+        """Token ids int64 [B, T + new]."""
+
+
+class Target(ABC):
+    """One way to run a frozen model.
+
+    Attributes:
+        name: what a user asks for.
+        aliases: other words for it.
+        passes: names of those that it lowers with, next to which further ones can be placed.
+    """
+
+    name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
+    passes: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def lower(self, frozen: Frozen, *, strict: bool = False) -> tuple[Runtime, Sequence[Note]]:
+        """What runs a model, from its codes; nothing is quantized again.
+
+        Args:
+            strict: refuse weights that would run dense.
+
+        Returns:
+            The runtime, and what a user should know.
+        """
+
+    def refusal(self, frozen: Frozen) -> str:
+        """Why the target cannot run a model at all (one line), or an empty string.
+
+        It and `dense` are asked before anything is trained as well, of a model whose codes and
+        scales are stand-ins without memory.
+        """
+        return ""
+
+    def dense(self, frozen: Frozen) -> dict[str, str]:
+        """FQN -> why no kernel of the target takes a weight, which then runs dense."""
+        return {}
+
+    def gates(self, runtime: Runtime, frozen: Frozen) -> Mapping[str, Figure]:
+        """Name -> figure of every gate of the target's own.
+
+        Raises:
+            GateError: if one fails.
+        """
+        return {}
+
+    def read(self, directory: Path) -> Runtime | None:
+        """A runtime from files that the target needs no codes for, or None where it lowers them."""
+        return None
+
+    def check(self, frozen: Frozen, *, strict: bool = False) -> None:
+        """Refuse a model that the target cannot run.
+
+        Raises:
+            GracecError: with the reason.
+        """
+        reason = self.refusal(frozen)
+        if reason:
+            raise GracecError(reason, where=f"target {self.name}", fix="choose another target")
+        for fqn, reason in self.dense(frozen).items() if strict else ():
+            raise GracecError(
+                f"no kernel of {self.name} takes it: {reason}",
+                where=fqn,
+                fix="change the recipe or drop strict",
+            )
+
+    def summary(self, frozen: Frozen) -> str:
+        """How much of a model runs on kernels, in one line.
+
+        Raises:
+            GracecError: if none of it does.
+        """
+        dense, total = self.dense(frozen), len(frozen.weights)
+        if not dense:
+            return f"kernels for all {total} weights"
+        counts = Counter(dense.values())
+        reasons = "; ".join(f"{count}: {reason}" for reason, count in counts.items())
+        if len(dense) == total:
+            raise GracecError(f"no kernel takes any of the weights: {reasons}")
+        return f"{len(dense)} of {total} weights would run dense, first {min(dense)} ({reasons})"
+
+
+TARGETS: Registry[Target] = Registry("target", Target, "gracec.targets")  # type: ignore[type-abstract]
+DEFAULT = "torchao"
+
+
+def target_named(name: str | Target | None) -> Target:
+    """A target by its name or another word for it; torchao by default.
+
+    Raises:
+        GracecError: if there is none, with the nearest known name.
+    """
+    if isinstance(name, Target):
+        return name
+    targets = TARGETS.all()
+    known = dict(targets)
+    for kind in targets.values():
+        for alias in kind.aliases:
+            other = known.setdefault(alias, kind)
+            if other is not kind:
+                raise GracecError(
+                    f"{alias!r} is another word for target {kind.name!r}, and for {other.name!r}",
+                    fix="rename one, or uninstall its package",
+                )
+    if (name or DEFAULT) not in known:
+        raise GracecError(f"unknown target {name!r}", fix=nearest(str(name), known))
+    return known[name or DEFAULT]()

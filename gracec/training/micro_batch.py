@@ -1,0 +1,70 @@
+"""A few samples as captured graphs take them: read once, for student, teacher and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gracec.capture import family_of
+from gracec.objective import Targets, supervised_positions
+
+Batch = Mapping[str, Tensor]
+"""What a processor returns, with labels int64 [B, T]."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What any model of the same configuration takes and is held to; widths and dtypes may differ.
+
+    Attributes:
+        inputs: of the graph, but for the index, with pixels as the processor returned them.
+        index: int64 [S], flat positions b * T + t whose next token is supervised.
+        labels: int64 [S], these tokens.
+        shape: (B, T).
+        image_index: int64 [B, T], the number of the image of each token, -1 for text; if asked for.
+        image_sizes: tokens of each image, if asked for.
+    """
+
+    inputs: Mapping[str, Tensor]
+    index: Tensor
+    labels: Tensor
+    shape: tuple[int, int]
+    image_index: Tensor | None = None
+    image_sizes: tuple[int, ...] | None = None
+
+    @classmethod
+    def read(cls, model: PreTrainedModel, batch: Batch, *, images: bool = False) -> MicroBatch:
+        """From what the processor returned and the labels; all tensors on the model's device.
+
+        Args:
+            images: whether to tell which token is of which image.
+
+        Raises:
+            GracecError: if the graph does not take the batch.
+        """
+        family, device = family_of(model), model.device
+        inputs = family.read(model, batch)
+        index, labels = supervised_positions(batch["labels"])
+        rows, length = batch["labels"].shape
+        owners, sizes = family.image_index(model, batch) if images else (None, None)
+        return cls(
+            inputs={name: tensor.to(device) for name, tensor in inputs.items()},
+            index=index.to(device),
+            labels=labels.to(device),
+            shape=(rows, length),
+            image_index=None if owners is None else owners.to(device),
+            image_sizes=None if sizes is None else tuple(sizes),
+        )
+
+    @property
+    def targets(self) -> Targets:
+        """What the objective holds outputs to."""
+        return Targets(self.labels, self.image_index, self.image_sizes)
+
+    @property
+    def rows(self) -> Tensor:
+        """int64 [S]: the sample of each supervised position."""
+        return self.index // self.shape[1]

@@ -1,0 +1,139 @@
+"""Batches: what is put into one, what cannot be, and what is reported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers.normalizers import Replace
+from torch import nn
+
+from gracec.data.collate import Collator, EmptyBatch
+from gracec.data.conversations import BrokenSample, Sample, open_train_data
+from gracec.data.prompts import encode_questions
+from gracec.data.records import Turn
+from gracec.errors import GracecError, GracecWarning
+from tests.data.collators import ENDLESS, ONE, TEMPLATE, TWO, answers, collator, model, sample
+from tests.data.conversations import record, talk, write
+from tests.tiny import tiny_processor
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, ENDLESS, None])
+def test_what_comes_before_the_answer_is_what_evaluation_asks(template: str | None) -> None:
+    collate = collator(template)
+    batch = collate([ONE])
+    asked = encode_questions(collate.processor, ["what is this ?"], list(ONE.images))
+    before = int((batch["labels"][0] == -100).sum())
+    assert batch["input_ids"][0, :before].tolist() == asked["input_ids"][0].tolist()
+    assert torch.equal(batch["pixel_values"], asked["pixel_values"])
+
+
+def test_the_model_can_be_trained_on_a_batch() -> None:
+    batch = collator()([ONE, TWO])
+    loss = model()(**batch).loss
+    assert torch.isfinite(loss)
+
+
+def test_an_answer_without_tokens_breaks_the_sample() -> None:
+    for turns in (("<image> what ?", "nothing"), ("<image> what ?", "nothing", "why ?", "no")):
+        endless = collator(ENDLESS)
+        endless.processor.tokenizer.backend_tokenizer.normalizer = Replace("nothing", "")
+        with pytest.warns(
+            GracecWarning, match="a.jsonl:7: the tokenizer knows no token for an answ"
+        ):
+            batch = endless([sample(*turns, where="a.jsonl:7"), ONE])
+        assert len(batch["labels"]) == 1
+
+
+def test_a_template_that_refuses_names_the_sample() -> None:
+    guard = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    bad = Sample((Turn("system", "be short"), *ONE.turns), ONE.images, "a.jsonl:9")
+    with pytest.raises(GracecError, match=r"a.jsonl:9: the processor refuses .*\(no system\)"):
+        collator(guard + TEMPLATE)([ONE, bad])
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        sample("<image> what ?", "red </s> blue", where="a.jsonl:7"),
+        sample("<image> what <pad> ?", "red", where="a.jsonl:7"),
+    ],
+)
+def test_control_tokens_in_a_text_break_the_sample(bad: Sample) -> None:
+    collate = collator()
+    with pytest.warns(GracecWarning, match="a control token"):
+        batch = collate([bad, ONE])
+    assert len(batch["labels"]) == 1 and len(batch["pixel_values"]) == 1
+    assert collate.problems[0].startswith("a.jsonl:7: the text has '<")
+    assert len(collate.problems) == 1
+    with pytest.raises(GracecError, match="a.jsonl:7: .*control token"):
+        collator(strict=True)([bad, ONE])
+
+
+def test_broken_samples_are_left_out_of_the_batch() -> None:
+    collate = collator()
+    broken = BrokenSample("a.jsonl:2", "corrupt image", "cannot be decoded")
+    batch = collate([broken, ONE, broken])
+    alone = collate([ONE])
+    assert batch.keys() == alone.keys()
+    assert all(torch.equal(batch[name], alone[name]) for name in alone)
+    assert collate.problems == []  # the data reports them
+    with pytest.raises(EmptyBatch, match="a.jsonl:2: broken samples leave nothing"):
+        collate([broken])
+    with pytest.raises(EmptyBatch, match="leave no picture"):
+        collate([broken, sample("yes or no ?", "no")])
+
+
+def test_a_batch_without_a_picture_is_an_error() -> None:
+    with pytest.raises(GracecError, match="no sample of the batch has a picture") as caught:
+        collator()([sample("yes or no ?", "no")])
+    assert not isinstance(caught.value, EmptyBatch)
+    with pytest.raises(GracecError, match="a batch needs a sample"):
+        collator()([])
+
+
+def test_truncation_that_leaves_no_answer_breaks_the_sample() -> None:
+    first = int(torch.nonzero(collator()([TWO])["labels"][0] != -100)[0])
+    collate = collator(max_length=first)
+    short = sample("<image> ?", "no", where="a.jsonl:3")
+    with pytest.warns(GracecWarning, match=f"max_length {first} leaves no token of an answer"):
+        batch = collate([TWO, short])
+    assert answers(collate.processor, batch, 0) == ["no </s>"]
+    assert len(batch["pixel_values"]) == 1
+    assert len(collate.problems) == 1 and collate.problems[0].startswith("a.jsonl:1: ")
+    with pytest.raises(GracecError, match="a.jsonl:1: max_length"):
+        collator(max_length=first, strict=True)([TWO, short])
+
+
+def test_processors_that_cannot_be_used() -> None:
+    class Bare:
+        tokenizer = None
+
+    with pytest.raises(GracecError, match="Bare: has no tokenizer"):
+        Collator(Bare(), model())
+    with pytest.raises(GracecError, match="max_length must be at least 1"):
+        collator(max_length=0)
+    processor: Any = tiny_processor()
+    processor.tokenizer.pad_token = None
+    with pytest.raises(GracecError, match="no padding token"):
+        Collator(processor, model())
+    processor = tiny_processor()
+    processor.image_token = None
+    with pytest.raises(GracecError, match="has no image token"):
+        Collator(processor, model())
+    processor = tiny_processor()
+    processor.tokenizer.eos_token = None
+    with pytest.raises(GracecError, match="neither the model nor the tokenizer has an end-of"):
+        Collator(processor, nn.Linear(1, 1))
+
+
+def test_from_file_to_batch(tmp_path: Path) -> None:
+    data = open_train_data(write(tmp_path, record(), {"conversations": talk("no ?", "yes")}))
+    collate = collator()
+    batch = collate([data.sample(index) for index in range(len(data))])
+    assert [answers(collate.processor, batch, row) for row in (0, 1)] == [
+        ["red </s>"],
+        ["yes </s>"],
+    ]

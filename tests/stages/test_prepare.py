@@ -1,0 +1,99 @@
+"""prepare holds the graph to the model, and says no to what cannot hold the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from torch import nn
+from transformers import LlavaForConditionalGeneration
+
+from gracec.errors import GateError, GracecError
+from gracec.frozen import Frozen
+from gracec.ir.program import Program
+from gracec.journal import Journal
+from gracec.passes import run_passes
+from gracec.passes.plan_quantization import PlanQuantization
+from gracec.recipe import Recipe
+from gracec.request import Request
+from gracec.stages import prepare as stage
+from gracec.stages.pipelines import preparing
+from gracec.stages.prepare import Prepared, accept, prepare
+from gracec.stages.source import Source, load_source
+from gracec.targets.torchao import Torchao
+
+After = Callable[[str], Program]
+NORM = "model.model.language_model.norm.weight"
+TWO_SIZES = Recipe.from_dict(
+    {"name": "two", "weights": {"decoder": {"group_size": 32}, "projector": {"group_size": 64}}}
+)
+
+
+def request(model: Any, recipe: Any = "w4a16-ptq", **options: Any) -> Request:
+    return Request.checked(model, recipe, **options)
+
+
+@pytest.fixture(scope="module")
+def source(llava: LlavaForConditionalGeneration) -> Source:
+    return load_source(llava, request(llava), Journal())
+
+
+@pytest.fixture
+def planned(source: Source, after: After) -> Prepared:
+    """What AWQ cannot hold: two sizes of groups."""
+    planned = PlanQuantization(recipe=TWO_SIZES).run(after("analyze-modality")).program
+    return Prepared(source, source.model, planned)
+
+
+def test_a_graph_that_computes_something_else_than_the_model_is_an_error(
+    source: Source, captured: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = captured.copy()
+    wrong.set_tensor(NORM, nn.Parameter(captured.tensor(NORM).detach() * 1.01))
+    monkeypatch.setattr(stage, "capture", lambda model: wrong)
+    with pytest.raises(GateError, match="captured graph and eager model differ by"):
+        prepare(source, request(source.model), Journal())
+
+
+def test_what_the_passes_say_is_in_the_journal(
+    source: Source, captured: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "capture", lambda model: captured)
+    asked, journal = request(source.model), Journal()
+    prepare(source, asked, journal)
+    assert tuple(journal.notes) == run_passes(captured, preparing(asked.recipe)).notes
+    assert {note.source for note in journal.notes} >= {"plan-quantization", "insert-fake-quant"}
+
+
+def test_a_format_that_cannot_hold_the_plan_is_refused(planned: Prepared, tmp_path: Path) -> None:
+    where = {"output_dir": tmp_path / "out"}
+    accept(planned, request(planned.model, TWO_SIZES, formats="hf", **where))
+    accept(planned, request(planned.model, TWO_SIZES, formats="awq"))  # nothing is saved
+    with pytest.raises(GracecError, match="format awq: .*one group size"):
+        accept(planned, request(planned.model, TWO_SIZES, formats="hf,awq", **where))
+
+
+class Choosy(Torchao):
+    """Takes no model whose projector is quantized; its kernels take no weight of a decoder."""
+
+    refuses: ClassVar[bool] = True
+
+    def refusal(self, frozen: Frozen) -> str:
+        return "the projector is odd" if self.refuses else ""
+
+    def dense(self, frozen: Frozen) -> dict[str, str]:
+        return {fqn: "it is a decoder's" for fqn in frozen.weights if "language_model" in fqn}
+
+
+class LessChoosy(Choosy):
+    refuses: ClassVar[bool] = False
+
+
+def test_a_target_that_cannot_run_the_plan_is_refused(planned: Prepared) -> None:
+    with pytest.raises(GracecError, match="target torchao: the projector is odd"):
+        accept(planned, request(planned.model, TWO_SIZES, target=Choosy()))
+    accept(planned, request(planned.model, TWO_SIZES, target=LessChoosy()))
+    with pytest.raises(GracecError, match="no kernel of torchao takes it: it is a decoder's"):
+        accept(planned, request(planned.model, TWO_SIZES, target=LessChoosy(), strict=True))

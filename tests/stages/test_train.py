@@ -1,0 +1,101 @@
+"""train refuses what does not fit before anything is learnt, and keeps what was said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import LlavaForConditionalGeneration
+
+import gracec
+from gracec.errors import GracecError
+from gracec.ir.program import Program
+from gracec.journal import Journal, Note
+from gracec.request import Request
+from gracec.stages import train as stage
+from gracec.stages.prepare import Prepared
+from gracec.stages.source import load_source
+from gracec.stages.train import train
+from tests.tiny import tiny_image, tiny_llava, tiny_processor
+
+After = Callable[[str], Program]
+FAKE = "analyze-modality,plan-quantization,insert-fake-quant"
+RECORDS = [
+    {"image": tiny_image(number), "question": "what color is this ?", "answer": word}
+    for number, word in enumerate(("red", "green", "blue", "yellow"))
+]
+ALONE = {"kind": "none", "omega": 0}
+
+
+def recipe(**distillation: Any) -> gracec.Recipe:
+    training = {"steps": 1, "batch_size": 2, "held_out": 0.5, "distillation": distillation}
+    fields = {"name": "test", "weights": {"decoder": {}}, "training": training}
+    return gracec.Recipe.from_dict(fields)
+
+
+@pytest.fixture
+def trained(
+    llava: LlavaForConditionalGeneration,
+    captured: Program,
+    after: After,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Any:
+    """trained(...): the journal of a training that reads its data and learns nothing."""
+
+    def read(student: Any, teacher: Any, batch: Any, size: int, held_out: Any, *_: Any, **__: Any):
+        batch(range(size)), list(held_out)
+        return SimpleNamespace(notes=("kept step 0",), to_dict=lambda: {"best_step": 0})
+
+    monkeypatch.setattr(stage, "train_learner", read)
+    monkeypatch.setattr(stage, "capture", lambda teacher: captured)
+
+    def run(processor: Any = None, **options: Any) -> Journal:
+        fields = {"recipe": recipe(), "train_data": RECORDS, "progress": False, **options}
+        fields["processor"] = processor or tiny_processor()
+        request, journal = Request.checked(llava, **fields), Journal()
+        source = load_source(llava, request, journal)
+        train(Prepared(source, source.model, after(FAKE)), request, journal)
+        return journal
+
+    return run
+
+
+def test_what_was_said_is_in_the_journal(trained: Callable[..., Journal]) -> None:
+    broken = {**RECORDS[0], "question": "what <image> is <pad> this ?"}
+    with pytest.warns(gracec.errors.GracecWarning, match="control token"):
+        journal = trained(recipe=recipe(**ALONE), train_data=[*RECORDS, broken])
+    problem, curve = journal.notes
+    assert problem.source == "training" and "'<pad>', a control token" in problem.text
+    assert curve == Note("training", "kept step 0")
+    assert journal.training == {"best_step": 0}
+
+
+def test_a_teacher_that_does_not_fit_is_refused(trained: Callable[..., Journal]) -> None:
+    trained(teacher=tiny_llava(seed=1))
+    with pytest.raises(GracecError, match="the vocabulary is 128 for the student and 160"):
+        trained(teacher=tiny_llava(vocab_size=160))
+
+
+def test_a_teacher_with_other_tokens_is_refused(
+    trained: Callable[..., Journal], saved: Path
+) -> None:
+    trained(teacher=saved)
+    words = tiny_processor()
+    words.tokenizer.add_tokens(["w999"])
+    with pytest.raises(GracecError, match="different tokenizers: 'w999' differs"):
+        trained(teacher=saved, processor=words)
+
+
+def test_what_an_interrupted_training_left_is_not_overwritten(
+    trained: Callable[..., Journal], tmp_path: Path
+) -> None:
+    options = {"recipe": recipe(**ALONE), "output_dir": tmp_path / "out", "formats": ()}
+    trained(**options)
+    (tmp_path / "out.training").mkdir(exist_ok=True)
+    (tmp_path / "out.training" / "step-1").touch()
+    with pytest.raises(GracecError, match="an earlier training was interrupted here"):
+        trained(**options)
+    trained(**options, resume=True)
