@@ -26,15 +26,15 @@ from gracec.data.prompts import encode_questions
 from gracec.errors import GracecError
 from gracec.frozen import Frozen
 from gracec.ir.program import Program
-from gracec.models.loading import load_config, load_model, load_processor
+from gracec.models.loading import load_config, load_processor
 from gracec.models.weight_files import checkpoint_files, checkpoint_tensors, first_not_finite
 from gracec.passes import parse_placed, run_passes
-from gracec.passes.analyze_modality import AnalyzeModality
-from gracec.passes.plan_quantization import Plan, PlanQuantization, plan_of
+from gracec.passes.plan_quantization import Plan, plan_of
 from gracec.recipe import Recipe, known_recipes
 from gracec.report.memory import size
+from gracec.stages.pipelines import ANALYSIS, planning
 from gracec.stages.prepare import Prepared
-from gracec.stages.source import Source, stand_in_source, untied
+from gracec.stages.source import Source, stand_in_source, weights_source
 from gracec.store import is_artifact
 from gracec.targets.base import TARGETS, Target
 
@@ -249,8 +249,7 @@ class _Patient:
     def check_weights(self) -> str:
         if not self.files:
             raise _Skip("needs: checkpoint files")
-        model = load_model(self.directory)
-        untied(model, self.recipe)
+        model = weights_source(self.directory, self.recipe).model
         if self.model is not None:
             self.weights_model = model
         return f"all there, {str(model.dtype).removeprefix('torch.')}"
@@ -282,7 +281,7 @@ class _Patient:
 
     def check_partition(self) -> str:
         program = _need(self.program, "capture")
-        result = run_passes(program, [AnalyzeModality()])
+        result = run_passes(program, ANALYSIS)
         self.analyzed = result.program
         return "; ".join(note.text for note in result.notes)
 
@@ -326,7 +325,7 @@ def _need(found: T | None, step: str) -> T:
 
 def _planned(program: Program, recipe: Recipe) -> tuple[Program, str]:
     """A planned program and one line on its plan, fallbacks and refusals included."""
-    result = run_passes(program, [PlanQuantization(recipe=recipe)])
+    result = run_passes(program, planning(recipe, analysis=()))
     *fallbacks, summary = (note.text for note in result.notes)
     if fallbacks:
         summary += f"; {len(fallbacks)} fallbacks, first: {fallbacks[0]}"

@@ -35,8 +35,8 @@ def opt(
     from gracec.capture import capture
     from gracec.errors import GracecError
     from gracec.ir.program import Program
-    from gracec.models.loading import load_model
     from gracec.passes import Pass, PassResult, parse_pipeline, run_passes
+    from gracec.stages.source import weights_source
     from gracec.store import is_artifact
 
     pipeline = parse_pipeline(passes).without(*(disable_pass or ()))
@@ -62,7 +62,7 @@ def opt(
             if print_after_all:
                 write(ir.format(result.program))
 
-        program = capture(load_model(model))
+        program = capture(weights_source(model).model)
         if print_before:
             write("// ----- captured -----")
             write(ir.format(program))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from gracec.capture import Family, family_of
@@ -40,10 +38,6 @@ class Source:
     @property
     def family(self) -> Family:
         return family_of(self.model)
-
-    def batch(self) -> Mapping[str, Tensor]:
-        """As a processor returns it, built from the configuration."""
-        return self.family.example_batch(self.model)
 
 
 def load_source(model: PreTrainedModel | str | Path, request: Request, journal: Journal) -> Source:
@@ -78,9 +72,25 @@ def stand_in_source(directory: Path, recipe: Recipe) -> Source:
     Raises:
         GracecError: if there is no usable configuration.
     """
-    model = model_without_weights(directory)
+    return _looked_at(model_without_weights(directory), directory, recipe)
+
+
+def weights_source(directory: Path, recipe: Recipe | None = None) -> Source:
+    """The model of a directory without a processor: for running passes on it.
+
+    Args:
+        recipe: that quantizes the head, perhaps, which is untied then.
+
+    Raises:
+        GracecError: if it is no vision-language model, not whole, or not finite.
+    """
+    return _looked_at(load_model(directory), directory, recipe)
+
+
+def _looked_at(model: PreTrainedModel, directory: Path, recipe: Recipe | None) -> Source:
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    untied(model, recipe)
+    if recipe is not None:
+        untied(model, recipe)
     return Source(model, None, directory.resolve().name, parameters)
 
 
