@@ -1,4 +1,5 @@
 # make test    lint, then every test that is not marked slow
+# make fuzz    mutate inputs of every kind, some thousands of each
 # make demo    quantize, evaluate and export a small model from end to end
 # make evidence  train what docs/results.md needs and is missing, and write that page (hours)
 # The virtual environment sets itself up, and again when pyproject.toml or constraints.txt change.
@@ -12,6 +13,7 @@ PYTEST_ARGS ?=
 # Each worker loads torch, so that more than a few cost memory and save no time.
 WORKERS     ?= auto
 DEMO_ARGS   ?=
+FUZZ_ARGS   ?= --count 2000
 
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check
@@ -20,13 +22,17 @@ STAMP := $(VENV)/.installed
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 $(PYTEST_ARGS)
 SOURCES := $(wildcard gracec tests examples benchmarks docs)
 
-.PHONY: test test-all lint format demo evidence install constraints clean
+.PHONY: fuzz test test-all lint format demo evidence install constraints clean
 
 test: lint
 	$(PYTEST) -m "not slow" --timeout 600
 
 test-all: lint
 	$(PYTEST)
+
+# Thousands of mutated inputs of each kind: one line, or the same answer. See tests/fuzz/run.py.
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run $(FUZZ_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check $(SOURCES)

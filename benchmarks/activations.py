@@ -35,7 +35,7 @@ from gracec.capture import capture, capture_serving
 from gracec.capture.serving_graph import VISION
 from gracec.data.prompts import encode_questions
 from gracec.demo import TRAINING_QUESTIONS, write_questions
-from gracec.evaluate import VqaReport, evaluate_vqa, load_image, load_samples
+from gracec.evaluate import VqaReport, evaluate_vqa, load_samples
 from gracec.gates import logit_agreement
 from gracec.models.loading import load_model, load_processor
 from gracec.passes import Pass, run_passes
@@ -83,7 +83,7 @@ def prompt_logits(model: Any, processor: Any, samples: Sequence[Any]) -> list[to
     """Logits [1, T, V] of each question, which is asked alone and so is not padded."""
     found = []
     for sample in samples:
-        inputs = dict(encode_questions(processor, [sample.question], [load_image(sample.image)]))
+        inputs = dict(encode_questions(processor, [sample.question], [sample.picture()]))
         with torch.no_grad():
             result = model(**inputs)
         found.append(getattr(result, "logits", result).float())

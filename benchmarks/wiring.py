@@ -88,6 +88,7 @@ ON_PREPARE, ON_FREEZE, ON_LOWER, ON_PUBLISH, ON_EXAMINE, ON_TRAIN = (
     (f"tests/stages/test_{name}.py",)
     for name in ("prepare", "freeze", "lower", "write_artifact", "examine", "train")
 )
+RELOAD = "tests/test_reload.py::test_the_figure_is_in_both_reports"
 ON_WRITE = ("tests/backends/onnx/test_write.py",)
 ON_GENAI = ("tests/backends/onnx/test_genai.py::test_every_header_is_looked_at",)
 
@@ -129,12 +130,92 @@ WIRING: tuple[Mutation, ...] = (
         "",
         ("tests/models/test_loading.py::test_a_weight_that_is_not_finite_is_named",),
     ),
+    # what was saved
+    Mutation(
+        "what was saved is checked",
+        PUBLISH,
+        '            journal.figures["reloaded_equals_compiled"] = check(target)\n',
+        "",
+        ON_PUBLISH,
+    ),
+    Mutation(
+        "what was saved is loaded in a fresh process",
+        COMPILER,
+        "            if check_reload and not unknown\n",
+        "            if False\n",
+        (RELOAD,),
+    ),
+    Mutation(
+        "tensors are those that were written",
+        "gracec/store.py",
+        "    check_files(directory, {TENSORS: manifest.files.get(TENSORS, manifest.sha256)})\n",
+        "",
+        ("tests/test_store.py::test_a_changed_or_truncated_file_is_named",),
+    ),
+    Mutation(
+        "configuration and processor are those that were written",
+        "gracec/store.py",
+        "        check_configuration(directory, manifest.files)\n",
+        "        pass\n",
+        ON_PUBLISH,
+    ),
+    Mutation(
+        "tensors are what their specs can mean",
+        "gracec/store.py",
+        "        check_frozen(weight, fqn, where=str(self._path))\n",
+        "",
+        ("tests/test_store.py::test_a_tensor_that_its_spec_cannot_mean_is_named",),
+    ),
+    Mutation(
+        "tensors are those of the model",
+        PUBLISH,
+        "    _check_tensors(model, store, directory / TENSORS)\n",
+        "",
+        ON_PUBLISH,
+    ),
+    Mutation(
+        "files of an ONNX directory are those that were written",
+        "gracec/backends/onnx/session.py",
+        "        config._check_files(folder)\n",
+        "",
+        ("tests/backends/onnx/test_session.py",),
+    ),
+    Mutation(
+        "configuration beside ONNX graphs is the one that was written",
+        "gracec/backends/onnx/runner.py",
+        "        session_config.check_model(directory)\n",
+        "",
+        ("tests/backends/onnx/test_session.py",),
+    ),
+    # source
+    Mutation(
+        "what is compiled is what was given",
+        "gracec/stages/source.py",
+        "    gates.logits_are_those_of("
+        '"the model that was given", expected, found, 0.0, type(own).__name__)\n',
+        "    pass\n",
+        ("tests/models/test_ties.py::test_a_source_that_computes_something_else_is_an_error",),
+    ),
+    Mutation(
+        "merged adapters are those of PEFT",
+        "gracec/stages/peft.py",
+        'gates.logits_are_those_of("PEFT", expected, eager_logits(merged, batch), bound, where)',
+        "0.0",
+        ("tests/models/test_lora.py::test_a_merge_that_computes_something_else_is_found",),
+    ),
     # prepare
     Mutation(
         "captured equals eager",
         PREPARE,
         "equal = captured_equals_eager(program, model)",
         "equal = 3",
+        ON_PREPARE,
+    ),
+    Mutation(
+        "blocks are those of the model",
+        PREPARE,
+        "    blocks = blocks_equal_hidden_states(run_passes(program, ANALYSIS).program, model)\n",
+        "    blocks = 1\n",
         ON_PREPARE,
     ),
     Mutation(
@@ -199,15 +280,14 @@ WIRING: tuple[Mutation, ...] = (
     Mutation(
         "notes of the training",
         TRAIN,
-        '    journal.note("training", *data.problems, *held_out.problems, *collate.problems, '
-        "*curve.notes)\n",
+        '    journal.note("training", *said, *curve.notes)\n',
         "",
         ON_TRAIN,
     ),
     Mutation(
         "an interrupted training is not overwritten",
         TRAIN,
-        "            _refuse_leftovers(directory)\n",
+        '            journal.note("training", *open_run(directory, resume=request.resume))\n',
         "            pass\n",
         ON_TRAIN,
     ),
@@ -366,9 +446,9 @@ WIRING: tuple[Mutation, ...] = (
     ),
     Mutation(
         "sha256 of the codes",
-        "gracec/store.py",
-        '    if file_sha256(tensors_path) != manifest["sha256"]:\n',
-        "    if False:\n",
+        "gracec/file_hashes.py",
+        "        if file_sha256(path) != expected:\n",
+        "        if False:\n",
         ("tests/test_store.py::test_a_changed_or_truncated_file_is_named",),
     ),
     # Formats that pack.
@@ -446,7 +526,7 @@ WIRING: tuple[Mutation, ...] = (
     Mutation(
         "every weight of a graph is lowered",
         FORMAT,
-        "            if lowered.keys() != frozen_here.keys():\n",
+        "            if lowered.keys() != planned:\n",
         "            if False:\n",
         (f"{ONNX}::test_a_weight_that_is_not_lowered_is_an_error",),
     ),
@@ -458,16 +538,23 @@ WIRING: tuple[Mutation, ...] = (
         (f"{ONNX}::test_a_kernel_that_is_off_by_more_than_the_bound_is_an_error",),
     ),
     Mutation(
+        "graphs compute what was compiled",
+        FORMAT,
+        "        self._hold(agreement, beside, reference.logits.dtype)\n",
+        "        pass\n",
+        (f"{ONNX}::test_graphs_of_another_model_than_was_compiled_are_an_error",),
+    ),
+    Mutation(
         "faithful graphs are as good as dense",
         FORMAT,
-        "            lowered_is_as_good_as_dense(agreement, beside)\n",
+        "            lowered_is_as_good_as_dense(found, dense, reference)\n",
         "            pass\n",
         ANSWERS,
     ),
     Mutation(
         "rounding of fast graphs is small",
         FORMAT,
-        "            gates.rounding_is_small(agreement)\n",
+        "            gates.rounding_is_small(found)\n",
         "            pass\n",
         ANSWERS,
     ),
@@ -481,22 +568,22 @@ WIRING: tuple[Mutation, ...] = (
     Mutation(
         "notes of ONNX passes",
         FORMAT,
-        "        return (*notes, _summary(figures), *genai.notes(frozen))\n",
-        "        return (_summary(figures), *genai.notes(frozen))\n",
+        "        return (*notes, _summary(figures), *refused, *genai.notes(frozen))\n",
+        "        return (_summary(figures), *refused, *genai.notes(frozen))\n",
         TOLD,
     ),
     Mutation(
         "summary of the ONNX gates",
         FORMAT,
-        "        return (*notes, _summary(figures), *genai.notes(frozen))\n",
-        "        return (*notes, *genai.notes(frozen))\n",
+        "        return (*notes, _summary(figures), *refused, *genai.notes(frozen))\n",
+        "        return (*notes, *refused, *genai.notes(frozen))\n",
         TOLD,
     ),
     Mutation(
         "what onnxruntime-genai would do otherwise",
         FORMAT,
-        "        return (*notes, _summary(figures), *genai.notes(frozen))\n",
-        "        return (*notes, _summary(figures))\n",
+        "        return (*notes, _summary(figures), *refused, *genai.notes(frozen))\n",
+        "        return (*notes, _summary(figures), *refused)\n",
         TOLD,
     ),
     Mutation("an ONNX file is valid", WRITE, "    gates.file_is_valid(file)\n", "", ON_WRITE),
@@ -524,8 +611,8 @@ WIRING: tuple[Mutation, ...] = (
     Mutation(
         "sha256 of graphs",
         "gracec/backends/onnx/session.py",
-        "            if file_sha256(file) != expected:\n",
-        "            if False:\n",
+        "        check_files(folder, self.sha256, fix=AGAIN)\n",
+        "        pass\n",
         ("tests/backends/onnx/test_session.py::test_an_edited_graph",),
     ),
     Mutation(

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from gracec import gates, quant
+from gracec import gates, quant, reload
 from gracec.capture.capture import GATE_SHAPES
 from gracec.passes import Pass, all_passes
 from gracec.passes.options import options_of
@@ -35,6 +35,7 @@ from gracec.recipe import (
     WeightRule,
     built_in_recipes,
 )
+from gracec.stages.peft import MERGED_BOUND
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "benchmarks/results"
@@ -149,8 +150,25 @@ def gates_table() -> str:
     for dtype, bound in bounds.items():
         by_bound.setdefault(bound, []).append(dtype)
     matmul = "; ".join(f"{bound:.0e} in {', '.join(d)}" for bound, d in by_bound.items())
+    merged = "; ".join(f"{b:.0e} in {str(d)[6:]}" for d, b in MERGED_BOUND.items())
     rows = [
+        [
+            "`adapters_merged`",
+            "logits with adapters merged and of the `PeftModel`, relative to the largest",
+            merged,
+        ],
+        [
+            "`source_equals_original`",
+            "logits of the model that is compiled, tied, untied or merged as it is by then, and of "
+            "the one that was given",
+            "equal bits",
+        ],
         ["`captured_equals_eager`", "logits of the captured graph and of the model", "equal bits"],
+        [
+            "`blocks_equal_hidden_states`",
+            "what each decoder block but the last returns, and the model's hidden states",
+            "equal bits",
+        ],
         [
             "`frozen_equals_fake_quantized`",
             "every output of the frozen and of the fake-quantized graph",
@@ -171,9 +189,19 @@ def gates_table() -> str:
             "`logits`, `logits_dense`",
             "KL divergence from the frozen graph, of the lowered model and of dense weights with "
             "the same values in the same dtype",
-            f"the first at most {KL_FACTOR} times the second plus {KL_SLACK:.0e} nats",
+            f"the first at most {KL_FACTOR} times the second plus {KL_SLACK:.0e} nats, the second "
+            f"at most {gates.ROUNDING_KL} nats",
         ],
     ]
+    again = "; ".join(f"{b:.0e} in {str(d)[6:]}" for d, b in reload.BOUND.items())
+    rows.append(
+        [
+            "`reloaded_equals_compiled`",
+            "logits of what was saved, loaded in a fresh process, and of the model in memory, "
+            "relative to the largest",
+            again,
+        ]
+    )
     shapes = ", ".join(f"({b}, {i}, {t})" for b, i, t in GATE_SHAPES)
     return (
         table(["in the report", "compares", "bound"], rows)
@@ -266,8 +294,8 @@ def allowed(field: dict[str, Any]) -> str:
     text += f" from {low}" if low is not None else f" above {above:g}" if above is not None else ""
     high, below = field.get("maximum"), field.get("exclusiveMaximum")
     if high is not None:
-        return f"{text} to {high:g}"
-    return text if below is None else f"{text} and below {below:g}"
+        return f"{text} to {high:,.10g}"
+    return text if below is None else f"{text} and below {below:,.10g}"
 
 
 Row = dict[str, Any]

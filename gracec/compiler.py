@@ -5,15 +5,17 @@ source -> prepare -> [train] -> freeze -> lower -> publish
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
+from gracec import reload
 from gracec.compiled import CompiledModel, load
+from gracec.directories import check_target, clear_leftovers, unused
 from gracec.errors import GateError
 from gracec.frozen import Frozen
 from gracec.journal import Journal
@@ -31,6 +33,7 @@ from gracec.stages.source import load_source
 from gracec.stages.train import train
 from gracec.targets.base import Runtime, Target
 from gracec.training.ranks import rank
+from gracec.training.run_directory import FROZEN, alone_in, kept_of_user, remove_run
 
 __all__ = ["CompiledModel", "compile", "load"]
 
@@ -52,6 +55,7 @@ def compile(
     strict: bool = False,
     inplace: bool = False,
     adapters: Literal["merge", "float"] = "merge",
+    check_reload: bool | None = None,
     progress: bool = True,
 ) -> CompiledModel:
     """Compile a vision-language model to INT4 weights.
@@ -82,12 +86,14 @@ def compile(
         adapters: of a `PeftModel`: "merge" makes them part of the weights before anything else;
             "float" quantizes the weights without them and keeps them beside, in the dtype of the
             recipe. They train with the part that they are in.
+        check_reload: load what was saved in a process of its own and hold its logits to those in
+            memory; by default yes, unless the environment says GRACEC_CHECK_RELOAD=0.
         progress: show a training on standard error.
 
     Raises:
         GracecError: if the model, the recipe, the data or the output directory does not fit.
         GateError: if the result is not numerically what it should be, or not as accurate as the
-            recipe expects; then it is kept as `<output_dir>.failed`.
+            recipe expects; then it is kept as `<output_dir>.failed`, or `.failed-2` and so on.
     """
     request = Request.checked(
         model,
@@ -109,11 +115,20 @@ def compile(
     )
     lowering_passes(request)  # one that has no place is refused before a weight is read
     journal = Journal(list(request.notes))
-    frozen, exam = quantize(model, request, journal)
-    runtime = lower(frozen, request.target, journal, strict=request.strict)
-    exam = examine_compiled(exam, runtime, frozen.processor, request)
-    journal.accuracy = exam.accuracy
-    return publish(frozen, runtime, exam, request, journal)
+    with alone_in(request.training_dir if request.training is not None else None):
+        clear_place(request, journal)
+        frozen, exam = quantize(model, request, journal)
+        runtime = lower(frozen, request.target, journal, strict=request.strict)
+        exam = examine_compiled(exam, runtime, frozen.processor, request)
+        journal.accuracy = exam.accuracy
+        return publish(frozen, runtime, exam, request, journal, reload.wanted(check_reload))
+
+
+def clear_place(request: Request, journal: Journal) -> None:
+    """Look at the place of the output once more, now that nobody else trains for it."""
+    if request.output_dir is not None and rank() == 0:
+        check_target(request.output_dir, request.overwrite)
+        journal.note("", *clear_leftovers(request.output_dir))
 
 
 def quantize(model: Any, request: Request, journal: Journal) -> tuple[Frozen, Exam]:
@@ -135,33 +150,54 @@ def quantize(model: Any, request: Request, journal: Journal) -> tuple[Frozen, Ex
 def keep(frozen: Frozen, request: Request, journal: Journal) -> None:
     """Keep what a training came to until it is published: what fails later costs no training."""
     if request.training_dir is not None and rank() == 0:
-        kept, report = request.training_dir / "frozen", Report.of(request.recipe, journal)
+        kept, report = request.training_dir / FROZEN, Report.of(request.recipe, journal)
         write_artifact(kept, frozen, (), report, overwrite=True)
 
 
 def publish(
-    frozen: Frozen, runtime: Runtime, exam: Exam, request: Request, journal: Journal
+    frozen: Frozen,
+    runtime: Runtime,
+    exam: Exam,
+    request: Request,
+    journal: Journal,
+    check_reload: bool = False,
 ) -> CompiledModel:
     """The result with its report; what is saved is what is in memory.
 
     Raises:
-        GateError: if the accuracy is below what the recipe expects.
+        GateError: if the accuracy is below what the recipe expects, or a fresh process computes
+            something else from what was saved.
     """
-    failed, output, report = exam.failure is not None, request.output_dir, None
-    if output is not None and rank() == 0:
-        place = Path(f"{output}.failed") if failed else output
+    failed, place, report = exam.failure is not None, request.output_dir, None
+    if place is not None and rank() == 0:
+        run = request.training_dir if request.training is not None else None
+        if run is not None:
+            journal.note("training", *kept_of_user(run))
+        place = unused(Path(f"{place}.failed")) if failed else place
+        unknown = reload.refusal(frozen, request.target)
+        if check_reload and unknown:
+            journal.note("", f"not loaded again in a fresh process: {unknown}")
         report, _ = write_artifact(
             place,
             frozen,
             request.formats,
             recipe=request.recipe,
             journal=journal,
-            overwrite=request.overwrite or failed,
+            overwrite=request.overwrite and not failed,
+            check=partial(
+                reload.reloaded_equals_compiled,
+                frozen=frozen,
+                runtime=runtime,
+                target=request.target,
+            )
+            if check_reload and not unknown
+            else None,
         )
-        if request.training is not None:
-            shutil.rmtree(f"{output}.training")
+        if run is not None:
+            remove_run(run)
     if exam.failure is not None:
-        kept = "" if output is None else f"; kept as {output}.failed"
+        kept = "" if place is None else f"; kept as {place}"
         raise GateError(f"{exam.failure}{kept}") from exam.failure
     report = report or Report.of(request.recipe, journal)
-    return CompiledModel(replace(frozen, reference=None), runtime, report)
+    assert frozen.reference is not None
+    return CompiledModel(replace(frozen, reference=frozen.reference.short()), runtime, report)

@@ -8,11 +8,12 @@ questions about pictures.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ import torch
 from rich.console import Console
 
 import gracec
+from gracec.directories import cannot_write, write_file
 from gracec.errors import GracecError
 from gracec.evaluate import (
     VqaReport,
     VqaSample,
     evaluate_vqa,
     format_table,
-    load_image,
     load_samples,
 )
 from gracec.evaluate.scores import paired_difference
@@ -34,6 +35,8 @@ from gracec.models.loading import load_model, load_processor
 
 BATCH_SIZE = 64
 TRAINING_QUESTIONS = 2500
+MARK = ".gracec-demo"
+"""File in a folder whose artifacts and data are those of a demo, which the next one replaces."""
 PTQ, GRACE = "INT4 PTQ", "INT4 GRACE"
 
 
@@ -63,9 +66,8 @@ def run_demo(
             )
     data, train = output / "data", output / "train"
     artifacts = {PTQ: output / "student-ptq", GRACE: output / "student-grace"}
-    for old in (data, train, *artifacts.values(), Path(f"{artifacts[GRACE]}.training")):
-        shutil.rmtree(old, ignore_errors=True)
-    output.mkdir(parents=True, exist_ok=True)
+    places = (data, train, *artifacts.values(), Path(f"{artifacts[GRACE]}.training"))
+    _clear(output, places)
     write_questions(example, "test", data)
     write_questions(example, "train", train, TRAINING_QUESTIONS)
     samples = load_samples(data, limit)
@@ -114,9 +116,11 @@ def run_demo(
     picture = output / "answers.png"
     shown = draw_answers(samples, reports, picture)
     for index in shown:
+        shown_image = samples[index].image
+        assert shown_image is not None
         answers = {name: report.predictions[index].predicted for name, report in reports.items()}
         console.print(
-            f"{samples[index].image.name}: {samples[index].question} "
+            f"{shown_image.name}: {samples[index].question} "
             + ", ".join(f"{name}: {answer}" for name, answer in answers.items())
             + f" (right: {samples[index].answer})",
             highlight=False,
@@ -132,7 +136,7 @@ def run_demo(
         "held_out": trained.report.training["held_out"],
         "models": {name: _without_predictions(report) for name, report in reports.items()},
     }
-    (output / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_file(output / "result.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -163,7 +167,9 @@ def draw_answers(
     figure = Figure(figsize=(2.6 * len(shown), 3.6), layout="constrained")
     for column, index in enumerate(shown):
         axes = figure.add_subplot(1, len(shown), column + 1)
-        axes.imshow(load_image(samples[index].image), interpolation="nearest")
+        picture = samples[index].picture()
+        assert picture is not None  # the demo's own questions are about pictures
+        axes.imshow(picture, interpolation="nearest")
         axes.set_axis_off()
         axes.set_title(samples[index].question, fontsize=9)
         for line, (name, report) in enumerate(reports.items()):
@@ -179,6 +185,30 @@ def draw_answers(
             )
     figure.savefig(path, dpi=110, bbox_inches="tight")  # the answers stand below the axes
     return shown
+
+
+def _clear(output: Path, places: Sequence[Path]) -> None:
+    """Make room in a folder for what the demo writes, where an earlier demo made it.
+
+    Raises:
+        GracecError: if something is there that no demo wrote, or the folder cannot be written.
+    """
+    mark = output / MARK
+    found = next((place for place in places if os.path.lexists(place)), None)
+    if found is not None and not mark.is_file():
+        raise GracecError(
+            "it exists, and the demo would write there",
+            where=str(found),
+            fix="remove it, or choose another folder with --out",
+        )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for place in places:
+            if place.is_dir():
+                shutil.rmtree(place)
+        mark.touch()
+    except OSError as error:
+        raise cannot_write(output, error) from error
 
 
 def _without_predictions(report: VqaReport) -> dict[str, Any]:

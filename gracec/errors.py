@@ -3,6 +3,20 @@
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """A text in one line that every terminal and file takes: what is not printable is escaped.
+
+    Names of files, keys and tokens come from others, and may hold line ends, codes of terminals or
+    halves of surrogate pairs.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        mark if mark.isprintable() else mark.encode("unicode_escape").decode("ascii")
+        for mark in text
+    )
+
+
 class GracecError(Exception):
     """Bad input: one line that says what is wrong, where, and what to do.
 
@@ -15,7 +29,7 @@ class GracecError(Exception):
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         self.what, self.where, self.fix = what, where, fix
         message = f"{where}: {what}" if where else what
-        super().__init__(f"{message}; {fix}" if fix else message)
+        super().__init__(printable(f"{message}; {fix}" if fix else message))
 
 
 class GateError(GracecError):

@@ -7,12 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from gracec.models.experts import GROUPED, compute_experts
 from gracec.models.lora import adapters_of
 from gracec.models.skeleton import stand_in, without_weights
-from gracec.models.surgery import configurations, fill_while_running, quantize_inputs, set_tensor
+from gracec.models.surgery import (
+    configurations,
+    fill_while_running,
+    quantize_inputs,
+    set_tensor,
+)
+from gracec.models.ties import names_of_one
 from gracec.quant.frozen import FrozenWeight
 
 
@@ -21,12 +28,20 @@ class Reference:
     """What lowered models are held to.
 
     Attributes:
-        batch: as the processor returns it.
-        logits: [B, T, V] of the frozen graph.
+        batch: as the processor returns it, padded on the left.
+        logits: [B, S, V] of the frozen graph, at all positions or the last ones.
     """
 
     batch: Mapping[str, Tensor]
     logits: Tensor
+
+    def tail(self, tensor: Tensor) -> Tensor:
+        """The positions of a tensor [B, T, ...] that there are logits of."""
+        return tensor[:, -self.logits.shape[1] :]
+
+    def short(self, positions: int = 8) -> Reference:
+        """The same with the last positions alone, in little memory."""
+        return Reference(self.batch, self.logits[:, -positions:].clone())
 
 
 @dataclass(frozen=True)
@@ -41,7 +56,7 @@ class Frozen:
         processor: of the model, or None.
         name: of the model that was compiled, for the model card; may be empty.
         passes: further passes, as text with their places, that lowering runs as well.
-        reference: what lowered models are held to; an artifact that was read has none.
+        reference: what models made from it are held to; an artifact that was read has none.
     """
 
     skeleton: PreTrainedModel
@@ -107,12 +122,17 @@ def build(frozen: Frozen, dtype: torch.dtype | None = None) -> PreTrainedModel:
     model = without_weights(frozen.skeleton)
     for part in configurations(model.config):
         part.dtype = dtype
-    buffers = dict(model.named_buffers())
-    for name, tensor in frozen.others.items():
-        set_tensor(model, name, tensor if name in buffers else _to(tensor, dtype))
-    for fqn, weight in frozen.weights.items():
-        set_tensor(model, fqn, stand_in(weight.shape, dtype, weight.stored.device))
-    model.tie_weights()
+    buffers, names = dict(model.named_buffers()), names_of_one(model)
+    tensors = {n: t if n in buffers else _to(t, dtype) for n, t in frozen.others.items()}
+    tensors |= {
+        fqn: stand_in(weight.held_shape, dtype, weight.stored.device)
+        for fqn, weight in frozen.weights.items()
+    }
+    for fqn, tensor in tensors.items():
+        one = tensor if fqn in buffers else nn.Parameter(tensor, requires_grad=False)
+        for name in names.get(fqn, [fqn]):  # what was one weight is one again, and nothing else
+            set_tensor(model, name, one)
+    compute_experts(model, GROUPED)
     model.requires_grad_(False)
     return model
 

@@ -7,18 +7,49 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from gracec.errors import GateError
 from gracec.ir.program import Program, annotation
-from gracec.kernels.torchao import CountInt4Kernels, PackedWeight
-from gracec.quant.frozen import FrozenWeight
+from gracec.kernels.torchao import CountInt4Kernels, PackedWeight, packed_expert_linear
+from gracec.quant.frozen import FrozenWeight, by_matrix
 from gracec.recipe import Expectation
 
 MATMUL_BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 NEAR_TIE = 0.02
 """Two top logits closer than this share of their spread are a tie that rounding may decide."""
+
+ROUNDING_KL = 0.1
+"""Nats that another dtype may cost; more is another model."""
+
+
+def logits_are_those_of(
+    whom: str, expected: Tensor, found: Tensor, bound: float, where: str
+) -> float:
+    """The largest difference of two logits, relative to the largest that is expected.
+
+    Args:
+        whom: whose the expected ones are.
+        bound: the largest difference that passes; 0 for equal bits.
+        where: what the found ones are of.
+    """
+    if torch.equal(expected, found):
+        return 0.0
+    if expected.shape != found.shape:
+        raise GateError(
+            f"the logits are {tuple(found.shape)}, those of {whom} {tuple(expected.shape)}",
+            where=where,
+        )
+    largest = expected.double().abs().max().clamp_min(1e-30)
+    change = ((expected.double() - found.double()).abs().max() / largest).item()
+    if not 0 < change <= bound:  # NaN passes no comparison
+        allowed = f"the bound is {bound:.0e}" if bound else "they have to be equal"
+        raise GateError(
+            f"the logits differ from those of {whom} by {change:.3g} of the largest, {allowed}",
+            where=where,
+        )
+    return change
 
 
 def frozen_equals_fake_quantized(
@@ -40,12 +71,15 @@ def matmul_error(packed: Mapping[str, PackedWeight], weights: Mapping[str, Froze
     """
     worst = 0.0
     generator = torch.Generator().manual_seed(0)
+    exact_weights = {
+        name: one for fqn, weight in weights.items() for name, one in by_matrix(fqn, weight).items()
+    }
     for fqn, weight in packed.items():
         dtype = weight.dtype
         x = torch.randn(8, weight.shape[1], generator=generator).to(dtype)
         with torch.no_grad():
             result = functional.linear(x, weight).double()
-        exact = x.double() @ weights[fqn].dequantize().double().t()
+        exact = x.double() @ exact_weights[fqn].dequantize().double().t()
         error = ((result - exact).abs().max() / exact.abs().max().clamp_min(1e-30)).item()
         if not error <= MATMUL_BOUND[dtype]:
             raise GateError(
@@ -65,11 +99,16 @@ def int4_kernels_run(
 ) -> int:
     """Count of INT4 kernels that run in one forward; it must equal the planned count.
 
+    Of experts, one kernel for each that a token is for.
+
     Args:
         model: that generates with the same packed weights, held to the same count.
         model_inputs: those of the model, where they are not those of the program.
     """
-    planned = len([n for n in program.graph.nodes if annotation(n).get("kernel") == "int4"])
+    nodes = [node for node in program.graph.nodes if annotation(node).get("kernel") == "int4"]
+    planned = len([node for node in nodes if node.target != packed_expert_linear])
+    if planned != len(nodes):
+        planned += _experts_asked(program, inputs)
     runs = (
         ("the lowered graph", program, inputs),
         ("the generating model", model, model_inputs or inputs),
@@ -82,6 +121,21 @@ def int4_kernels_run(
         if kernels.count != planned:
             raise GateError(f"{kernels.count} INT4 kernels ran in {name}, {planned} are planned")
     return planned
+
+
+def _experts_asked(program: Program, inputs: Mapping[str, Tensor]) -> int:
+    """How many experts some token is for, over all linears of experts that run on kernels."""
+    asked = []
+
+    class Watch(fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if target is packed_expert_linear:
+                asked.append(len(torch.unique(args[2])))
+            return super().call_function(target, args, kwargs)
+
+    with torch.no_grad():
+        Watch(program.graph_module).run(*(inputs[name] for name in program.example_inputs))
+    return sum(asked)
 
 
 @dataclass(frozen=True)
@@ -143,11 +197,17 @@ def lowered_is_as_good_as_dense(
     """Lowered logits stay as close to the reference as dense weights of the same dtype do.
 
     A 16-bit reference has rounding noise of its own, which dense weights of the same dtype share
-    and another order of summation does not, so it is allowed for.
+    and another order of summation does not, so it is allowed for. The dense weights have to be
+    close themselves: they are put together as the lowered model is, and may share its fault.
 
     Returns:
         The largest KL divergence that passes.
     """
+    if not dense.kl <= ROUNDING_KL:
+        raise GateError(
+            f"dense weights with the values of the codes are off by KL {dense.kl:.3g} from the "
+            f"logits that were compiled, rounding costs {ROUNDING_KL} at most"
+        )
     noise = 1e-4 if reference == torch.float32 else 1e-2
     bound = 2 * dense.kl + noise
     if not lowered.kl <= bound:

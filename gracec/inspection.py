@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from gracec.capture import capture
-from gracec.errors import GracecError
 from gracec.models.loading import configured_dtype, load_config
 from gracec.passes.plan_quantization import plan_of
 from gracec.recipe import Recipe
@@ -15,9 +14,10 @@ from gracec.report import Report
 from gracec.report.memory import memory_plan
 from gracec.report.partition import Inspection, partition
 from gracec.report.rows import plan_rows
+from gracec.report.saved import read_report
 from gracec.stages.prepare import plan
 from gracec.stages.source import stand_in_source
-from gracec.store import read_manifest
+from gracec.store import MANIFEST, read_manifest
 
 
 def inspect_model(
@@ -75,7 +75,4 @@ def inspect_artifact(directory: Path) -> Report:
     Raises:
         GracecError: if the directory holds none.
     """
-    try:
-        return Report.from_dict(read_manifest(directory)["report"])
-    except (KeyError, TypeError) as error:
-        raise GracecError("the manifest holds no report", where=str(directory)) from error
+    return read_report(read_manifest(directory).report, where=str(directory / MANIFEST))

@@ -125,8 +125,12 @@ class Unbound:
 
     def __str__(self) -> str:
         if isinstance(self.value, Mapping):
-            return ", ".join(f"{name} {value:.4g}" for name, value in self.value.items())
+            return ", ".join(f"{name} {_short(value)}" for name, value in self.value.items())
         return f"{self.value:.3g}" if isinstance(self.value, float) else str(self.value)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, (int, float)) else str(value)
 
 
 KINDS: dict[str, type[Any]] = {
@@ -141,7 +145,8 @@ def figure_to_dict(figure: Any) -> dict[str, Any]:
 
 def figure_of(saved: Any) -> Figure:
     """A figure from JSON."""
-    if not isinstance(saved, Mapping) or saved.get("kind") not in KINDS:
+    kind = saved.get("kind") if isinstance(saved, Mapping) else None
+    if not isinstance(kind, str) or kind not in KINDS:
         return Unbound(saved)
     fields = dict(saved)
     found: Figure = KINDS[fields.pop("kind")](**fields)

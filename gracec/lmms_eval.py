@@ -25,8 +25,7 @@ from rich.progress import Progress
 from torch import nn
 
 import gracec
-from gracec.data.pictures import to_rgb
-from gracec.data.records import Broken
+from gracec.data.pictures import as_loaded
 from gracec.errors import GracecError
 from gracec.evaluate.ask import Generator, answers
 from gracec.models.loading import load_model, load_processor
@@ -98,7 +97,7 @@ class Settings:
 
 
 class Gracec(lmms):  # type: ignore[misc]  # untyped
-    """Answers the documents of tasks that generate, each about one picture.
+    """Answers the documents of tasks that generate, each about one picture or none.
 
     Args:
         pretrained: gracec artifact, or directory of a Hugging Face model.
@@ -157,7 +156,7 @@ class Gracec(lmms):  # type: ignore[misc]  # untyped
         """The answers to some requests, in their order.
 
         Raises:
-            GracecError: if a document does not have exactly one picture, if the processor refuses
+            GracecError: if a document has more than one picture, if the processor refuses
                 it, or if its task wants something else than greedy answers.
         """
         # Read before anything is generated. The order is kept, so that batches are those of
@@ -194,12 +193,14 @@ class Gracec(lmms):  # type: ignore[misc]  # untyped
         """Refused."""
         raise _only_generates(requests, "generated pictures")
 
-    def _picture(self, request: Any) -> Image.Image:
-        """The one picture of a document, as `load_image` would give it."""
+    def _picture(self, request: Any) -> Image.Image | None:
+        """The one picture of a document, if it has one, as `load_image` would give it."""
         _, _, doc_to_visual, number, task, split = request.args
         where = _document(request)
         visuals = doc_to_visual(self.task_dict[task][split][number]) or []
-        if len(visuals) != 1:
+        if not visuals:
+            return None
+        if len(visuals) > 1:
             raise GracecError(
                 f"gracec asks about one picture, and the document has {len(visuals)}", where=where
             )
@@ -210,10 +211,7 @@ class Gracec(lmms):  # type: ignore[misc]  # untyped
                 "perhaps a video or a sound",
                 where=where,
             )
-        try:
-            return to_rgb(picture, "the picture")
-        except Broken as broken:
-            raise GracecError(broken.reason, where=where) from broken
+        return as_loaded(picture, where)
 
 
 def _load(directory: Path, backend: str, device: str | None) -> tuple[Generator, Any]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gracec.capture.module import capture_module, gate_inputs, with_shapes
+from gracec.directories import cannot_write, replace_file, room_beside
 from gracec.errors import GateError, GracecError
 from gracec.ir.program import Program
 from gracec.passes import run_passes
@@ -125,12 +125,15 @@ def export_module(
 
     path = Path(path)
     options = session_options(ops, mode)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    with room_beside(path) as folder:
         written = write_graph(
             with_shapes(program),
             path.stem,
-            lambda kinds: Path(folder) / path.name,
+            lambda kinds: folder / path.name,
             ops=ops,
             mode=mode,
             strict=strict,
@@ -144,8 +147,10 @@ def export_module(
         session = open_session(written.files[0], options, threads=torch.get_num_threads())
         figures["output_error"] = _output_error(program, session, mode)
         del session
+        if len(written.files) > 1:  # never an old graph with new tensors
+            Path(os.path.realpath(path)).unlink(missing_ok=True)
         for file in reversed(written.files):
-            os.replace(file, path.with_name(file.name))
+            replace_file(file, path.with_name(file.name))
     return {**figures, "session_options": options, "notes": list(map(str, written.notes))}
 
 

@@ -1,4 +1,4 @@
-"""The operators of `gracec.quant.ops` and `gracec.quant.ops_onnx`, under their public name."""
+"""The operators of `gracec.quant.ops`, `ops_experts` and `ops_onnx`, under their public name."""
 
 from gracec.quant.ops import (
     conv2d,
@@ -10,10 +10,13 @@ from gracec.quant.ops import (
     quantize_dequantize,
     segment_attention,
 )
+from gracec.quant.ops_experts import expert_linear
 from gracec.quant.ops_onnx import (
     attention,
     dequantize_activation,
     dequantize_linear,
+    expert_matmul,
+    expert_matmul_nbits,
     matmul_nbits,
     quantize_activation,
     rms_norm,
@@ -27,6 +30,9 @@ __all__ = [
     "dequantize_activation",
     "dequantize_linear",
     "dtype_name",
+    "expert_linear",
+    "expert_matmul",
+    "expert_matmul_nbits",
     "fake_quantize",
     "fake_quantize_activation",
     "last_positions",

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from gracec.errors import GracecError
 from gracec.quant import QuantSpec
 from gracec.registry import declared, load_declared, lookup, nearest
+from gracec.yaml_files import read_yaml_mapping
 
 BUILT_IN = Path(__file__).parent / "recipes"
 
@@ -18,9 +26,25 @@ Granularity = Literal["per_group", "per_channel", "per_tensor"]
 Part = Literal["decoder", "head", "module", "projector", "vision"]
 """`module` is all of a model that is no vision-language model."""
 
+Name = Annotated[str, Field(pattern=r"^\w[\w .,+=@()-]{0,63}$")]
+"""One short line: it is written into model cards, pages and command lines."""
+MOST_STEPS = 10_000_000
+MOST_WEIGHT = 1e4
+"""Of a term of the objective."""
+
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    """No unknown fields, no number that is infinite or none, no true or false for a number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[str(info.field_name)]
+        if isinstance(value, bool) and field.annotation is not bool:
+            raise ValueError(f"{str(value).lower()} does not fit")
+        return value
 
 
 class WeightRule(_Strict):
@@ -61,8 +85,14 @@ class ScaleSearch(_Strict):
     """The grid of the mean-squared-error search for initial scales."""
 
     candidates: int = Field(64, ge=1, le=4096)
-    lowest: float = Field(0.3, gt=0)
-    highest: float = Field(1.2, gt=0)
+    lowest: float = Field(0.3, ge=0.01, le=10)
+    highest: float = Field(1.2, ge=0.01, le=10)
+
+    @model_validator(mode="after")
+    def _check(self) -> ScaleSearch:
+        if self.lowest > self.highest:
+            raise ValueError(f"lowest {self.lowest} is above highest {self.highest}")
+        return self
 
 
 class Deploy(_Strict):
@@ -88,24 +118,37 @@ class Distillation(_Strict):
     """
 
     kind: Literal["gdkd", "kl", "none"] = "gdkd"
-    temperature: float = Field(2.0, gt=0)
-    alpha: float = Field(1.0, ge=0)
-    beta_dkd: float = Field(4.0, ge=0)
+    temperature: float = Field(2.0, ge=0.01, le=100)
+    alpha: float = Field(1.0, ge=0, le=MOST_WEIGHT)
+    beta_dkd: float = Field(4.0, ge=0, le=MOST_WEIGHT)
     gate: bool = True
-    omega: float = Field(3.0, ge=0)
-    omega_warmup: int = Field(400, ge=0)
+    omega: float = Field(3.0, ge=0, le=MOST_WEIGHT)
+    omega_warmup: int = Field(400, ge=0, le=MOST_STEPS)
     controller: Literal["dual-ascent", "epoch-lagrangian", "fixed"] = "dual-ascent"
-    tau: float | Literal["auto"] = 3.0
-    eta: float = Field(0.003, gt=0)
-    beta_cap: float = Field(3.0, ge=0)
-    beta: float = Field(0.5, ge=0)
-    beta_min: float = Field(0.1, ge=0)
-    beta_max: float = Field(1.0, gt=0)
+    tau: Annotated[float, Field(ge=0, le=MOST_WEIGHT)] | Literal["auto"] = 3.0
+    eta: float = Field(0.003, gt=0, le=1)
+    beta_cap: float = Field(3.0, ge=0, le=MOST_WEIGHT)
+    beta: float = Field(0.5, ge=0, le=MOST_WEIGHT)
+    beta_min: float = Field(0.1, ge=0, le=MOST_WEIGHT)
+    beta_max: float = Field(1.0, gt=0, le=MOST_WEIGHT)
     ema_decay: float = Field(0.99, ge=0, lt=1)
 
     @property
     def needs_teacher(self) -> bool:
         return self.kind != "none" or self.omega > 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Distillation:
+        if self.controller == "epoch-lagrangian" and self.eta < 0.01:
+            raise ValueError(f"eta {self.eta} is below 0.01, from which epoch-lagrangian is stated")
+        if self.controller == "dual-ascent" and not (
+            self.beta_min <= self.beta <= self.beta_max and self.beta_min < self.beta_max
+        ):
+            raise ValueError(
+                f"beta {self.beta} is not between beta_min {self.beta_min} and "
+                f"beta_max {self.beta_max}, or these are equal"
+            )
+        return self
 
 
 class Training(_Strict):
@@ -131,33 +174,37 @@ class Training(_Strict):
             again. Needs compile.
     """
 
-    steps: int | None = Field(None, ge=1)
-    epochs: float = Field(1.0, gt=0)
-    batch_size: int = Field(16, ge=1)
-    micro_batch_size: int = Field(8, ge=1)
-    lr: float = Field(1e-5, ge=0)
-    scale_lr: float = Field(2e-4, ge=0)
-    weight_decay: float = Field(1e-3, ge=0)
+    steps: int | None = Field(None, ge=1, le=MOST_STEPS)
+    epochs: float = Field(1.0, gt=0, le=10_000)
+    batch_size: int = Field(16, ge=1, le=65_536)
+    micro_batch_size: int = Field(8, ge=1, le=65_536)
+    lr: float = Field(1e-5, ge=0, le=10)
+    scale_lr: float = Field(2e-4, ge=0, le=10)
+    weight_decay: float = Field(1e-3, ge=0, le=1)
     warmup: float = Field(0.03, ge=0, lt=1)
-    clip: float = Field(1.0, gt=0)
+    clip: float = Field(1.0, gt=0, le=1e6)
     precision: Literal["float32", "bfloat16"] = "float32"
-    frozen: list[Literal["vision", "projector", "decoder", "head"]] = ["vision"]
-    seed: int = 0
-    max_length: int | None = Field(None, ge=8)
+    frozen: list[Literal["vision", "projector", "decoder", "head"]] = Field(
+        ["vision"], max_length=4
+    )
+    seed: int = Field(0, ge=0, le=(1 << 32) - 1)
+    max_length: int | None = Field(None, ge=8, le=1 << 20)
     held_out: float = Field(0.1, gt=0, lt=1)
     keep: Literal["best", "last"] = "best"
-    evaluate_every: int = Field(50, ge=1)
-    checkpoint_every: int = Field(100, ge=1)
-    max_skipped: int = Field(5, ge=1)
+    evaluate_every: int = Field(50, ge=1, le=MOST_STEPS)
+    checkpoint_every: int = Field(100, ge=1, le=MOST_STEPS)
+    max_skipped: int = Field(5, ge=1, le=MOST_STEPS)
     compile: bool = False
     activation_checkpointing: float | None = Field(None, gt=0, le=1)
-    cross_entropy: float = Field(1.0, ge=0)
+    cross_entropy: float = Field(1.0, ge=0, le=MOST_WEIGHT)
     distillation: Distillation = Distillation()
 
     @model_validator(mode="after")
     def _check(self) -> Training:
         if self.activation_checkpointing is not None and not self.compile:
             raise ValueError("activation_checkpointing needs compile: true")
+        if self.cross_entropy == 0 and not self.distillation.needs_teacher:
+            raise ValueError("every term of the objective is switched off")
         return self
 
 
@@ -173,7 +220,7 @@ class Expectation(_Strict):
 
     metric: Literal["accuracy", "accuracy_change"] = "accuracy"
     at_least: float = Field(ge=-1, le=1)
-    type: str | None = None
+    type: Annotated[str, Field(max_length=200)] | None = None
 
 
 class Recipe(_Strict):
@@ -189,14 +236,14 @@ class Recipe(_Strict):
             plan-quantization"; `gracec passes` lists what is known.
     """
 
-    name: str
-    description: str = ""
+    name: Name
+    description: str = Field("", max_length=4096)
     weights: dict[Part, WeightRule | None]
     activations: dict[Part, ActivationRule | None] = {}
     scale_search: ScaleSearch = ScaleSearch()
     training: Training | None = None
     expect: Expectation | None = None
-    passes: tuple[str, ...] = ()
+    passes: tuple[Annotated[str, Field(max_length=1000)], ...] = Field((), max_length=100)
     deploy: Deploy = Deploy()
 
     @classmethod
@@ -210,19 +257,9 @@ class Recipe(_Strict):
         if isinstance(source, Recipe):
             return source
         path = Path(source)
-        if path.suffix in (".yaml", ".yml"):
-            if not path.is_file():
-                raise GracecError("no such recipe file", where=str(path))
-        else:
+        if path.suffix not in (".yaml", ".yml"):
             path = lookup(str(source), known_recipes(), "recipe")
-        try:
-            fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            detail = " ".join(str(error).split())
-            raise GracecError(f"not readable as YAML: {detail}", where=str(path)) from error
-        if not isinstance(fields, dict):
-            raise GracecError("a recipe is a mapping of fields", where=str(path))
-        return cls.from_dict({"name": path.stem, **fields}, where=str(path))
+        return cls.from_dict({"name": path.stem, **read_yaml_mapping(path)}, where=str(path))
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any], *, where: str = "recipe") -> Recipe:
@@ -245,7 +282,10 @@ class Recipe(_Strict):
                     where=where,
                     fix=nearest(path[-1], _all_keys()),
                 ) from None
-            raise GracecError(f"{field}: {first['msg']}", where=where) from None
+            message = first["msg"].removeprefix("Value error, ")
+            if path == ["name"] and first["type"] == "string_pattern_mismatch":
+                message = "not one line of up to 64 letters, digits, blanks and _.,+=@()-"
+            raise GracecError(f"{field}: {message}" if field else message, where=where) from None
 
     def weight_rule(self, part: str) -> WeightRule | None:
         """How the weights of a part are quantized, if they are."""

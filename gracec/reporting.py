@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gracec.compiler import load
 from gracec.data.questions import VqaSample
-from gracec.errors import GracecError
+from gracec.directories import write_file
 from gracec.evaluate import VqaReport, evaluate_vqa
 from gracec.inspection import inspect_artifact
 from gracec.report.page import render_page
@@ -32,15 +32,8 @@ def write_report_page(
         name: _answers(path, samples) if samples else None
         for name, path in zip(reports, directories, strict=True)
     }
-    page = render_page(reports, read_manifest(directories[0])["source"], samples, answered)
-    temporary = output.with_name(f".{output.name}.part")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(output)
-    except OSError as error:
-        raise GracecError(f"cannot be written ({error.strerror})", where=str(output)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    page = render_page(reports, read_manifest(directories[0]).source, samples, answered)
+    write_file(output, page)
 
 
 def _name(path: Path, directories: Sequence[Path]) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from gracec.backends.base import MERGE_INSTEAD, NO_ADAPTERS, Format, parse_formats
-from gracec.data.pictures import load_image
 from gracec.data.questions import SAMPLES_FILE, VqaSample, load_samples
 from gracec.errors import GracecError
 from gracec.journal import Note
@@ -89,17 +89,12 @@ class Request:
         """The training that will be done: that of the recipe, if there is something to train on."""
         return self.recipe.training if self.train_data is not None else None
 
-    @property
+    @cached_property
     def held_out(self) -> Any:
         """What chooses the best state of a training; questions as conversations."""
         if self.training is None or isinstance(self.eval_data, (str, Path)) or not self.eval_data:
             return self.eval_data if self.training is not None else None
-        return [
-            {"image": load_image(one.image), "question": one.question, "answer": one.answer}
-            if isinstance(one, VqaSample)
-            else one
-            for one in self.eval_data
-        ]
+        return [_as_record(one) if isinstance(one, VqaSample) else one for one in self.eval_data]
 
     @property
     def training_dir(self) -> Path | None:
@@ -120,7 +115,7 @@ class Request:
             raise GracecError(
                 "the recipe quantizes activations, which the format cannot say",
                 where=f"format {plain[0]}",
-                fix="use --format onnx, or formats=() for the gracec artifact alone",
+                fix="use --format onnx, or none (formats=()) for the gracec artifact alone",
             )
 
     def _check_adapters(self, given: bool) -> None:
@@ -226,6 +221,12 @@ def with_passes(recipe: Recipe, passes: Sequence[str | Placed]) -> Recipe:
     """
     texts = [str(one) if isinstance(one, Placed) else one for one in passes]
     return recipe.model_copy(update={"passes": (*recipe.passes, *texts)}) if texts else recipe
+
+
+def _as_record(question: VqaSample) -> dict[str, Any]:
+    picture = question.picture()
+    record = {} if picture is None else {"image": picture}
+    return {**record, "question": question.question, "answer": question.answer}
 
 
 def _questions(eval_data: Any) -> tuple[list[VqaSample], str]:

@@ -1,7 +1,9 @@
 """The canonical artifact: integer codes and scales, everything else as it is, and a manifest.
 
     DIR/gracec/gracec.safetensors   <fqn>.codes   uint8 [N, K / 2], two codes a byte, low nibble
-                                                  first (int8 [N, K] for 8-bit codes, odd widths)
+                                                  first (int8 [N, K] for 8-bit codes, odd widths);
+                                                  of routed experts, one after the other, so that
+                                                  N is experts times outputs
                                     <fqn>.scales  bfloat16 [N, K / group_size]
                                     <fqn>.input_scales, <fqn>.input_zero_points
                                                   bfloat16 and int32, of the input of the linear
@@ -9,45 +11,136 @@
                                     <fqn>         every other parameter and buffer, those of
                                                   adapters among them: <linear>.lora_A.weight
     DIR/gracec.json                 the manifest: format version, spec of each weight and of each
-                                    input, scaling of each adapter, sha256, report
+                                    input, number of experts of each weight that has some, scaling
+                                    of each adapter, sha256, report
     DIR/config.json ...             the Hugging Face configuration and processor
 
 The tensors lie in a folder of their own, because some runtimes load every safetensors file that
 they find at the top level of a model directory.
 
-A directory is written under a temporary name beside its own, flushed to the disk, and then takes
-the place of the old one in a single step. Whatever interrupts that, DIR is the whole old artifact
-or the whole new one. A process that is killed leaves its temporary directory, `.DIR.*`, behind.
+Every file of the directory has its sha256 in the manifest, and the manifest has one of itself.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gracec.directories import (
+    MANIFEST,
+    check_target,
+    files_in,
+    is_artifact,
+    write_directory,
+)
 from gracec.errors import GracecError
+from gracec.file_hashes import (
+    AGAIN,
+    check_configuration,
+    check_files,
+    file_sha256,
+    hashes_of,
+    inside,
+    json_sha256,
+)
+from gracec.json_files import JsonModel, check_fields, read_json_object
 from gracec.quant import QuantSpec
-from gracec.quant.frozen import FrozenActivation, FrozenWeight
+from gracec.quant.frozen import Experts, FrozenActivation, FrozenWeight, check_frozen
 from gracec.quant.observers import ActivationSpec
 
-TENSORS, MANIFEST = "gracec/gracec.safetensors", "gracec.json"
-FORMAT_VERSION, WITH_ACTIVATIONS, WITH_ADAPTERS = 2, 3, 4
-"""Of an artifact: each knows what those before it do, and an older gracec refuses it."""
-_RENAME_EXCHANGE = 2
+__all__ = [
+    "MANIFEST",
+    "Manifest",
+    "Store",
+    "StoredWeights",
+    "check_target",
+    "file_sha256",
+    "is_artifact",
+    "read_manifest",
+    "read_store",
+    "write_directory",
+    "write_manifest",
+    "write_store",
+]
+
+TENSORS = "gracec/gracec.safetensors"
+FORMAT_VERSION = 5
+OLDEST_VERSION = 2
+"""2: codes alone, 3: with grids of inputs, 4: with adapters, 5: with the hash of every file, and
+with experts. A version knows what those before it do, and an older gracec refuses it."""
+SEAL = "manifest_sha256"
+
+
+class WeightFields(JsonModel):
+    """The fields of a `QuantSpec`."""
+
+    bits: int
+    group_size: int
+    parametrization: str
+    scale_grid: str
+    granularity: str = "per_group"
+
+
+class ActivationFields(JsonModel):
+    """The fields of an `ActivationSpec`."""
+
+    bits: int = Field(ge=2, le=8)
+    granularity: str
+    group_size: int = Field(gt=0)
+    observer: str
+    percentile: float
+    symmetric: bool
+
+
+class ExpertsFields(JsonModel):
+    """The fields of `Experts`."""
+
+    count: int = Field(gt=0)
+    transposed: bool = False
+
+
+class Manifest(JsonModel):
+    """What `gracec.json` holds.
+
+    Attributes:
+        files: name of every other file, with slashes -> its SHA-256; empty before version 5.
+        sha256: of the tensors, before version 5.
+        manifest_sha256: of everything else in the manifest, as `json_sha256` takes it.
+        weights, activations: FQN -> how it, or the input of its linear, is quantized.
+        adapters: linear -> scaling of the LoRA beside it.
+        experts: FQN -> how the model holds the weights of experts.
+        gracec, torch: the versions that it was written with.
+        family, source: of the model that was compiled.
+        formats: name -> folder of each format beside the codes.
+        passes: further passes, with their places, that lowering runs.
+        report: as `Report.to_dict` has it.
+    """
+
+    format_version: int
+    weights: dict[str, WeightFields]
+    files: dict[str, str] = Field(default_factory=dict)
+    sha256: str = ""
+    manifest_sha256: str = ""
+    activations: dict[str, ActivationFields] = Field(default_factory=dict)
+    adapters: dict[str, float] = Field(default_factory=dict)
+    experts: dict[str, ExpertsFields] = Field(default_factory=dict)
+    gracec: str = ""
+    torch: str = ""
+    family: str = ""
+    source: str = ""
+    formats: dict[str, str] = Field(default_factory=dict)
+    passes: list[str] = Field(default_factory=list)
+    report: dict[str, Any] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,23 +168,35 @@ class StoredWeights(Mapping[str, FrozenWeight]):
         path: Path,
         specs: Mapping[str, QuantSpec],
         activations: Mapping[str, ActivationSpec],
+        experts: Mapping[str, Experts],
     ) -> None:
         self._path, self._specs, self._activations = path, specs, activations
+        self._experts = experts
 
     def __getitem__(self, fqn: str) -> FrozenWeight:
         spec, activation = self._specs[fqn], None
         try:
             with safe_open(self._path, framework="pt") as file:
-                codes, scales = file.get_tensor(f"{fqn}.codes"), file.get_tensor(f"{fqn}.scales")
+                codes = file.get_tensor(f"{fqn}.codes")
+                scales = self._scales(file, f"{fqn}.scales", _scale_dtype(spec))
                 if fqn in self._activations:
                     activation = FrozenActivation(
-                        file.get_tensor(f"{fqn}.input_scales").to(torch.float32),
+                        self._scales(file, f"{fqn}.input_scales", torch.bfloat16),
                         file.get_tensor(f"{fqn}.input_zero_points"),
                         self._activations[fqn],
                     )
         except (OSError, SafetensorError) as error:
             raise GracecError(f"{fqn} cannot be read: {error}", where=str(self._path)) from error
-        return FrozenWeight(codes, scales.to(torch.float32), spec, activation)
+        weight = FrozenWeight(codes, scales, spec, activation, self._experts.get(fqn))
+        check_frozen(weight, fqn, where=str(self._path))
+        return weight
+
+    def _scales(self, file: Any, name: str, dtype: torch.dtype) -> Tensor:
+        found: Tensor = file.get_tensor(name)
+        if found.dtype != dtype:
+            there, meant = (str(one).removeprefix("torch.") for one in (found.dtype, dtype))
+            raise GracecError(f"{name} are {there}, not {meant}", where=str(self._path), fix=AGAIN)
+        return found.to(torch.float32)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._specs)
@@ -100,114 +205,13 @@ class StoredWeights(Mapping[str, FrozenWeight]):
         return len(self._specs)
 
 
-def is_artifact(directory: Path) -> bool:
-    """Whether a directory was written by gracec."""
-    return (directory / MANIFEST).is_file()
-
-
-def check_target(directory: Path, overwrite: bool = False) -> None:
-    """Refuse to write over anything but, if `overwrite`, another artifact.
-
-    Raises:
-        GracecError: if the directory exists and may not be replaced.
-    """
-    if not directory.exists():
-        return
-    if not overwrite:
-        raise GracecError("the output directory exists", where=str(directory), fix="choose another")
-    if not is_artifact(directory):
-        raise GracecError(
-            "only a gracec artifact is overwritten, and this is none",
-            where=str(directory),
-            fix="choose another directory",
-        )
-
-
-def write_directory(
-    directory: Path, fill: Callable[[Path], None], *, overwrite: bool = False
-) -> None:
-    """Fill a directory under a temporary name beside it, then put it in place in a single step.
-
-    Args:
-        overwrite: replace an artifact that is there.
-
-    Raises:
-        GracecError: if the directory may not be written, or the disk does not take it.
-    """
-    directory = directory.absolute()
-    check_target(directory, overwrite)
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    except OSError as error:
-        raise _cannot_write(directory, error) from error
-    try:
-        reached("created")
-        fill(temporary)
-        reached("filled")
-        os.chmod(temporary, 0o755)
-        for path in (*temporary.rglob("*"), temporary):
-            _flush(path)
-        reached("flushed")
-        _put_in_place(temporary, directory)
-        reached("in place")
-        _flush(directory.parent)
-    except (OSError, SafetensorError) as error:
-        raise _cannot_write(directory, error) from error
-    finally:  # what is left here is a part of the new artifact, or the whole old one
-        shutil.rmtree(temporary, ignore_errors=True)
-    reached("cleaned")
-
-
-def reached(point: str) -> None:
-    """A named point of the sequence; tests interrupt the process here."""
-
-
-def _put_in_place(temporary: Path, directory: Path) -> None:
-    """Rename, or exchange with the artifact that is there, which `temporary` then names."""
-    if not directory.exists():
-        os.rename(temporary, directory)
-        return
-    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    here = -100  # AT_FDCWD; both paths are absolute
-    names = os.fsencode(temporary), os.fsencode(directory)
-    if exchange is None:
-        failed = errno.ENOSYS
-    else:
-        done = exchange(here, names[0], here, names[1], _RENAME_EXCHANGE) == 0
-        failed = 0 if done else ctypes.get_errno()
-    if failed in (errno.ENOSYS, errno.EINVAL):
-        raise OSError(failed, "this system cannot exchange two directories in one step; remove it")
-    if failed:
-        raise OSError(failed, os.strerror(failed))
-
-
-def _flush(path: Path) -> None:
-    """Have the file system write a file or a directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _cannot_write(directory: Path, error: Exception) -> GracecError:
-    reason = (isinstance(error, OSError) and error.strerror) or str(error)
-    return GracecError(
-        f"cannot be written: {reason}", where=str(directory), fix="nothing was changed there"
-    )
-
-
 def write_store(store: Store, directory: Path) -> None:
     """Write tensors and manifest into an existing directory; equal input gives equal bytes."""
     tensors: dict[str, Tensor] = {}
-    activations: dict[str, dict[str, Any]] = {}
     for fqn, weight in store.weights.items():
         tensors[f"{fqn}.codes"] = weight.stored
-        exact = torch.bfloat16 if weight.spec.scale_grid == "bf16" else torch.float32
-        tensors[f"{fqn}.scales"] = weight.scales.to(exact)
+        tensors[f"{fqn}.scales"] = weight.scales.to(_scale_dtype(weight.spec))
         if weight.activation is not None:
-            activations[fqn] = weight.activation.spec.to_dict()
             tensors[f"{fqn}.input_scales"] = weight.activation.scales.to(torch.bfloat16)
             tensors[f"{fqn}.input_zero_points"] = weight.activation.zero_points
     tensors.update({fqn: tensor.detach() for fqn, tensor in store.others.items()})
@@ -218,81 +222,117 @@ def write_store(store: Store, directory: Path) -> None:
     path.parent.mkdir()
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors lets nobody but the owner read it
-    version = WITH_ACTIVATIONS if activations else FORMAT_VERSION
+    write_manifest(store, directory)
+
+
+def write_manifest(store: Store, directory: Path) -> None:
+    """Write the manifest of a directory in which everything else is; it replaces one that is."""
+    weights = sorted(store.weights.items())
+    grids = {f: w.activation.spec.to_dict() for f, w in weights if w.activation is not None}
+    experts = {f: asdict(w.experts) for f, w in weights if w.experts is not None}
     manifest = {
-        "format_version": WITH_ADAPTERS if store.adapters else version,
-        "sha256": file_sha256(path),
-        "weights": {fqn: weight.spec.to_dict() for fqn, weight in sorted(store.weights.items())},
-        **({"activations": dict(sorted(activations.items()))} if activations else {}),
+        "format_version": FORMAT_VERSION,
+        "files": hashes_of(directory, [name for name in files_in(directory) if name != MANIFEST]),
+        "weights": {fqn: weight.spec.to_dict() for fqn, weight in weights},
+        **({"activations": grids} if grids else {}),
         **({"adapters": dict(store.adapters)} if store.adapters else {}),
+        **({"experts": experts} if experts else {}),
         **store.manifest,
     }
+    check_fields(Manifest, manifest, where=MANIFEST)
+    manifest[SEAL] = json_sha256(manifest)
     text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False)
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def read_manifest(directory: Path) -> Manifest:
     """The manifest of an artifact, without its tensors.
 
     Raises:
-        GracecError: if it is missing, unreadable or of another format version.
+        GracecError: if it is missing, unreadable, of another format version, lacks a field or has
+            a wrong one, or is not what was written.
     """
     path = directory / MANIFEST
-    if not path.is_file():
+    if not is_artifact(directory):
         raise GracecError("not a gracec artifact", where=str(directory), fix=f"{MANIFEST} missing")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise GracecError(f"not readable as JSON: {error}", where=str(path)) from error
-    found = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if found not in (FORMAT_VERSION, WITH_ACTIVATIONS, WITH_ADAPTERS):
+    fields = read_json_object(path, fix=AGAIN)
+    found = fields.get("format_version")
+    if type(found) is not int or not OLDEST_VERSION <= found <= FORMAT_VERSION:
         raise GracecError(
-            f"format version {found}, this gracec reads {FORMAT_VERSION} to {WITH_ADAPTERS}",
+            f"format version {found}, this gracec reads {OLDEST_VERSION} to {FORMAT_VERSION}",
             where=str(path),
             fix="compile the model again",
         )
-    assert isinstance(manifest, dict)
+    manifest = check_fields(Manifest, fields, where=str(path), fix=AGAIN)
+    needed = ("files", SEAL) if found == FORMAT_VERSION else ("sha256",)
+    missing = [name for name in needed if not fields.get(name)]
+    if missing:
+        raise GracecError(f"{missing[0]}: Field required", where=str(path), fix=AGAIN)
+    if manifest.files:
+        unsealed = {name: value for name, value in fields.items() if name != SEAL}
+        if json_sha256(unsealed) != manifest.manifest_sha256:
+            raise GracecError("it is not what was written", where=str(path), fix=AGAIN)
     return manifest
 
 
 def read_store(directory: Path) -> Store:
-    """Read an artifact back and check it against its manifest.
+    """Read an artifact back and hold every file that is read, and every tensor, to its manifest.
 
     Raises:
-        GracecError: if a file is missing, unreadable, of another format version or not what was
-            written.
+        GracecError: if a file is missing, unreadable, of another format version, added or not what
+            was written, or the tensors are not those of the specs.
     """
     manifest = read_manifest(directory)
-    tensors_path = directory / TENSORS
-    if not tensors_path.is_file():
-        raise GracecError("missing", where=str(tensors_path), fix="compile the model again")
-    if file_sha256(tensors_path) != manifest["sha256"]:
-        raise GracecError(
-            "the file is not the one that was written (sha256 differs)",
-            where=str(tensors_path),
-            fix="copy it again or compile the model again",
-        )
-    specs = {fqn: QuantSpec(**fields) for fqn, fields in manifest["weights"].items()}
-    activations = {
-        fqn: ActivationSpec(**fields) for fqn, fields in manifest.get("activations", {}).items()
-    }
+    path = inside(directory, TENSORS)
+    if manifest.format_version == FORMAT_VERSION and TENSORS not in manifest.files:
+        raise GracecError(f"files.{TENSORS}: missing", where=str(directory / MANIFEST), fix=AGAIN)
+    check_files(directory, {TENSORS: manifest.files.get(TENSORS, manifest.sha256)})
+    if manifest.files:
+        check_configuration(directory, manifest.files)
+    specs, activations = _specs(manifest, directory / MANIFEST)
     quantized = {f"{fqn}.{suffix}" for fqn in specs for suffix in ("codes", "scales")}
     inputs = ("input_scales", "input_zero_points")
     quantized |= {f"{fqn}.{suffix}" for fqn in activations for suffix in inputs}
     try:
-        with safe_open(tensors_path, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             others = {name: file.get_tensor(name) for name in sorted(names - quantized)}
-    except SafetensorError as error:
-        raise GracecError(f"not readable: {error}", where=str(tensors_path)) from error
+    except (OSError, SafetensorError) as error:
+        raise GracecError(f"not readable: {error}", where=str(path)) from error
     missing = sorted(quantized - names)
     if missing:
-        raise GracecError(f"{missing[0]} is missing", where=str(tensors_path))
-    adapters = manifest.get("adapters", {})
-    return Store(StoredWeights(tensors_path, specs, activations), others, manifest, adapters)
+        raise GracecError(f"{missing[0]} is missing", where=str(path))
+    fields = manifest.model_dump()
+    experts = {fqn: Experts(**one.model_dump()) for fqn, one in manifest.experts.items()}
+    weights = StoredWeights(path, specs, activations, experts)
+    return Store(weights, others, fields, manifest.adapters)
 
 
-def file_sha256(path: Path) -> str:
-    """Of the bytes of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _scale_dtype(spec: QuantSpec) -> torch.dtype:
+    """What holds the scales of a weight exactly."""
+    return torch.bfloat16 if spec.scale_grid == "bf16" else torch.float32
+
+
+def _specs(
+    manifest: Manifest, path: Path
+) -> tuple[dict[str, QuantSpec], dict[str, ActivationSpec]]:
+    """Of weights and inputs by FQN; a value that none can have is an error of the manifest."""
+    specs: dict[str, QuantSpec] = {}
+    activations: dict[str, ActivationSpec] = {}
+    for fqn, fields in manifest.weights.items():
+        with _named(f"weights.{fqn}", path):
+            specs[fqn] = QuantSpec(**fields.model_dump())
+    for fqn, grid in manifest.activations.items():
+        with _named(f"activations.{fqn}", path):
+            if fqn not in specs:
+                raise GracecError("no such weight is quantized")
+            activations[fqn] = ActivationSpec(**grid.model_dump())
+    return specs, activations
+
+
+@contextmanager
+def _named(field: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except GracecError as error:
+        raise GracecError(f"{field}: {error}", where=str(path), fix=AGAIN) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,12 @@ from gracec.compiled import CompiledModel
 from gracec.compiler import compile
 from gracec.ir.program import Program
 from gracec.passes import parse_pipeline, run_passes
+from gracec.reload import SWITCH
 from tests.goldens import TWO_BLOCKS, header
 from tests.tiny import tiny_batch, tiny_llava, tiny_processor
+
+# A process for each artifact takes seconds; the tests of it ask for it. Children inherit this.
+os.environ[SWITCH] = "0"
 
 # Sums come out the same on every machine.
 torch.set_num_threads(1)

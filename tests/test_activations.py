@@ -70,6 +70,30 @@ def test_a_sample_that_does_not_calibrate_is_reported(llava: LlavaForConditional
     assert "'<pad>', a control token" in note.text
 
 
+TEXTS = [{"question": f"what is {word} ?", "answer": word} for word in ("red", "green", "blue")]
+
+
+def test_texts_calibrate_the_decoder_and_leave_the_tower_alone(
+    quantized: CompiledModel, llava: LlavaForConditionalGeneration
+) -> None:
+    """The scales of the image side are those of the pictures, wherever texts stand."""
+    recipe = quantized.report.recipe["name"]
+    mixed = compile(llava, recipe, train_data=[TEXTS[0], *RECORDS, *TEXTS[1:]])
+    same = {
+        fqn: weight.activation.equals(mixed.weights[fqn].activation)
+        for fqn, weight in quantized.weights.items()
+        if weight.activation is not None
+    }
+    assert len(same) > 4
+    assert all(same.values()) == (recipe == "w8a8")
+
+
+def test_texts_alone_do_not_calibrate_a_tower(llava: LlavaForConditionalGeneration) -> None:
+    with pytest.raises(GracecError, match="observed nothing; calibrate on data with pictures"):
+        compile(llava, "w8a8", train_data=TEXTS)
+    assert compile(llava, "w4a8", train_data=TEXTS).weights
+
+
 @pytest.mark.slow
 def test_onnx_runtime_runs_it_in_integers(
     quantized: CompiledModel, batch: dict[str, Tensor], tmp_path: Path

@@ -24,7 +24,7 @@ OPTIONS = {"max_new_tokens": 6, "do_sample": False}
 @pytest.mark.parametrize("version", [2, 3, 4])
 def test_an_artifact_of_before_answers_as_it_did(version: int) -> None:
     directory = FOLDER / str(version)
-    assert read_manifest(directory)["format_version"] == version
+    assert read_manifest(directory).format_version == version
     loaded = gracec.load(directory)
     batch = tiny_batch(tiny_processor())
     batch["pixel_values"] = batch["pixel_values"].to(loaded.dtype)

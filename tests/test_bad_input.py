@@ -75,10 +75,17 @@ def test_an_unsupported_family(model: Path) -> None:
     refused(model, "the family 'llava_next' has no adapter, and without one the model cannot be")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '"text"'])
-def test_a_broken_configuration(model: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not readable as JSON"),
+        ("[]", "not a JSON object but a list"),
+        ('"text"', "not a JSON object but text"),
+    ],
+)
+def test_a_broken_configuration(model: Path, text: str, message: str) -> None:
     (model / "config.json").write_text(text)
-    refused(model, "config.json: not readable as a JSON object")
+    refused(model, f"config.json: {message}")
 
 
 def test_no_checkpoint(model: Path) -> None:

@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from gracec import cli, gates
 from gracec.ir.program import Program
 from gracec.passes import Pass, PassResult, all_passes
 from gracec.recipe import Recipe
+from tests.test_store import reseal
 from tests.tiny import tiny_image, tiny_llava, tiny_processor
 
 
@@ -321,3 +323,65 @@ def test_doctor_prints_a_line_for_each_check(workspace: Path) -> None:
     assert found["compiles"] is False
     assert found["checks"][0]["status"] == "blocked"
     assert gracec("doctor", workspace / "model", "--recipe", "w5").returncode == 2
+
+
+def in_bytes(*arguments: object) -> tuple[int, str, str]:
+    """Exit code and both streams of a command, encoded as those of a terminal are."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2)]
+    before, code = sys.argv, 0
+    sys.argv = ["gracec", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+            cli.main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    finally:
+        sys.argv = before
+    for stream in streams:
+        stream.flush()
+    out, err = (stream.buffer.getvalue().decode() for stream in streams)  # type: ignore[attr-defined]
+    return code, out, err
+
+
+def test_a_path_that_no_encoding_holds_is_printed_escaped(workspace: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "int4-\udc80"
+    shutil.copytree(workspace / "int4", odd)
+    manifest = json.loads((odd / "gracec.json").read_text())
+    manifest["source"] = "model-\udc80"
+    manifest["report"]["notes"].append({"source": "", "text": "of model-\udc80"})
+    reseal(odd, **{name: manifest[name] for name in ("source", "report")})
+    code, out, err = in_bytes("inspect", odd)
+    assert (code, err) == (0, "") and "of model-\\udc80" in out
+    code, out, err = in_bytes("report", odd)
+    assert (code, err) == (0, "") and "int4-\\udc80/report.html" in out
+    assert "of model-\\udc80" in (odd / "report.html").read_text()
+    code, out, err = in_bytes("inspect", tmp_path / "none-\udc80")
+    assert code == 2 and "none-\\udc80" in err and "Traceback" not in err
+
+
+def test_what_opt_writes_is_whole_or_not_there(tmp_path: Path) -> None:
+    """As where a pass fails after the first was printed, or the disk is full."""
+    file = tmp_path / "program.txt"
+    file.write_text("of before")
+
+    def fail() -> None:
+        with cli.graphs._destination(file) as write:
+            write("half of it")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert file.read_text() == "of before"
+    with cli.graphs._destination(file) as write:
+        write("all of it\n")
+    assert file.read_text() == "all of it\n"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_demo_writes_over_nothing(tmp_path: Path) -> None:
+    (tmp_path / "out" / "data").mkdir(parents=True)
+    (tmp_path / "out" / "data" / "thesis.tex").write_text("years")
+    example = Path(__file__).parents[1] / "examples/emojivqa"
+    done = gracec("demo", "--example", example, "--out", tmp_path / "out")
+    assert done.returncode == 2 and "data: it exists, and the demo would write there" in done.stderr
+    assert (tmp_path / "out" / "data" / "thesis.tex").read_text() == "years"

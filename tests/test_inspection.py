@@ -10,7 +10,8 @@ from gracec.compiled import CompiledModel
 from gracec.errors import GracecError
 from gracec.inspection import inspect_artifact, inspect_model
 from gracec.report.partition import Inspection
-from gracec.store import FORMAT_VERSION, TENSORS
+from gracec.store import TENSORS
+from tests.test_store import reseal
 from tests.tiny import tiny_llava
 
 
@@ -88,6 +89,6 @@ def test_an_artifact_shows_its_report(compiled: CompiledModel, tmp_path: Path) -
     compiled.save_pretrained(tmp_path / "int4")
     (tmp_path / "int4" / TENSORS).unlink()  # the manifest is enough
     assert inspect_artifact(tmp_path / "int4").to_dict() == compiled.report.to_dict()
-    (tmp_path / "int4" / "gracec.json").write_text(f'{{"format_version": {FORMAT_VERSION}}}')
+    reseal(tmp_path / "int4", report={})
     with pytest.raises(GracecError, match="the manifest holds no report"):
         inspect_artifact(tmp_path / "int4")

@@ -1,6 +1,7 @@
 """Figures say what passed against what, and come back from JSON as they were."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -49,3 +50,10 @@ def test_notes_know_who_says_them() -> None:
     assert [str(note) for note in journal.notes] == ["freeze: one", "freeze: two", "three"]
     assert Note.of("freeze: one") == Note("", "freeze: one")
     assert Note.of({"source": "freeze", "text": "one"}) == journal.notes[0]
+
+
+@pytest.mark.parametrize("saved", [{"kind": ["equal"], "count": 3}, {"kind": {}}, {"kl": "x"}, []])
+def test_a_figure_of_no_known_kind_is_shown_as_it_is(saved: Any) -> None:
+    figure = figure_of(saved)
+    assert figure == Unbound(saved)
+    assert "\n" not in str(figure)

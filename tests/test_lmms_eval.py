@@ -111,6 +111,23 @@ def test_answers_are_those_of_the_evaluation(
     assert model.device == model.model.device
 
 
+def test_documents_without_a_picture_are_asked_as_texts(
+    model: Gracec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[bool]] = []
+    real = plugin.answers
+
+    def answers(*args: Any, **options: Any) -> list[str]:
+        seen.append([image is None for image in args[3]])
+        return real(*args, **options)
+
+    monkeypatch.setattr(plugin, "answers", answers)
+    mixed = model.generate_until(ask(model, list(QUESTIONS[:2]), [[tiny_image()], []]))
+    alone = model.generate_until(ask(model, [QUESTIONS[1]], [None]))
+    assert seen == [[False, True], [True]]
+    assert mixed[1:] == alone
+
+
 def test_pictures_are_converted_as_those_of_a_folder(model: Gracec) -> None:
     grey = tiny_image(3).convert("L")
     both = [[grey], [grey.convert("RGB")]]
@@ -193,8 +210,6 @@ def test_settings_that_are_refused(
 @pytest.mark.parametrize(
     ("visuals", "message"),
     [
-        ([], "about one picture, and the document has 0"),
-        (None, "about one picture, and the document has 0"),
         ([tiny_image(), tiny_image()], "about one picture, and the document has 2"),
         (["film.mp4"], "the document has a str, perhaps a video or a sound"),
         ([{"array": [], "sampling_rate": 16000}], "the document has a dict"),

@@ -257,6 +257,56 @@ class Doubling(nn.Module):
         return y
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_convolution_that_keeps_its_precision_is_written(bias: bool, tmp_path: Path) -> None:
+    """Three channels of 3 x 3 are 27 columns, which no group of 32 divides."""
+    torch.manual_seed(0)
+    first = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=bias)
+    net = nn.Sequential(first, nn.ReLU(), nn.Conv2d(16, 32, (1, 2))).eval()
+    x = torch.randn(2, 3, 16, 16)
+    program = prepare_module(net, {"input": x}, recipe(bits=4, group_size=32))
+    assert any("27" in str(note) for note in program.notes)
+    frozen = freeze_module(program)
+    assert list(frozen_weights(frozen)) == ["2.weight"]
+    figures = export_module(frozen, tmp_path / "net.onnx")
+    assert figures["output_error"] < 1e-5
+    session = ort.InferenceSession(tmp_path / "net.onnx")
+    (found,) = session.run(None, {"input": x.numpy()})
+    expected = program(input=x)[0].detach()
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+
+
+class Tokens(nn.Module):
+    """A vision transformer of torch's own layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Linear(48, 32)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.encoder(self.patches(x)).mean(1))
+        return logits
+
+
+def test_layers_of_torch_with_a_fast_path(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = Tokens().eval(), torch.randn(2, 9, 48)
+    sizes = {"x": {0: "batch_size"}}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    program = prepare_module(net, {"x": x}, recipe(bits=4, group_size=16), dynamic_shapes=sizes)
+    assert torch.backends.mha.get_fastpath_enabled() is fast
+    with torch.no_grad():
+        exact = net(x)
+    assert (program(x=x)[0] - exact).abs().max() < 0.1 * exact.abs().max()
+    frozen = freeze_module(program)
+    assert len(frozen_weights(frozen)) == 2 * 4 + 2  # in, out and two of each layer; both ends
+    figures = export_module(frozen, tmp_path / "net.onnx", ops="matmulnbits")
+    assert figures["output_error"] < 1e-4
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     x = {"x": torch.randn(2, 16)}
     with pytest.raises(GracecError, match=r"Branching at .*test_module.py:\d+: torch.export"):

@@ -1,6 +1,10 @@
+import copy
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
 
 import pytest
+from pydantic import BaseModel
 
 from gracec.errors import GracecError
 from gracec.recipe import Recipe, built_in_recipes
@@ -30,7 +34,7 @@ def test_a_resolved_recipe_reads_back_equal() -> None:
         ("weights: {decodr: {bits: 4}}", "did you mean 'decoder'"),
         ("weights: {decoder: {bits: 5}}", "weights.decoder.bits"),
         ("description: nothing", "weights: Field required"),
-        ("- 1", "a recipe is a mapping"),
+        ("- 1", "not a mapping of fields"),
         ("weights: {", "not readable as YAML"),
     ],
 )
@@ -44,8 +48,98 @@ def test_a_bad_file_gives_one_line(tmp_path: Path, text: str, message: str) -> N
     assert "\n" not in str(error.value)
 
 
+def numbers(model: type[BaseModel]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Where every number of a recipe stands, and its field."""
+    for name, field in model.model_fields.items():
+        parts = [field.annotation, *get_args(field.annotation)]
+        if model is Recipe and name in ("weights", "activations"):
+            parts = [get_args(get_args(field.annotation)[1])[0]]
+            name = f"{name}.decoder"
+        for part in parts:
+            part = part.__origin__ if get_origin(part) is Annotated else part
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                for place, inner in numbers(part):
+                    yield (*name.split("."), *place), inner
+            elif part in (int, float) or isinstance(next(iter(get_args(part)), None), int):
+                yield (name,), field
+
+
+WHOLE: dict[str, Any] = {
+    "name": "whole",
+    "weights": {"decoder": {}},
+    "training": {"distillation": {}},
+    "expect": {"at_least": 0},
+}
+PLACES = sorted({place for place, _ in numbers(Recipe)})
+
+
+def changed(place: tuple[str, ...], value: Any) -> dict[str, Any]:
+    fields = copy.deepcopy(WHOLE)
+    if place[0] == "activations":
+        fields["activations"] = {"decoder": {}}
+    inside = fields
+    for part in place[:-1]:
+        inside = inside.setdefault(part, {})
+    inside[place[-1]] = value
+    return fields
+
+
+@pytest.mark.parametrize("place", PLACES, ids=".".join)
+@pytest.mark.parametrize(
+    "value",
+    [float("inf"), float("-inf"), float("nan"), 10**40, -(10**40), 1e300, -1e300, True, [], {}],
+    ids=str,
+)
+def test_every_number_is_finite_and_in_its_range(place: tuple[str, ...], value: Any) -> None:
+    if value is True and place[-1] in ("gate", "compile", "symmetric"):
+        return
+    with pytest.raises(GracecError) as error:
+        Recipe.from_dict(changed(place, value), where="mine.yaml")
+    assert str(error.value).startswith(f"mine.yaml: {'.'.join(place)}"), error.value
+
+
+def test_the_places_of_numbers_are_found() -> None:
+    assert {("training", "lr"), ("training", "distillation", "tau")} <= set(PLACES)
+    assert {("weights", "decoder", "bits"), ("expect", "at_least")} <= set(PLACES)
+    assert len(PLACES) == 38
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"scale_search": {"lowest": 1.3}}, "lowest 1.3 is above highest 1.2"),
+        ({"training": {"distillation": {"beta": 2}}}, "beta 2.0 is not between beta_min 0.1"),
+        ({"training": {"distillation": {"controller": "epoch-lagrangian"}}}, "eta 0.003 is below"),
+        (
+            {"training": {"cross_entropy": 0, "distillation": {"kind": "none", "omega": 0}}},
+            "training: every term of the objective is switched off",
+        ),
+        ({"name": "a\n---\nb"}, "name: not one line of up to 64 letters"),
+        ({"name": "<script>"}, "name: not one line"),
+        ({"name": "`a`"}, "name: not one line"),
+        ({"name": "a\n"}, "name: not one line"),
+        ({"name": ""}, "name: not one line"),
+        ({"name": "a" * 65}, "name: not one line"),
+        ({"name": "\ud800"}, "name: "),
+        ({"description": "a" * 5000}, "description: "),
+        ({"a\nb": 1}, "unknown key 'a\\nb'"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(GracecError) as error:
+        Recipe.from_dict({**WHOLE, **fields})
+    assert message in str(error.value)
+    assert str(error.value).isprintable()
+
+
+def test_a_file_may_be_called_as_recipes_are(tmp_path: Path) -> None:
+    path = tmp_path / "größe 2 (b=8).yaml"
+    path.write_text("weights: {}")
+    assert Recipe.load(path).name == "größe 2 (b=8)"
+
+
 def test_an_unknown_name_gives_the_nearest() -> None:
     with pytest.raises(GracecError, match="unknown recipe 'w4a16ptq'; did you mean 'w4a16-ptq'?"):
         Recipe.load("w4a16ptq")
-    with pytest.raises(GracecError, match="no such recipe file"):
+    with pytest.raises(GracecError, match="missing.yaml: no such file"):
         Recipe.load("missing.yaml")

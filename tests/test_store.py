@@ -1,27 +1,29 @@
-import errno
 import json
-import os
-import resource
-import signal
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gracec import quant, store
+from gracec.directories import files_in
 from gracec.errors import GracecError
+from gracec.file_hashes import hashes_of, json_sha256
 from gracec.quant.frozen import FrozenActivation, FrozenWeight
 from gracec.quant.observers import ActivationSpec
 from gracec.store import (
     MANIFEST,
+    SEAL,
     TENSORS,
+    ActivationFields,
     Store,
+    WeightFields,
     read_store,
     write_directory,
     write_store,
 )
-from tests.children import in_a_child
 
 
 def example(seed: int = 0) -> Store:
@@ -33,7 +35,7 @@ def example(seed: int = 0) -> Store:
         weights[f"layer{bits}.weight"] = FrozenWeight.from_codes(
             codes, scales, quant.QuantSpec(bits, 32)
         )
-    return Store(weights, {"norm.weight": torch.arange(5.0)}, {"recipe": {"name": "test"}})
+    return Store(weights, {"norm.weight": torch.arange(5.0)}, {"source": "test"})
 
 
 def test_what_is_written_reads_back_and_bytes_are_the_same_every_time(tmp_path: Path) -> None:
@@ -46,26 +48,26 @@ def test_what_is_written_reads_back_and_bytes_are_the_same_every_time(tmp_path: 
         assert torch.equal(found.weights[fqn].scales, weight.scales)
         assert found.weights[fqn].spec == weight.spec
     assert torch.equal(found.others["norm.weight"], torch.arange(5.0))
-    assert found.manifest["recipe"] == {"name": "test"}
+    assert found.manifest["source"] == "test"
 
 
-def test_grids_of_inputs_read_back_and_ask_for_a_newer_reader(tmp_path: Path) -> None:
+def test_grids_of_inputs_read_back(tmp_path: Path) -> None:
     scales, zeros = torch.tensor([0.25]), torch.tensor([-3], dtype=torch.int32)
     grid = FrozenActivation(scales, zeros, ActivationSpec(observer="min_max"))
     plain = example()
     weights = {fqn: replace(weight, activation=grid) for fqn, weight in plain.weights.items()}
     for name in ("a", "b"):
-        store = Store(weights, plain.others, plain.manifest)
-        write_directory(tmp_path / name, lambda target, store=store: write_store(store, target))
+        whole = Store(weights, plain.others, plain.manifest)
+        write_directory(tmp_path / name, lambda target, whole=whole: write_store(whole, target))
     assert (tmp_path / "a" / TENSORS).read_bytes() == (tmp_path / "b" / TENSORS).read_bytes()
     found = read_store(tmp_path / "a")
     assert found.others.keys() == plain.others.keys()
     for weight in found.weights.values():
         assert weight.activation is not None and weight.activation.equals(grid)
-    assert found.manifest["format_version"] == 3
+    assert found.manifest["format_version"] == 5
     assert found.manifest["activations"]["layer4.weight"]["observer"] == "min_max"
     write_directory(tmp_path / "plain", lambda target: write_store(plain, target))
-    assert read_store(tmp_path / "plain").manifest["format_version"] == 2
+    assert read_store(tmp_path / "plain").manifest["format_version"] == 5
 
 
 def test_a_changed_or_truncated_file_is_named(tmp_path: Path) -> None:
@@ -87,94 +89,6 @@ def test_a_changed_or_truncated_file_is_named(tmp_path: Path) -> None:
         read_store(target)
     with pytest.raises(GracecError, match="not a gracec artifact"):
         read_store(tmp_path)
-
-
-def test_nothing_half_written_is_left(tmp_path: Path) -> None:
-    def fail(target: Path) -> None:
-        (target / "part").write_text("x")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with pytest.raises(GracecError, match="a: cannot be written: No space left on device"):
-        write_directory(tmp_path / "a", fail)
-    assert list(tmp_path.iterdir()) == []
-
-
-def save_with_small_files(directory: Path) -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails instead
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-    with pytest.raises(GracecError, match="a: cannot be written: .*File too large"):
-        write_directory(directory, lambda target: write_store(example(), target), overwrite=True)
-
-
-def test_a_full_disk_is_one_line_and_the_old_artifact_stays(tmp_path: Path) -> None:
-    """A real limit of the system, on the size of files, reached inside of safetensors."""
-    write_directory(tmp_path / "a", lambda target: write_store(example(), target))
-    before = snapshot(tmp_path / "a")
-    assert in_a_child(save_with_small_files, tmp_path / "a") == 0
-    assert snapshot(tmp_path / "a") == before
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-
-
-POINTS = ["created", "filled", "flushed", "in place", "cleaned"]
-
-
-def save_until(point: str, kill: bool, directory: Path) -> None:
-    def reached(name: str) -> None:
-        with (directory / "points").open("a") as file:
-            file.write(f"{name}\n")
-        if name == point and kill:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if name == point:
-            raise KeyboardInterrupt
-
-    store.reached = reached
-    with pytest.raises(KeyboardInterrupt):
-        write_directory(
-            directory / "a", lambda target: write_store(example(1), target), overwrite=True
-        )
-
-
-@pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("kill", [True, False])
-def test_an_interrupted_save_leaves_a_whole_artifact(
-    point: str, kill: bool, tmp_path: Path
-) -> None:
-    write_directory(tmp_path / "a", lambda target: write_store(example(), target))
-    write_directory(tmp_path / "new", lambda target: write_store(example(1), target))
-    old, new = snapshot(tmp_path / "a"), snapshot(tmp_path / "new")
-    assert in_a_child(save_until, point, kill, tmp_path) == (signal.SIGKILL if kill else 0)
-    passed = tmp_path / "points"
-    assert passed.read_text().splitlines() == POINTS[: POINTS.index(point) + 1]
-    in_place = POINTS.index(point) >= POINTS.index("in place")
-    assert snapshot(tmp_path / "a") == (new if in_place else old)
-    assert len(read_store(tmp_path / "a").weights) == 3
-    if not kill:
-        assert {path.name for path in tmp_path.iterdir()} == {"a", "new", "points"}
-
-
-def test_saving_again_replaces_the_artifact_in_one_step(tmp_path: Path) -> None:
-    target = tmp_path / "a"
-    write_directory(target, lambda directory: write_store(example(), directory))
-    write_directory(target, lambda directory: write_store(example(1), directory), overwrite=True)
-    found = read_store(target).weights["layer4.weight"]
-    assert torch.equal(found.codes, example(1).weights["layer4.weight"].codes)
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-
-
-def test_a_directory_that_is_no_artifact_is_never_replaced(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "thesis.tex").write_text("years")
-    with pytest.raises(GracecError, match="the output directory exists"):
-        write_directory(tmp_path / "a", lambda target: None)
-    with pytest.raises(GracecError, match="only a gracec artifact is overwritten"):
-        write_directory(tmp_path / "a", lambda target: None, overwrite=True)
-    assert (tmp_path / "a" / "thesis.tex").read_text() == "years"
-
-
-def test_a_parent_that_is_a_file_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(GracecError, match="cannot be written: "):
-        write_directory(tmp_path / "file" / "a", lambda target: None)
 
 
 def test_weights_that_are_read_later_need_their_file(tmp_path: Path) -> None:
@@ -203,3 +117,148 @@ def snapshot(directory: Path) -> dict[str, bytes]:
     """Every file of a directory and its bytes."""
     files = (path for path in directory.rglob("*") if path.is_file())
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+def reseal(directory: Path, **fields: object) -> None:
+    """Change fields of the manifest, and have it vouch for itself and for every file."""
+    path = directory / MANIFEST
+    changed = {**json.loads(path.read_text()), **fields}
+    if "files" not in fields:
+        names = [name for name in files_in(directory) if name != MANIFEST]
+        changed["files"] = hashes_of(directory, names)
+    changed = {name: value for name, value in changed.items() if value is not ... and name != SEAL}
+    path.write_text(json.dumps({**changed, SEAL: json_sha256(changed)}))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    scales, zeros = torch.tensor([0.25]), torch.tensor([-3], dtype=torch.int32)
+    grid = FrozenActivation(scales, zeros, ActivationSpec(observer="min_max"))
+    plain = example()
+    weights = {
+        fqn: replace(weight, activation=grid if fqn == "layer8.weight" else None)
+        for fqn, weight in plain.weights.items()
+    }
+    whole = Store(weights, plain.others, plain.manifest, {"layer4": 2.0})
+    write_directory(tmp_path / "a", lambda target: write_store(whole, target))
+    return tmp_path / "a"
+
+
+SPEC = {"bits": 4, "group_size": 32, "parametrization": "log", "scale_grid": "bf16"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"weights": ...}, "weights: Field required"),
+        ({"weights": []}, "weights: Input should be a valid dictionary"),
+        ({"weights": {"w": {**SPEC, "bits": "4"}}}, "weights.w.bits: Input should be a valid int"),
+        ({"weights": {"w": {**SPEC, "bits": 5}}}, "weights.w: 5 bits are not supported"),
+        ({"weights": {"w": {**SPEC, "sparse": 1}}}, "weights.w.sparse: Extra inputs"),
+        ({"weights": {"w": {"bits": 4}}}, "weights.w.group_size: Field required"),
+        ({"activations": {"layer4.weight": {}}}, "activations.layer4.weight.bits: Field required"),
+        ({"adapters": {"layer4": None}}, "adapters.layer4: Input should be a valid number"),
+        ({"adapters": {"layer4": "inf"}}, "adapters.layer4: Input should be a valid number"),
+        ({"passes": "x"}, "passes: Input should be a valid list"),
+        ({"files": {}}, "files: Field required"),
+        ({"files": {"config.json": "0"}}, "files.gracec/gracec.safetensors: missing"),
+        ({"format_version": "5"}, "format version 5, this gracec reads 2 to 5"),
+        ({"format_version": ...}, "format version None"),
+        ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
+    ],
+)
+def test_a_field_that_is_missing_or_wrong_is_named(
+    saved: Path, fields: dict[str, object], expected: str
+) -> None:
+    reseal(saved)
+    assert len(read_store(saved).weights) == 3
+    reseal(saved, **fields)
+    with pytest.raises(GracecError) as error:
+        read_store(saved)
+    message = str(error.value)
+    assert message.startswith(f"{saved / MANIFEST}: ") and expected in message
+    assert "\n" not in message
+
+
+def test_a_manifest_that_is_edited_or_nested_says_so(saved: Path) -> None:
+    path = saved / MANIFEST
+    text = path.read_text()
+    path.write_text(text.replace('"layer4": 2.0', '"layer4": 3.0'))
+    with pytest.raises(GracecError, match="it is not what was written"):
+        read_store(saved)
+    path.write_text(text.replace('"layer4": 2.0', '"layer4": NaN'))
+    with pytest.raises(GracecError, match="adapters.layer4: Input should be a finite number"):
+        read_store(saved)
+    path.write_text("[" * 100_000)
+    with pytest.raises(GracecError, match="more than 100 deep"):
+        read_store(saved)
+
+
+def test_the_fields_of_the_manifest_are_those_of_the_specs() -> None:
+    for model, kind in ((WeightFields, quant.QuantSpec), (ActivationFields, ActivationSpec)):
+        assert list(model.model_fields) == [item.name for item in fields(kind)]
+
+
+def edited(saved: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Change a tensor of an artifact, with all hashes made anew."""
+    tensors = load_file(saved / TENSORS)
+    save_file({**tensors, name: change(tensors[name]).contiguous()}, saved / TENSORS)
+    reseal(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "expected"),
+    [
+        ("layer4.weight.scales", lambda t: t.repeat(1, 2), r"are float32 \[16, 4\], not \[16, 2\]"),
+        ("layer4.weight.scales", lambda t: t[:8], r"are float32 \[8, 2\], not \[16, 2\]"),
+        ("layer4.weight.scales", lambda t: -t, "which no scale does"),
+        ("layer4.weight.scales", lambda t: t * 0, "lie between 0 and 0, which no scale does"),
+        ("layer4.weight.scales", lambda t: t * torch.nan, "between nan and nan"),
+        ("layer4.weight.scales", lambda t: t.index_fill(0, torch.tensor(3), torch.inf), "and inf"),
+        ("layer4.weight.scales", lambda t: t.int(), "are int32, not bfloat16"),
+        ("layer4.weight.codes", lambda t: t.to(torch.int8), "is not how int4/g32 lies"),
+        ("layer4.weight.codes", lambda t: t.float(), "are float32"),
+        ("layer4.weight.codes", lambda t: t[:, :5], "have 10 columns, which int4/g32 does not div"),
+        ("layer8.weight.codes", lambda t: t.view(torch.uint8), "is not how int8/g32 lies"),
+        ("layer3.weight.codes", lambda t: t | 0x07, "out of 3 bits"),
+        ("layer8.weight.input_scales", lambda t: -t, "which no scale does"),
+        ("layer8.weight.input_scales", lambda t: t.repeat(2), r"not \[1\]"),
+        ("layer8.weight.input_zero_points", lambda t: t + 200, "lie between 197 and 197, out of 8"),
+        ("layer8.weight.input_zero_points", lambda t: t.float(), r"are float32 \[1\]"),
+        ("layer8.weight.input_zero_points", lambda t: t.repeat(2), r"are int32 \[2\], not \[1\]"),
+    ],
+)
+def test_a_tensor_that_its_spec_cannot_mean_is_named(
+    saved: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor], expected: str
+) -> None:
+    edited(saved, name, change)
+    fqn = ".".join(name.split(".")[:2])
+    with pytest.raises(GracecError, match=f"{TENSORS}: {name} .*{expected}"):
+        read_store(saved).weights[fqn]
+
+
+def test_a_zero_point_of_a_symmetric_grid_is_zero(saved: Path) -> None:
+    activations = json.loads((saved / MANIFEST).read_text())["activations"]
+    activations["layer8.weight"]["symmetric"] = True
+    reseal(saved, activations=activations)
+    with pytest.raises(GracecError, match="input_zero_points are not 0, and the grid is symm"):
+        read_store(saved).weights["layer8.weight"]
+
+
+def test_tensors_that_link_elsewhere_are_refused(saved: Path, tmp_path: Path) -> None:
+    (saved / TENSORS).rename(tmp_path / "elsewhere")
+    (saved / TENSORS).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(GracecError, match="it leads out of its directory"):
+        read_store(saved)
+
+
+def test_unreadable_tensors_are_one_line(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **more: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    weights = read_store(saved).weights
+    monkeypatch.setattr(store, "safe_open", refuse)
+    with pytest.raises(GracecError, match="not readable: .*Permission denied"):
+        read_store(saved)
+    with pytest.raises(GracecError, match=r"layer4\.weight cannot be read: .*Permission denied"):
+        weights["layer4.weight"]

@@ -57,13 +57,24 @@ async function answer({ image, question }) {
   });
   const content = [{ type: 'image' }, { type: 'text', text: question }];
   const prompt = processor.apply_chat_template([{ role: 'user', content }], { add_generation_prompt: true });
-  const images = [await library.RawImage.fromBlob(image)];
+  const images = [await read(image)];
   const options = { add_special_tokens: false };
   const inputs = await (processor instanceof library.LlavaProcessor
     ? processor(images, prompt, options)
     : processor(prompt, images, options));
   await model.generate({ ...inputs, max_new_tokens: MAX_NEW_TOKENS, do_sample: false, streamer });
   return { tokens, first, milliseconds: performance.now() - started };
+}
+
+// On white where it is transparent, as the processors of Python do it; those of transformers.js drop that.
+async function read(blob) {
+  const bitmap = await createImageBitmap(blob);
+  const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
+  const context = canvas.getContext('2d');
+  context.fillStyle = 'white';
+  context.fillRect(0, 0, bitmap.width, bitmap.height);
+  context.drawImage(bitmap, 0, 0);
+  return library.RawImage.fromCanvas(canvas);
 }
 
 async function packages() {

@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from gracec.data.questions import DEFAULT_TYPE, SAMPLES_FILE
+from gracec.data.questions import DEFAULT_TYPE, SAMPLES_FILE, image_path
 from gracec.errors import GracecError
 from gracec.evaluate import load_image
 from gracec.evaluate.scores import normalise_answer
@@ -28,8 +28,9 @@ DATASET = {"data_files": {"test": str(folder() / SAMPLES_FILE)}}
 
 
 def picture(question: dict[str, Any]) -> list[Image.Image]:
-    """The picture of a question, in a list as lmms-eval wants it."""
-    return [load_image(folder() / question["image"])]
+    """The picture of a question, if it has one, in a list as lmms-eval wants it."""
+    name = question.get("image")
+    return [] if name is None else [load_image(image_path(folder(), name))]
 
 
 def score(question: dict[str, Any], answers: list[str]) -> dict[str, float]:

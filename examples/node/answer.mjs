@@ -86,9 +86,26 @@ async function answer({ processor, model }, imageFile, question, onText, maxNewT
 
 export async function read(file) {
   const { RawImage } = await packages();
-  return RawImage.read(file).catch((error) => {
+  const image = await RawImage.read(file).catch((error) => {
     throw new Problem(`${file} cannot be read as an image: ${error.message}`);
   });
+  return onWhite(image, RawImage);
+}
+
+// As the processors of Python do it; those of transformers.js drop the transparency. Rounds as Pillow does.
+function onWhite(image, RawImage) {
+  const { data, width, height, channels } = image;
+  if (channels !== 4) return image;
+  const pixels = new Uint8ClampedArray(width * height * 3);
+  for (let pixel = 0; pixel < width * height; pixel++) {
+    const from = pixel * channels;
+    const alpha = data[from + 3];
+    for (let channel = 0; channel < 3; channel++) {
+      const sum = 128 * (data[from + channel] * alpha + 255 * (255 - alpha)) + 16384;
+      pixels[pixel * 3 + channel] = (((sum >> 8) + sum) >> 8) >> 7;
+    }
+  }
+  return new RawImage(pixels, width, height, 3);
 }
 
 async function main() {

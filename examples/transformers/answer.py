@@ -2,7 +2,7 @@
 
 import argparse
 
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -18,7 +18,7 @@ content = [{"type": "image"}, {"type": "text", "text": arguments.prompt}]
 text = processor.apply_chat_template(
     [{"role": "user", "content": content}], add_generation_prompt=True
 )
-image = Image.open(arguments.image).convert("RGB")
+image = ImageOps.exif_transpose(Image.open(arguments.image))  # upright; as RGB by the processor
 inputs = processor(text=text, images=image, return_tensors="pt").to(model.dtype)
 tokens = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens)
 print(processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

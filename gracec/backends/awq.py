@@ -18,11 +18,12 @@ import torch
 from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from gracec.backends.huggingface import Checkpoint, kept_modules, modules_of, stored_names
 from gracec.backends.packed import PackedFormat
 from gracec.frozen import Frozen
+from gracec.models.configs import read_config
 from gracec.models.skeleton import skeleton
 from gracec.quant.frozen import FrozenWeight
 
@@ -103,7 +104,7 @@ class Awq(PackedFormat):
         }
 
     def stored_weights(self, directory: Path) -> Iterator[tuple[str, Tensor]]:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = read_config(directory)
         converter = AutoAWQConverter.from_autoawq_config(config.quantization_config)
         scheme = converter.update_config(None).config_groups["config_group_0"]
         model = skeleton(config)

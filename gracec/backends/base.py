@@ -21,6 +21,10 @@ from gracec.registry import Registry, lookup
 
 NO_ADAPTERS = "adapters are kept in float, which the format does not hold"
 MERGE_INSTEAD = f"compile with {MERGE}"
+NO_EXPERTS = (
+    "the weights of routed experts are no linears, which is all that the format holds; "
+    "--format none (formats=()) writes the gracec artifact alone"
+)
 
 
 class CardFacts(NamedTuple):
@@ -45,6 +49,7 @@ class Format(ABC):
         folder: "" for the top level of the output directory, else a sub-directory of its own.
         holds_activations: whether it can say how the input of a linear is quantized.
         holds_adapters: whether it takes adapters in float beside the weights.
+        holds_experts: whether it takes the weights of routed experts, which are no linears.
         passes: names of those that it lowers with, next to which further ones can be placed.
     """
 
@@ -52,6 +57,7 @@ class Format(ABC):
     folder: ClassVar[str]
     holds_activations: ClassVar[bool] = False
     holds_adapters: ClassVar[bool] = False
+    holds_experts: ClassVar[bool] = False
     passes: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
@@ -79,13 +85,15 @@ class Format(ABC):
 
         It is asked before anything is trained as well, of a model whose codes and scales are
         stand-ins without memory: see `FrozenWeight.planned`. By default it is what
-        `holds_activations` and `holds_adapters` say.
+        `holds_activations`, `holds_adapters` and `holds_experts` say.
         """
         if frozen.adapters and not self.holds_adapters:
             return f"{NO_ADAPTERS}; {MERGE_INSTEAD}"
         for fqn, weight in frozen.weights.items():
             if weight.activation is not None and not self.holds_activations:
                 return f"the input of {fqn} is quantized, which the format cannot say"
+            if weight.experts is not None and not self.holds_experts:
+                return f"{fqn}: {NO_EXPERTS}"
         return ""
 
     def dtype(self, frozen: Frozen) -> torch.dtype:
@@ -94,6 +102,9 @@ class Format(ABC):
 
     def finish(self, frozen: Frozen, directory: Path) -> None:
         """Complete the top level of the output directory, after everything else is written."""
+
+    def seal(self, directory: Path) -> None:
+        """Write down the hashes of the top level, once every format has completed it."""
 
     def card(self, frozen: Frozen) -> CardFacts | None:
         """What the model card of a directory says about the format; None if it needs no card."""
@@ -157,7 +168,7 @@ def all_formats() -> dict[str, Format]:
 
 
 def parse_formats(names: str | Iterable[str]) -> list[Format]:
-    """Formats by name: "hf,torchao", a sequence of names, or "all".
+    """Formats by name: "hf,torchao", a sequence of names, "all" or "none".
 
     Raises:
         GracecError: for an unknown format, with the nearest known name; for two that would write
@@ -166,6 +177,10 @@ def parse_formats(names: str | Iterable[str]) -> list[Format]:
     known = all_formats()
     parts = names.split(",") if isinstance(names, str) else names
     wanted = dict.fromkeys(part.strip() for part in parts)
+    if "none" in wanted:
+        if len(wanted) > 1:
+            raise GracecError("format none stands alone", fix="leave it out, or the others")
+        return []
     if "all" in wanted:
         wanted = dict.fromkeys([name for name in wanted if name != "all"] + list(known))
     found: list[Format] = [lookup(name, known, "format") for name in wanted]

@@ -23,7 +23,7 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.utils.match import match_named_modules
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from gracec.backends.huggingface import (
     Checkpoint,
@@ -35,6 +35,7 @@ from gracec.backends.huggingface import (
 )
 from gracec.backends.packed import PackedFormat
 from gracec.frozen import Frozen
+from gracec.models.configs import read_config
 from gracec.models.skeleton import skeleton
 from gracec.quant import row_chunks
 from gracec.quant.frozen import FrozenWeight
@@ -106,7 +107,7 @@ class HuggingFace(PackedFormat):
         """Which weights are quantized, and how, is found by the rules of compressed-tensors."""
         fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         config = QuantizationConfig.model_validate(fields["quantization_config"])
-        model = skeleton(AutoConfig.from_pretrained(directory, local_files_only=True))
+        model = skeleton(read_config(directory))
         names, checkpoint = stored_names(model), Checkpoint(directory)
         for scheme in config.config_groups.values():
             for name, module in match_named_modules(model, scheme.targets, config.ignore):

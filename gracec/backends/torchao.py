@@ -27,7 +27,7 @@ from torchao.quantization import (
     PerAxis,
     PerGroup,
 )
-from transformers import AutoConfig, PreTrainedModel, TorchAoConfig
+from transformers import PreTrainedModel, TorchAoConfig
 
 from gracec.backends.huggingface import (
     Checkpoint,
@@ -40,6 +40,7 @@ from gracec.backends.huggingface import (
 )
 from gracec.backends.packed import PackedFormat
 from gracec.frozen import Frozen
+from gracec.models.configs import read_config
 from gracec.models.skeleton import skeleton
 from gracec.quant.frozen import FrozenWeight
 
@@ -84,7 +85,7 @@ class TorchAo(PackedFormat):
         return fields
 
     def stored_weights(self, directory: Path) -> Iterator[tuple[str, Tensor]]:
-        model = skeleton(AutoConfig.from_pretrained(directory, local_files_only=True))
+        model = skeleton(read_config(directory))
         names, checkpoint = stored_names(model), Checkpoint(directory)
         metadata = checkpoint.metadata()
         for fqn in json.loads(metadata["tensor_names"]):

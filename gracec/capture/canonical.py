@@ -9,6 +9,7 @@ import torch._dynamo.config
 from torch import Tensor, fx, nn
 
 from gracec.ir.program import annotate
+from gracec.ir.queries import VIEWS
 
 
 def drop_casts_that_change_nothing(graph_module: fx.GraphModule) -> None:
@@ -37,6 +38,21 @@ def write_no_padding_as_a_number(graph_module: fx.GraphModule) -> None:
             node.target = torch.ops.aten.conv2d.default
             inputs = given["input"], given["weight"]
             node.args, node.kwargs = (*inputs, *(found[name] for name in defaults)), {}
+    graph_module.recompile()
+
+
+def divide_into_a_new_tensor(graph_module: fx.GraphModule) -> None:
+    """`x /= y`, as routers write it, where nobody reads `x` but what comes before: ONNX and
+    gradients have no operators that change a tensor."""
+    aten = torch.ops.aten
+    order = {node: number for number, node in enumerate(graph_module.graph.nodes)}
+    for node in graph_module.graph.find_nodes(op="call_function", target=aten.div_.Tensor):
+        changed = node.args[0]
+        fresh = changed.op == "call_function" and changed.target not in VIEWS
+        others = [user for user in changed.users if user is not node]
+        seen = [user for user in others if user.target in VIEWS or order[user] > order[node]]
+        if fresh and not seen:
+            node.target = aten.div.Tensor
     graph_module.recompile()
 
 

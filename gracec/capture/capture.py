@@ -6,8 +6,9 @@ import gc
 import io
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,15 +17,18 @@ from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
 from gracec.capture.canonical import (
+    divide_into_a_new_tensor,
     drop_casts_that_change_nothing,
     mark_adapters,
     normalised_fqns,
     write_no_padding_as_a_number,
 )
 from gracec.capture.culprit import culprit
+from gracec.capture.eager import at_rest, eager_logits, no_fast_path
 from gracec.capture.families import GENERIC, Family, family_of
 from gracec.errors import GateError, GracecError
 from gracec.ir.program import Program, drop_assertions
+from gracec.models.experts import EAGER, GROUPED, expert_modules, experts_computed
 from gracec.models.lora import adapters_of
 
 # (batch, images, text tokens): batch 1, several images in one prompt, and left padding among them.
@@ -47,12 +51,14 @@ def capture(model: PreTrainedModel, batch: Mapping[str, Tensor] | None = None) -
     family = family_of(model)
     inputs = family.prepare(model, batch or family.example_batch(model))
     try:
-        return trace(model, family.traced(model), inputs, family.dynamic_shapes(), ("logits",))
+        program = trace(model, family.traced(model), inputs, family.dynamic_shapes(), ("logits",))
     except GracecError as error:
         if family is not GENERIC:
             raise
         refusal = GENERIC.refusal(model, error.what)
         raise GracecError(refusal.what, where=error.where, fix=refusal.fix) from error
+    layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    return replace(program, decoder_layers=layers)
 
 
 def trace(
@@ -75,7 +81,14 @@ def trace(
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), _data_dependent_checks_off(), _no_graph_dump(), _quick_trace():
+        with (
+            torch.no_grad(),
+            _data_dependent_checks_off(),
+            _no_graph_dump(),
+            _quick_trace(),
+            experts_computed(model, GROUPED),
+            no_fast_path(),
+        ):
             exported = torch.export.export(
                 module,
                 (),
@@ -97,6 +110,7 @@ def trace(
     drop_assertions(graph_module)
     drop_casts_that_change_nothing(graph_module)
     write_no_padding_as_a_number(graph_module)
+    divide_into_a_new_tensor(graph_module)
     prefix = "" if module is model else "model."
     mark_adapters(graph_module, {f"{prefix}{name}" for name in adapters_of(model)})
     floating = next(p for p in model.parameters() if p.is_floating_point())
@@ -134,6 +148,8 @@ def captured_equals_eager(
 ) -> int:
     """Gate: the graph's logits equal the model's, bit for bit, on every batch.
 
+    See `run_both` for what the model is where its decoder has routed experts.
+
     Args:
         batches: processor outputs; by default three shapes built from the config, batch 1, several
             images in one prompt and left padding among them.
@@ -148,9 +164,13 @@ def captured_equals_eager(
     batches = batches or list(gate_batches(family, model))
     for batch in batches:
         inputs = family.prepare(model, batch)
-        with torch.no_grad():
-            expected = model(**family.model_inputs(model, batch), use_cache=False).logits
-            (logits, *_) = program(**inputs)
+
+        def run(
+            inputs: Mapping[str, Tensor] = inputs, batch: Mapping[str, Tensor] = batch
+        ) -> list[tuple[Tensor, Tensor]]:
+            return [(eager_logits(model, batch), program(**inputs)[0])]
+
+        ((expected, logits),) = run_both(model, run)
         if not torch.equal(expected, logits):
             difference = (expected.double() - logits.double()).abs().max().item()
             shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
@@ -160,6 +180,33 @@ def captured_equals_eager(
                 fix="the capture is wrong for this model; see `gracec doctor`",
             )
     return len(batches)
+
+
+def run_both(
+    model: PreTrainedModel, run: Callable[[], list[tuple[Tensor, Tensor]]]
+) -> list[tuple[Tensor, Tensor]]:
+    """What a model and its graph compute, in pairs that should be equal.
+
+    Routed experts are computed by the loop of transformers, which every model of it has, and not by
+    the kernel that it may prefer, which rounds otherwise: in bfloat16 by a hundredth of the logits.
+    The graph has the tokens of all experts in one tensor where the loop has one for each expert.
+    Several threads cut them at other places, and an elementwise operator may round the last number
+    before a cut otherwise than one in the middle; so what differs runs again on a single thread.
+
+    Args:
+        run: what is computed with the model, and what is with the graph.
+    """
+    with torch.no_grad(), at_rest(model), experts_computed(model, EAGER), no_fast_path():
+        pairs = run()
+        threads = torch.get_num_threads()
+        same = all(one.shape == other.shape and torch.equal(one, other) for one, other in pairs)
+        if same or threads == 1 or not expert_modules(model):
+            return pairs
+        torch.set_num_threads(1)
+        try:
+            return run()
+        finally:
+            torch.set_num_threads(threads)
 
 
 def gate_batches(family: Family, model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -86,6 +86,7 @@ def greedy(
     end: Sequence[int] = (),
     pad: int = 0,
     chunk: int | None = None,
+    processors: Callable[..., Tensor] | None = None,
 ) -> Iterator[Step]:
     """Generate the most likely tokens, one position of all prompts at a time.
 
@@ -93,6 +94,8 @@ def greedy(
         inputs: prepared, padded on the left.
         end: tokens that end an answer; `pad` follows it until all have ended.
         chunk: positions of the prompt to read at once; all by default.
+        processors: all tokens [B, S] until here and the next logits [B, V] -> those to choose by;
+            a `LogitsProcessorList` of transformers, for example.
     """
     embeds, mask = embed_prompt(runtime, inputs), inputs["attention_mask"]
     positions = _prompt_positions(runtime, inputs)
@@ -100,17 +103,20 @@ def greedy(
     past, logits = None, embeds
     for start in range(0, length, chunk or length):
         part = slice(start, min(length, start + (chunk or length)))
-        seen = mask[:, : part.stop]
-        logits, past = runtime.decode(embeds[:, part], seen, positions[..., part], 1, past)
+        past_mask = mask[:, : part.stop]
+        logits, past = runtime.decode(embeds[:, part], past_mask, positions[..., part], 1, past)
     finished = torch.zeros(len(mask), dtype=torch.bool)
-    ends = torch.tensor(list(end), dtype=torch.int64)
+    ends, seen = torch.tensor(list(end), dtype=torch.int64), inputs["input_ids"]
     for number in range(max_new_tokens):
         last = logits[:, -1]
+        if processors is not None:
+            last = processors(seen, last.clone())
         tokens = last.argmax(-1).masked_fill(finished, pad)
         yield Step(tokens, last)
         finished |= torch.isin(tokens, ends)
         if finished.all() or number + 1 == max_new_tokens:
             return
+        seen = torch.cat([seen, tokens[:, None]], dim=1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         positions = next_positions(positions)
         logits, past = runtime.decode(runtime.embed(tokens[:, None]), mask, positions, 1, past)

@@ -30,8 +30,9 @@ from gracec.capture.serving_graph import (
 )
 from gracec.errors import GateError
 from gracec.ir.program import Program
+from gracec.ir.queries import weight_of
 from gracec.passes import run_passes
-from gracec.passes.apply_codes import LINEAR, ApplyCodes
+from gracec.passes.apply_codes import APPLICABLE, ApplyCodes
 from gracec.passes.freeze import QUANTIZE_DEQUANTIZE, frozen_weights
 from gracec.passes.strip import drop_dead
 from gracec.quant.frozen import FrozenWeight, code_hash
@@ -168,8 +169,8 @@ def apply_codes(
 
 
 def _linear_weights(program: Program) -> set[str]:
-    weights = (node.args[1] for node in program.nodes(LINEAR))
-    return {program.fqn(str(node.target)) for node in weights if isinstance(node, fx.Node)}
+    weights = (weight_of(node) for node in program.graph.nodes if node.target in APPLICABLE)
+    return {program.fqn(str(weight.target)) for weight in weights if weight is not None}
 
 
 def composed_equals_training(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
+from io import TextIOWrapper
 from typing import TextIO
 
 from gracec.cli import compiling, graphs, running
@@ -14,9 +16,12 @@ __all__ = ["app", "compiling", "graphs", "main", "running"]
 
 def main() -> None:
     """Entry point: bad input is one line on standard error, never a traceback."""
-    from gracec.errors import GateError, GracecError
+    from gracec.errors import GateError, GracecError, first_line, printable
 
     warnings.showwarning = _show_warning
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a path may hold what no encoding does
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except GateError as error:
@@ -24,6 +29,11 @@ def main() -> None:
         sys.exit(1)
     except GracecError as error:
         err.print(f"gracec: {error}", markup=False)
+        sys.exit(2)
+    except (OSError, RecursionError, UnicodeError, MemoryError) as error:
+        # Of the machine or of what was given, and met where nobody looked for it.
+        what = f"{type(error).__name__}: {first_line(error)}"
+        err.print(f"gracec: {printable(what)}", markup=False)
         sys.exit(2)
 
 
@@ -41,16 +51,18 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     """A warning of gracec is one line; others are shown as Python does."""
-    from gracec.errors import GracecWarning
+    from gracec.errors import GracecWarning, printable
 
     if issubclass(category, GracecWarning):
-        err.print(f"gracec: warning: {message}", markup=False)
+        err.print(f"gracec: warning: {printable(str(message))}", markup=False)
     else:
         sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def _quiet_libraries() -> None:
-    """Progress bars and log lines of transformers tell a user of gracec nothing to act on."""
+    """Progress bars and log lines of transformers tell a user of gracec nothing to act on; and
+    kernels are not fetched from the Hub, whatever a model is made of."""
+    os.environ.setdefault("USE_HUB_KERNELS", "0")  # read when transformers is imported
     from transformers.utils import logging
 
     logging.disable_progress_bar()

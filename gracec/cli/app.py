@@ -37,6 +37,24 @@ TargetName = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 
 
+MOST_TOKENS, MOST_IMAGES, MOST_AT_ONCE, MOST_QUESTIONS = 1 << 20, 1 << 8, 1 << 16, 1 << 31
+
+
+def text(value: str, option: str) -> str:
+    """What was given on the command line, if it is text: the system passes any bytes.
+
+    Raises:
+        GracecError: if it is not.
+    """
+    from gracec.errors import GracecError
+
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise GracecError(f"holds bytes that are no UTF-8: {value!r}", where=option) from error
+    return value
+
+
 class WithNames(TyperCommand):
     """A command whose help names what the registries know; they are read when it is asked for."""
 

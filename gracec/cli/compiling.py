@@ -7,7 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from gracec.cli.app import Json, ModelPath, TargetName, WithNames, app, out, print_json
+from gracec.cli.app import (
+    MOST_AT_ONCE,
+    MOST_IMAGES,
+    MOST_QUESTIONS,
+    MOST_TOKENS,
+    Json,
+    ModelPath,
+    TargetName,
+    WithNames,
+    app,
+    out,
+    print_json,
+)
 
 
 @app.command(cls=WithNames)
@@ -28,7 +40,7 @@ def compile(
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted training.")] = False,
     formats: Annotated[
         str,
-        typer.Option("--format", help="For other libraries: {formats}; several as hf,onnx; all."),
+        typer.Option("--format", help="For other libraries: {formats}; hf,onnx; all; none."),
     ] = "hf",
     target: TargetName = None,
     passes: Annotated[
@@ -41,6 +53,13 @@ def compile(
     strict: Annotated[
         bool, typer.Option(help="Refuse fallbacks instead of reporting them.")
     ] = False,
+    check_reload: Annotated[
+        bool | None,
+        typer.Option(
+            help="Load the result in a fresh process and compare. [default: check-reload]",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compile a model to INT4 weights and save the result."""
@@ -60,6 +79,7 @@ def compile(
         passes=passes or (),
         overwrite=overwrite,
         strict=strict,
+        check_reload=check_reload,
     )
     if rank():  # another process of this run speaks
         return
@@ -82,9 +102,11 @@ def inspect(
     recipe: Annotated[
         str, typer.Option(help="What would be quantized: built-in name or YAML file.")
     ] = "w4a16-ptq",
-    batch: Annotated[int, typer.Option(min=1, help="Prompts, for the memory plan.")] = 1,
-    images: Annotated[int, typer.Option(min=1, help="Images a prompt.")] = 1,
-    text: Annotated[int, typer.Option(min=2, help="Text tokens a prompt.")] = 128,
+    batch: Annotated[
+        int, typer.Option(min=1, max=MOST_AT_ONCE, help="Prompts, for the memory plan.")
+    ] = 1,
+    images: Annotated[int, typer.Option(min=1, max=MOST_IMAGES, help="Images a prompt.")] = 1,
+    text: Annotated[int, typer.Option(min=2, max=MOST_TOKENS, help="Text tokens a prompt.")] = 128,
     picture: Annotated[
         Path | None, typer.Option(help="Also draw the parts: a path ending in .svg, .png or .pdf.")
     ] = None,
@@ -137,7 +159,7 @@ def report(
     data: Annotated[
         Path | None, typer.Option(help="Questions to ask all of them, to show what differs.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Questions to ask.")] = 200,
+    limit: Annotated[int, typer.Option(min=1, max=MOST_QUESTIONS, help="Questions to ask.")] = 200,
 ) -> None:
     """Write what was done to a model, with pictures, into one HTML file that needs nothing else.
 

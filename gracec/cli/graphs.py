@@ -101,17 +101,13 @@ def passes(as_json: Json = False) -> None:
 @contextmanager
 def _destination(path: Path | None) -> Iterator[Callable[[str], None]]:
     """Plain lines, never wrapped or coloured, to standard output or to a file."""
-    from gracec.errors import GracecError
+    from gracec.directories import writing
 
     if path is None:
         yield lambda text: typer.echo(text.rstrip("\n"))
         return
-    try:
-        file = path.open("w", encoding="utf-8")
-    except OSError as error:
-        raise GracecError(f"cannot be written ({error.strerror})", where=str(path)) from error
-    with file:
-        yield lambda text: print(text.rstrip("\n"), file=file, flush=True)
+    with writing(path) as file:
+        yield lambda text: print(text.rstrip("\n"), file=file)
 
 
 def _time_line(run: Any) -> str:

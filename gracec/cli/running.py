@@ -9,7 +9,20 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress
 
-from gracec.cli.app import Json, ModelPath, TargetName, WithNames, app, err, out, print_json
+from gracec.cli.app import (
+    MOST_AT_ONCE,
+    MOST_QUESTIONS,
+    MOST_TOKENS,
+    Json,
+    ModelPath,
+    TargetName,
+    WithNames,
+    app,
+    err,
+    out,
+    print_json,
+    text,
+)
 
 
 @app.command(cls=WithNames)
@@ -17,7 +30,9 @@ def run(
     model: ModelPath,
     image: Annotated[Path, typer.Option(help="Picture to ask about.")],
     prompt: Annotated[str, typer.Option(help="The question.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer.")
+    ] = 64,
     target: TargetName = None,
     as_json: Json = False,
 ) -> None:
@@ -26,16 +41,17 @@ def run(
 
     from gracec.evaluate import answer, load_image
 
+    text(prompt, "--prompt")
     picture = load_image(image)
     loaded, processor = _load(model, target)
     streamer = None
     if not as_json:
         streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    text = answer(
+    said = answer(
         loaded, processor, picture, prompt, max_new_tokens=max_new_tokens, streamer=streamer
     )
     if as_json:
-        print_json({"model": str(model), "image": str(image), "prompt": prompt, "answer": text})
+        print_json({"model": str(model), "image": str(image), "prompt": prompt, "answer": said})
 
 
 @app.command()
@@ -48,11 +64,15 @@ def serve(
         str, typer.Option(help="Address to listen on; other machines reach 0.0.0.0.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A further name of this machine to answer to; several times for more."),
+    ] = None,
 ) -> None:
     """Let a browser on this machine run a model: serve it and a page that asks it about images."""
     from gracec.serve import Server
 
-    with Server(model, page, host, port) as server:
+    with Server(model, page, host, port, allow_host or ()) as server:
         typer.echo(f"{server.url} (Ctrl+C ends it)")
         with suppress(KeyboardInterrupt):
             server.serve_forever()
@@ -62,9 +82,11 @@ def serve(
 def eval(
     model: ModelPath,
     data: Annotated[Path, typer.Option(help="Folder with samples.jsonl and its images.")],
-    limit: Annotated[int | None, typer.Option(min=1, help="Use an even spread of samples.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 8,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=MOST_QUESTIONS, help="Use an even spread of samples.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST_AT_ONCE)] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS)] = 8,
     blind: Annotated[bool, typer.Option(help="Also ask without the image.")] = True,
     target: TargetName = None,
     as_json: Json = False,
@@ -99,7 +121,9 @@ def demo(
     output: Annotated[Path, typer.Option("--out", help="Folder for everything it writes.")] = Path(
         "out/demo"
     ),
-    limit: Annotated[int, typer.Option(min=1, help="Questions to ask each model.")] = 2000,
+    limit: Annotated[
+        int, typer.Option(min=1, max=MOST_QUESTIONS, help="Questions to ask each model.")
+    ] = 2000,
     as_json: Json = False,
 ) -> None:
     """Compile the shipped student, and let teacher, student and INT4 student answer questions."""

@@ -24,7 +24,7 @@ Spans = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Row:
-    """One sample as tokens, without padding, and the spans of its answers."""
+    """One sample as tokens, without padding, and the spans of its answers that are learned."""
 
     ids: list[int]
     spans: Spans
@@ -90,7 +90,7 @@ class Answers:
             spans = _marked(sample, spans, marks)
         if any(start >= end for start, end in spans):
             raise Broken("no answer", "the tokenizer knows no token for an answer")
-        row = self._limited(self._closed(ids, spans), sample)
+        row = self._limited(_learned(self._closed(ids, spans), sample), sample)
         if not row.spans:
             raise Broken("no answer", f"max_length {self.max_length} leaves no token of an answer")
         return row
@@ -196,6 +196,13 @@ class Answers:
             )
         spans = [(start, min(end, length)) for start, end in row.spans if start < length]
         return Row(row.ids[:length], spans)
+
+
+def _learned(row: Row, sample: Sample) -> Row:
+    """Without the answers that are not to be learned."""
+    turns = (turn for turn in sample.turns if turn.role == "assistant")
+    spans = [span for span, turn in zip(row.spans, turns, strict=True) if turn.learned]
+    return Row(row.ids, spans)
 
 
 def _marked(sample: Sample, spans: Spans, marks: Sequence[int]) -> Spans:

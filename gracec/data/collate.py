@@ -67,18 +67,18 @@ class Collator:
         _ = self._answers.prompts.image_token  # fails early, as does what ends an answer
 
     def __call__(self, samples: Sequence[Sample | BrokenSample]) -> Batch:
-        """Encode samples; broken ones are left out.
+        """Encode samples; broken ones, and those that the processor refuses, are left out.
 
         Returns:
             What the processor makes of them, padded on the right: `input_ids` and `attention_mask`
-            int64 [B, T], `pixel_values` (LLaVA: float32 [images, 3, H, W]) and whatever else the
-            family takes; and `labels` int64 [B, T], where labels[b, t] is token t if it belongs to
-            an answer or ends one, else -100. The shift to the next token is up to the loss.
+            int64 [B, T], `pixel_values` (LLaVA: float32 [images, 3, H, W]) if a sample has a
+            picture, and whatever else the family takes; and `labels` int64 [B, T], where
+            labels[b, t] is token t if it belongs to an answer or ends one, else -100. The shift to
+            the next token is up to the loss.
 
         Raises:
             EmptyBatch: if, without broken samples, nothing to train on is left.
-            GracecError: if no sample has a picture; if the processor or the template refuses a
-                sample; if the template writes an answer otherwise than after its own prompt; if
+            GracecError: if the template writes an answer otherwise than after its own prompt; if
                 `max_length` cuts off a part of a picture; in strict mode, if a sample is broken.
         """
         if not samples:
@@ -86,22 +86,22 @@ class Collator:
         whole = [sample for sample in samples if isinstance(sample, Sample)]
         usable = [sample for sample in whole if self._is_usable(sample)]
         while usable:
-            if not any(sample.images for sample in usable):
-                if len(usable) < len(samples):
-                    break
-                raise GracecError(
-                    "no sample of the batch has a picture, which the model needs",
-                    where=usable[0].where or "batch",
-                    fix="make batches larger, or leave out samples without a picture",
-                )
-            encoded = self._encode(usable)
+            try:
+                encoded = self._encode(usable)
+            except GracecError:
+                taken = [sample for sample in usable if self._is_taken(sample)]
+                if len(taken) == len(usable):
+                    raise  # together only
+                usable = taken
+                continue
             rows = [self._row(encoded, i, sample) for i, sample in enumerate(usable)]
             if all(row is not None for row in rows):
                 return self._batch(encoded, [row for row in rows if row is not None])
             # Which pixels belong to a sample is known to the processor only: once more, without.
             usable = [sample for sample, row in zip(usable, rows, strict=True) if row is not None]
+        last = f", the last being {self.problems[-1]}" if self.problems else ""
         raise EmptyBatch(
-            f"broken samples leave {'no picture' if usable else 'nothing'} to train on",
+            f"broken samples leave nothing to train on{last}",
             where=samples[0].where or "batch",
             fix="mend the data, or make batches larger",
         )
@@ -136,6 +136,15 @@ class Collator:
             if found:
                 self._report(sample, f"the text has {found[0]!r}, a control token of the tokenizer")
                 return False
+        return True
+
+    def _is_taken(self, sample: Sample) -> bool:
+        """Whether the processor takes a sample by itself: a picture may be too long for it."""
+        try:
+            self._encode([sample])
+        except GracecError as error:
+            self._report(sample, error.what)
+            return False
         return True
 
     def _report(self, sample: Sample, reason: str) -> None:

@@ -17,29 +17,30 @@ import hashlib
 import io
 import json
 import os
-import stat
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from gracec.data.pictures import open_image, pixel_digest, to_rgb
+from gracec.data.pictures import confined, open_image, pixel_digest, to_rgb
 from gracec.data.records import (
     Broken,
+    Conversation,
     Embedded,
     ImageRef,
     Turn,
-    check_turns,
-    image_refs,
+    read_record,
     short,
-    turns_of,
 )
 from gracec.data.sources import Source, open_source
-from gracec.errors import GracecError, GracecWarning, first_line
+from gracec.errors import GracecError, GracecWarning
+
+MOST_KEYS = 10
+"""Keys that a note names."""
 
 
 @dataclass(frozen=True)
@@ -126,14 +127,16 @@ class _Reader:
 
     def scan(self) -> TrainData:
         """Look at every record once: what is broken, the pictures of each, and the fingerprint."""
-        digest = hashlib.sha256(b"gracec training data 1\n" + self.source.content)
+        digest = hashlib.sha256(b"gracec training data 2\n" + self.source.content)
         sizes: dict[str, int | Broken] = {}
         keys: list[tuple[int, ...]] = []
+        unread: set[str] = set()
         for number in range(len(self.source)):
             own: list[int] = []
             try:
-                _, images = self._parse(number)
-                for image in images:
+                said = self._parse(number)
+                unread |= said.unread
+                for image in said.images:
                     identity = self._identity(image, sizes)
                     digest.update(identity)
                     own.append(int.from_bytes(hashlib.sha256(identity).digest()[:8], "big"))
@@ -144,30 +147,27 @@ class _Reader:
         self.ledger.warn_summary()
         left_out = tuple(sorted(self.ledger.broken))
         usable = tuple(number for number in range(len(keys)) if number not in self.ledger.broken)
-        return TrainData(self, usable, left_out, tuple(keys), digest.hexdigest())
+        notes = _unread(self.source.name, unread)
+        return TrainData(self, usable, left_out, notes, tuple(keys), digest.hexdigest())
 
     def sample(self, number: int) -> Sample | BrokenSample:
         known = self.ledger.broken.get(number)
         if known is not None:
             return known
         try:
-            turns, images = self._parse(number)
-            decoded = tuple(self._decode(image) for image in images)
+            said = self._parse(number)
+            decoded = tuple(self._decode(image) for image in said.images)
         except Broken as broken:
             found = self._broken(number, broken)
             self.ledger.add(number, found)
             return found
-        return Sample(turns, decoded, self.source.where(number))
+        return Sample(said.turns, decoded, self.source.where(number))
 
     def _broken(self, number: int, broken: Broken) -> BrokenSample:
         return BrokenSample(self.source.where(number), broken.kind, broken.reason)
 
-    def _parse(self, number: int) -> tuple[tuple[Turn, ...], list[ImageRef]]:
-        record = self.source.record(number)
-        images = image_refs(record)
-        turns = turns_of(record, len(images))
-        check_turns(turns, len(images))
-        return turns, images
+    def _parse(self, number: int) -> Conversation:
+        return read_record(self.source.record(number))
 
     def _identity(self, image: ImageRef, sizes: dict[str, int | Broken]) -> bytes:
         """What tells one picture from another without decoding it: its name and size in bytes."""
@@ -189,32 +189,9 @@ class _Reader:
     def _confined(self, name: str) -> tuple[Path, int]:
         """The file of a picture below the image root, and its size in bytes."""
         if self.root is None:
-            raise GracecError(
-                f"image {name!r} is a path, and there is no folder to look in",
-                where=self.source.name,
-                fix="pass image_root",
-            )
-        if "://" in name or name.startswith("data:"):
-            raise Broken("image path", f"image {short(name)} is an address, nothing is fetched")
-        flavours = (PurePosixPath(name), PureWindowsPath(name))
-        if any(path.is_absolute() or path.drive or path.root for path in flavours):
-            raise Broken("image path", f"image {short(name)} is an absolute path")
-        if any(".." in path.parts for path in flavours):
-            raise Broken("image path", f'image {short(name)} has ".." in its path')
-        try:
-            path = (self.root / name).resolve()
-            if not path.is_relative_to(self.root):
-                raise Broken("image path", f"image {short(name)} leads out of the image root")
-            found = path.stat()
-        except FileNotFoundError as error:
-            raise Broken("missing image", f"image {short(name)} does not exist") from error
-        except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a zero byte
-            raise Broken(
-                "missing image", f"image {short(name)} cannot be read ({first_line(error)})"
-            ) from error
-        if not stat.S_ISREG(found.st_mode):
-            raise Broken("missing image", f"image {short(name)} is not a file")
-        return path, found.st_size
+            reason = "is a path, and there is no folder to look in: pass image_root"
+            raise Broken("image path", f"image {short(name)} {reason}")
+        return confined(self.root, name)
 
     def _decode(self, image: ImageRef) -> Image.Image:
         if isinstance(image, Image.Image):
@@ -279,6 +256,7 @@ class TrainData:
     _reader: _Reader
     _numbers: tuple[int, ...]
     _left_out: tuple[int, ...]
+    _notes: tuple[str, ...]
     _keys: tuple[tuple[int, ...], ...]
     fingerprint: str
 
@@ -309,6 +287,11 @@ class TrainData:
         numbers = sorted((*self._left_out, *self._numbers))
         return [str(broken[number]) for number in numbers if number in broken]
 
+    @property
+    def notes(self) -> list[str]:
+        """What else is to be known of the data; after a split of the first part."""
+        return list(self._notes)
+
     def split(self, share: float, seed: int) -> tuple[TrainData, TrainData]:
         """(train, held out): about `share` of the samples are held out.
 
@@ -337,12 +320,23 @@ class TrainData:
             )
         chosen = set(held)
         rest = [index for index in range(len(self)) if index not in chosen]
-        return self._part(rest, self._left_out), self._part(sorted(held), ())
+        return self._part(rest, self._left_out, self._notes), self._part(sorted(held), (), ())
 
-    def _part(self, indices: Sequence[int], left_out: tuple[int, ...]) -> TrainData:
+    def _part(
+        self, indices: Sequence[int], left_out: tuple[int, ...], notes: tuple[str, ...]
+    ) -> TrainData:
         numbers = tuple(self._numbers[index] for index in indices)
         digest = hashlib.sha256(f"{self.fingerprint} {numbers}".encode()).hexdigest()
-        return TrainData(self._reader, numbers, left_out, self._keys, digest)
+        return TrainData(self._reader, numbers, left_out, notes, self._keys, digest)
+
+
+def _unread(name: str, keys: set[str]) -> tuple[str, ...]:
+    """What is to be said about keys that nothing reads."""
+    if not keys:
+        return ()
+    named = sorted(short(repr(key)) for key in keys)
+    more = f" and {len(named) - MOST_KEYS} more" if len(named) > MOST_KEYS else ""
+    return (f"{name}: nothing reads the keys {', '.join(named[:MOST_KEYS])}{more}",)
 
 
 def _connected(keys: Sequence[tuple[int, ...]]) -> dict[str, list[int]]:

@@ -15,15 +15,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import torch
 from jinja2 import TemplateError
 from PIL import Image
 
 from gracec.data.records import IMAGE_PLACEHOLDER, Turn
+from gracec.data.templates import apply_chat_template
 from gracec.errors import GracecError, first_line
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # What templates and processors raise for input that they do not take.
-_REFUSALS = (ValueError, TypeError, KeyError, IndexError, RuntimeError, TemplateError)
+_REFUSALS = (
+    *(ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, AttributeError),
+    *(MemoryError, TemplateError),
+)
 
 Message = dict[str, Any]
 """A role, and a list of parts that are texts and images, as chat templates take it."""
@@ -46,21 +51,22 @@ def messages(turns: Sequence[Turn], images: Sequence[Image.Image] = ()) -> list[
     return found
 
 
-def question_about(image: Image.Image, question: str) -> list[Message]:
-    """One turn: an image, and a question as it is."""
-    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-    return [{"role": "user", "content": content}]
+def question_about(image: Image.Image | None, question: str) -> list[Message]:
+    """One turn: an image, if there is one, and a question as it is."""
+    picture = [] if image is None else [{"type": "image", "image": image}]
+    return [{"role": "user", "content": [*picture, {"type": "text", "text": question}]}]
 
 
 def encode_questions(
     processor: Any,
     questions: Sequence[str],
-    images: Sequence[Image.Image],
+    images: Sequence[Image.Image | None],
     names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """What a model takes for some questions, one image each, padded on the left.
+    """What a model takes for some questions, padded on the left.
 
     Args:
+        images: what each is about, None for nothing.
         names: what to call each question in an error.
 
     Raises:
@@ -144,8 +150,8 @@ class Prompts:
     def text(self, conversation: Sequence[Message], *, generation_prompt: bool = False) -> str:
         """A conversation as text, one placeholder an image; `generation_prompt` asks on."""
         if self.templated:
-            rendered: list[str] = self.processor.apply_chat_template(
-                [conversation], add_generation_prompt=generation_prompt
+            rendered: list[str] = apply_chat_template(
+                self.processor, [conversation], add_generation_prompt=generation_prompt
             )
             return rendered[0]
         lines = []
@@ -155,8 +161,24 @@ class Prompts:
             lines.append("\n".join(texts) + end)
         return "\n".join(lines)
 
+    @cached_property
+    def takes_text_alone(self) -> bool:
+        """Whether the processor takes a text without images; that of PaliGemma does not."""
+        if self.templated:
+            return True
+        try:
+            self.processor(text=["a"])
+        except _REFUSALS:
+            return False
+        return True
+
     def tokens(self, text: str, images: Sequence[Image.Image] = ()) -> list[int]:
         """The tokens of a text, its images expanded; without `images` a placeholder is one."""
+        if self.image_token not in text and not self.takes_text_alone:
+            # What the processor makes of the text that follows images.
+            bos = self.tokenizer.bos_token_id
+            words: list[int] = self.tokenizer(f"{text}\n")["input_ids"]
+            return words if bos is None else [bos, *words]
         # As `apply_chat_template` does: none are added where the template wrote the first.
         bos = self.tokenizer.bos_token
         written = self.templated and bos and text.startswith(bos)
@@ -209,10 +231,13 @@ class Prompts:
         padding_side: str,
         template: Mapping[str, bool],
     ) -> dict[str, Any]:
-        options = {"padding": True, "padding_side": padding_side, "return_tensors": "pt"}
+        # One alone is as long as itself; not every tokenizer has a token to pad with.
+        several = len(conversations) > 1
+        options = {"padding": several, "padding_side": padding_side, "return_tensors": "pt"}
         if self.templated:
             # Tokenized in the same call: it knows whether the template wrote the first token.
-            encoded = self.processor.apply_chat_template(
+            encoded = apply_chat_template(
+                self.processor,
                 conversations,
                 tokenize=True,
                 return_dict=True,
@@ -221,10 +246,33 @@ class Prompts:
                 **template,
             )
         else:
-            texts = [self.text(conversation) for conversation in conversations]
-            images = [_images(conversation) for conversation in conversations]
-            encoded = self.processor(images=images, text=texts, **options)
+            encoded = self._untemplated(conversations, options)
         return {name: value for name, value in encoded.items() if name != "labels"}
+
+    def _untemplated(
+        self, conversations: Sequence[Sequence[Message]], options: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        texts = [self.text(conversation) for conversation in conversations]
+        images = [_images(conversation) for conversation in conversations]
+        if self.takes_text_alone or all(images):
+            found: Mapping[str, Any] = self.processor(
+                images=images if any(images) else None, text=texts, **options
+            )
+            return found
+        found, rows = {}, [self.tokens(text) for text in texts]
+        if pictured := [number for number, own in enumerate(images) if own]:
+            found = self.processor(
+                images=[images[number] for number in pictured],
+                text=[texts[number] for number in pictured],
+                **options,
+            )
+            masks = found["attention_mask"].bool()
+            for number, ids, mask in zip(pictured, found["input_ids"], masks, strict=True):
+                rows[number] = ids[mask].tolist()
+        padded = self.tokenizer.pad({"input_ids": rows}, **options)
+        if "token_type_ids" in self.processor.model_input_names:
+            padded["token_type_ids"] = torch.zeros_like(padded["input_ids"])
+        return {**found, **padded}
 
 
 def _images(conversation: Sequence[Message]) -> list[Image.Image]:

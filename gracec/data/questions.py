@@ -4,41 +4,56 @@ One line is one question:
 
     {"image": "images/000012.png", "question": "Where is it?", "answer": "left", "type": "where"}
 
-`type` groups the questions in reports and may be left out. Other keys are ignored.
+`type` groups the questions in reports and may be left out, and so may `image`, for a question about
+none. Images lie below the folder. Other keys are ignored, unless they name a picture of a question
+that has none.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gracec.data.pictures import load_image
-from gracec.errors import GracecError
+from PIL import Image
+
+from gracec.data.pictures import confined, load_image
+from gracec.data.records import Broken, is_text, short
+from gracec.errors import GracecError, first_line
 
 SAMPLES_FILE = "samples.jsonl"
 DEFAULT_TYPE = "all"
+_MEDIA = ("image", "img", "picture", "photo", "video", "audio")
 
 
 @dataclass(frozen=True)
 class VqaSample:
-    """A question about one image, its expected answer, and the group it is reported in."""
+    """A question about one image or none, its expected answer, and the group it is reported in."""
 
-    image: Path
+    image: Path | None
     question: str
     answer: str
     type: str = DEFAULT_TYPE
+
+    def picture(self) -> Image.Image | None:
+        """What it is about, as `load_image` reads it."""
+        return None if self.image is None else load_image(self.image)
 
 
 def load_samples(path: Path, limit: int | None = None) -> list[VqaSample]:
     """Read the samples of a folder, and decode every image once to see that it can be.
 
     Args:
-        path: folder with `samples.jsonl`; image paths are relative to it.
+        path: folder with `samples.jsonl`; image paths are relative to it and may not leave it.
         limit: take at most so many, balanced over the types and drawn at random within each;
             the same ones every time, in the order of the file.
+
+    Raises:
+        GracecError: naming the file and the line, if a line is no question or `load_image` refuses
+            its image.
     """
     # Read here rather than by `datasets`: its JSON loader copies everything into a cache in the
     # user's home first, and an error does not say which line is wrong.
@@ -63,10 +78,23 @@ def load_samples(path: Path, limit: int | None = None) -> list[VqaSample]:
         numbered = [numbered[index] for index in chosen]
     checked: set[Path] = set()
     for number, sample in numbered:
-        if sample.image not in checked:
+        if sample.image is not None and sample.image not in checked:
             load_image(sample.image, where=f"{file}:{number}")
             checked.add(sample.image)
     return [sample for _, sample in numbered]
+
+
+def image_path(folder: Path, name: str, where: str = "") -> Path:
+    """The image that a question names, below its folder.
+
+    Raises:
+        GracecError: if it is an address, leads out of the folder, or is no file.
+    """
+    try:
+        confined(folder.resolve(), name)
+    except Broken as broken:
+        raise GracecError(broken.reason, where=where) from broken
+    return folder / name
 
 
 def _parse_line(line: bytes, folder: Path, where: str) -> VqaSample:
@@ -80,6 +108,8 @@ def _parse_line(line: bytes, folder: Path, where: str) -> VqaSample:
             where=where,
             fix="write one JSON object a line",
         ) from error
+    except (RecursionError, ValueError) as error:  # too deep, or a number of thousands of digits
+        raise GracecError(f"not readable as JSON ({first_line(error)})", where=where) from error
     if not isinstance(record, dict):
         raise GracecError(
             f"expected a JSON object, found {type(record).__name__}",
@@ -89,14 +119,25 @@ def _parse_line(line: bytes, folder: Path, where: str) -> VqaSample:
     fields = {
         name: _text(record, name, where)
         for name in ("image", "question", "answer", "type")
-        if name != "type" or name in record
+        if name in ("question", "answer") or name in record
     }
+    if "image" not in fields:
+        _check_no_picture(record, where)
     return VqaSample(
-        image=folder / fields["image"],
+        image=image_path(folder, fields["image"], where) if "image" in fields else None,
         question=fields["question"],
         answer=fields["answer"],
         type=fields.get("type", DEFAULT_TYPE),
     )
+
+
+def _check_no_picture(record: dict[str, object], where: str) -> None:
+    """Refuse a question whose picture, or video, has another name than the one that is read."""
+    known = {"question", "answer", "type"}
+    for name in (name for name in record if name not in known):
+        near = difflib.get_close_matches(name.lower(), ["image"], cutoff=0.75)
+        if near or any(medium in name.lower() for medium in _MEDIA):
+            raise GracecError(f'"{short(name)}" is not read', where=where, fix='name it "image"')
 
 
 def _text(record: dict[str, object], name: str, where: str) -> str:
@@ -105,6 +146,8 @@ def _text(record: dict[str, object], name: str, where: str) -> str:
         raise GracecError(f'"{name}" is missing', where=where)
     if not isinstance(value, str) or not value.strip():
         raise GracecError(f'"{name}" must be a text that is not empty', where=where)
+    if not is_text(value):
+        raise GracecError(f'"{name}" has half of a character (a surrogate)', where=where)
     return value
 
 

@@ -1,26 +1,46 @@
-"""What a record of training data says: the turns of a conversation, and where its pictures are."""
+"""What a record of training data says: the turns of a conversation, which of its answers are to be
+learned, and where its pictures are."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from gracec.errors import printable
 
 IMAGE_PLACEHOLDER = "<image>"
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _ROLES["system"] = "system"
 
+_MASKS = ("weight", "loss", "loss_mask", "train")
+"""What data sets call the mark of a turn, or of a record, that is not to be learned."""
+
+_UNTAUGHT = ("video", "videos", "audio", "audios", "tools")
+"""What a record may hold that its text is about, and no model is taught here."""
+
+_TURN_KEYS = {"from", "role", "value", "content", *_MASKS}
+_RECORD_KEYS = {"image", "images", "system", *_MASKS, *_UNTAUGHT}
+_ABOUT = set(
+    "id _id uid idx index name type source dataset split origin url license meta metadata info "
+    "language lang category categories task topic tags width height image_id question_id "
+    "conversation_id hash timestamp created_at".split()
+)
+"""What data sets say about a record, which nobody expects to be learned."""
+
 
 @dataclass(frozen=True)
 class Turn:
-    """One message. `role` is user, assistant or system; pictures stand in `text` as `<image>`."""
+    """One message. `role` is user, assistant or system; pictures stand in `text` as `<image>`.
+    Of an assistant's, `learned` says whether it is to be."""
 
     role: str
     text: str
+    learned: bool = True
 
 
 class Broken(Exception):
@@ -63,26 +83,91 @@ def as_record(parsed: Any) -> Mapping[str, Any]:
     return parsed
 
 
-def image_refs(record: Mapping[str, Any]) -> list[ImageRef]:
-    """Where each picture of a record is, in order; none of them is looked at.
+@dataclass(frozen=True)
+class Conversation:
+    """What a record says, checked.
+
+    Attributes:
+        turns: questions and answers in alternation, perhaps after a system's.
+        images: where the picture of each placeholder is.
+        unread: keys of the record and its turns that nothing here knows.
+    """
+
+    turns: tuple[Turn, ...]
+    images: tuple[ImageRef, ...]
+    unread: frozenset[str]
+
+
+def read_record(record: Mapping[str, Any]) -> Conversation:
+    """The conversation of a record; none of its pictures is looked at.
 
     Raises:
-        Broken: if one is neither a path nor a picture.
+        Broken: naming the first fault.
     """
-    value = record.get("images")
-    if value is None:
-        value = record.get("image")
-    if value is None:
-        return []
-    return [_image_ref(item) for item in (value if isinstance(value, list | tuple) else [value])]
+    for untaught in _UNTAUGHT:
+        if _holds(record.get(untaught)):
+            raise Broken(untaught, f'it has "{untaught}", which no model is taught here')
+    images, own = _image_refs(record), list[ImageRef | None]()
+    key, items = _messages(record)
+    turns = tuple(_turn(item, own) for item in items)
+    if key is None:
+        turns = _question_and_answer(record, len(images))
+    turns = _after_system(record, _masked(record, turns))
+    check_turns(turns)
+    refs = _agreed(images, own)
+    check_images(turns, len(refs))
+    read = _RECORD_KEYS | ({"question", "answer"} if key is None else {key})
+    keys = {str(name) for name, value in record.items() if value is not None} - read
+    for item in items:
+        keys |= {str(name) for name, value in item.items() if value is not None} - _TURN_KEYS
+    return Conversation(turns, tuple(refs), frozenset(keys - _ABOUT))
 
 
-def _image_ref(value: Any) -> ImageRef:
+def _holds(value: Any) -> bool:
+    return (
+        value is not None
+        and value is not False
+        and not (hasattr(value, "__len__") and not len(value))
+    )
+
+
+def _same(some: Sequence[ImageRef], others: Sequence[ImageRef]) -> bool:
+    """Whether they are the same pictures; one in memory is not decoded to see it."""
+    return len(some) == len(others) and all(
+        one is other or (not isinstance(one, Image.Image) and one == other)
+        for one, other in zip(some, others, strict=True)
+    )
+
+
+def _image_refs(record: Mapping[str, Any]) -> list[ImageRef]:
+    """Where the pictures are that a record lists, in order."""
+    found = []
+    for key in ("images", "image"):
+        value = record.get(key)
+        if value is not None:
+            items = value if isinstance(value, list | tuple) else [value]
+            found.append([image_ref(item) for item in items])
+    if len(found) == 2 and not _same(*found):
+        raise Broken("two lists of images", '"image" and "images" name different pictures')
+    return found[0] if found else []
+
+
+def image_ref(value: Any) -> ImageRef:
+    """Where one picture is.
+
+    Raises:
+        Broken: if it is neither a path nor a picture.
+    """
     if isinstance(value, Mapping):  # as `datasets` stores a picture
-        data = value.get("bytes")
-        value = value.get("path") if data is None else Embedded(str(value.get("path") or ""), data)
-    elif isinstance(value, bytes):
-        value = Embedded("", value)
+        data, path = value.get("bytes"), value.get("path")
+        if data is None:
+            value = path
+        elif isinstance(data, bytes | bytearray | memoryview):
+            value = Embedded(path if isinstance(path, str) else "", bytes(data))
+        else:
+            raise Broken("image path", f"the bytes of an image are a {type(data).__name__}")
+    elif isinstance(value, bytes | bytearray | memoryview):
+        value = Embedded("", bytes(value))
     elif isinstance(value, Path):
         value = str(value)
     if isinstance(value, str | Embedded | Image.Image) and value != "":
@@ -90,34 +175,66 @@ def _image_ref(value: Any) -> ImageRef:
     raise Broken("image path", f"an image must be a path, not {short(repr(value))}")
 
 
-def turns_of(record: Mapping[str, Any], images: int) -> tuple[Turn, ...]:
-    """The conversation of a record; a question without placeholders gets one for each image.
+def _agreed(listed: list[ImageRef], own: Sequence[ImageRef | None]) -> Sequence[ImageRef]:
+    """The pictures that the record lists, or those that its parts name themselves.
 
-    Raises:
-        Broken: if there is none, or a turn is no text of a known role.
+    Args:
+        own: of each placeholder, in order; None where it is one without a name.
     """
+    named = [ref for ref in own if ref is not None]
+    if not named:
+        return listed
+    if not listed and len(named) == len(own):
+        return named
+    filled = [other if ref is None else ref for ref, other in zip(own, listed, strict=False)]
+    if len(own) != len(listed) or not _same(filled, listed):
+        raise Broken(
+            "two lists of images", "the images in the messages are not those that the record lists"
+        )
+    return listed
+
+
+def _messages(record: Mapping[str, Any]) -> tuple[str | None, list[Mapping[str, Any]]]:
+    """The turns as they are written, and the key that they are under; None if there is none."""
     for key in ("conversations", "messages"):
         value = record.get(key)
-        if isinstance(value, Mapping):  # a list of objects as `datasets` may store it: by column
-            columns = list(value.values())
-            value = [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
-        if value is not None:
-            if not isinstance(value, list | tuple) or not value:
-                raise Broken("no conversation", f'"{key}" must be a list that is not empty')
-            return tuple(_turn(item) for item in value)
-    if "question" in record and "answer" in record:
-        question, answer = record["question"], record["answer"]
-        if not isinstance(question, str) or not isinstance(answer, str):
-            raise Broken("no conversation", '"question" and "answer" must be texts')
-        if IMAGE_PLACEHOLDER not in question:
-            question = "\n".join([*[IMAGE_PLACEHOLDER] * images, question])
-        return (Turn("user", question.strip()), Turn("assistant", answer.strip()))
-    raise Broken("no conversation", 'there are neither "conversations" nor "messages"')
+        if isinstance(value, Mapping):
+            value = _rows(value, key)
+        if value is None:
+            continue
+        if not isinstance(value, list | tuple) or not value:
+            raise Broken("no conversation", f'"{key}" must be a list that is not empty')
+        for item in value:
+            if not isinstance(item, Mapping):
+                what = type(item).__name__
+                raise Broken("no conversation", f"a turn must be an object, not {what}")
+        return key, list(value)
+    return None, []
 
 
-def _turn(item: Any) -> Turn:
-    if not isinstance(item, Mapping):
-        raise Broken("no conversation", f"a turn must be an object, not {type(item).__name__}")
+def _rows(columns: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    """A list of objects, which `datasets` may store by column."""
+    values = list(columns.values())
+    lengths = {len(value) if isinstance(value, list | tuple) else -1 for value in values}
+    if len(lengths) != 1 or -1 in lengths:
+        raise Broken("no conversation", f'the columns of "{key}" are no lists of one length')
+    return [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
+
+
+def _question_and_answer(record: Mapping[str, Any], images: int) -> tuple[Turn, ...]:
+    """A question without placeholders gets one for each image."""
+    if "question" not in record or "answer" not in record:
+        raise Broken("no conversation", 'there are neither "conversations" nor "messages"')
+    question, answer = record["question"], record["answer"]
+    if not isinstance(question, str) or not isinstance(answer, str):
+        raise Broken("no conversation", '"question" and "answer" must be texts')
+    if IMAGE_PLACEHOLDER not in question:
+        question = "\n".join([*[IMAGE_PLACEHOLDER] * images, question])
+    return (Turn("user", question.strip()), Turn("assistant", answer.strip()))
+
+
+def _turn(item: Mapping[str, Any], own: list[ImageRef | None]) -> Turn:
+    """One turn; the pictures that its parts name are added to `own`."""
     role = item.get("from") or item.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         known = ", ".join(_ROLES)
@@ -126,24 +243,83 @@ def _turn(item: Any) -> Turn:
     if text is None:
         text = item.get("content")
     if isinstance(text, list | tuple):
-        text = "\n".join(_part(part) for part in text)
+        text = "\n".join(_part(part, own) for part in text)
+    elif isinstance(text, str):
+        own += [None] * text.count(IMAGE_PLACEHOLDER)
     if not isinstance(text, str):
         raise Broken("no conversation", f"the {role} turn has no text")
-    return Turn(_ROLES[role], text.strip())
+    return Turn(_ROLES[role], text.strip(), _mark(item, f"the {role} turn"))
 
 
-def _part(part: Any) -> str:
+def _part(part: Any, own: list[ImageRef | None]) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "image":
+        named = [part[key] for key in ("image", "path", "url") if part.get(key) is not None]
+        own.append(image_ref(named[0]) if named else None)
         return IMAGE_PLACEHOLDER
     text = part.get("text") if kind == "text" else None
     if not isinstance(text, str):
-        raise Broken("no conversation", "a part of a message must be a text or an image")
+        what = short(repr(kind))
+        raise Broken("part", f"a part of a message must be a text or an image, not {what}")
+    own += [None] * text.count(IMAGE_PLACEHOLDER)
     return text
 
 
-def check_turns(turns: Sequence[Turn], images: int) -> None:
-    """Refuse a conversation that is no alternation of questions and answers about its images.
+def _mark(holder: Mapping[str, Any], what: str) -> bool:
+    """Whether a turn is to be learned; what says nothing is."""
+    marks = {
+        name: _flag(holder[name], name, what) for name in _MASKS if holder.get(name) is not None
+    }
+    if len(set(marks.values())) > 1:
+        raise Broken("mask", f"{what} is to be learned and not: {', '.join(marks)} disagree")
+    return all(marks.values())
+
+
+def _flag(value: Any, name: str, what: str) -> bool:
+    if not isinstance(value, bool | int | float) or value not in (0, 1):
+        raise Broken("mask", f"{what} has {name} {short(repr(value))}, which can be 0 or 1 only")
+    return bool(value)
+
+
+def _masked(record: Mapping[str, Any], turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """The turns, with what the record says about all of them or each."""
+    mask = record.get("loss_mask")
+    answers = sum(turn.role == "assistant" for turn in turns)
+    if isinstance(mask, list | tuple):
+        if len(mask) not in (len(turns), answers):
+            raise Broken("mask", f"loss_mask has {len(mask)} entries for {len(turns)} turns")
+        flags = [_flag(value, "loss_mask", "a turn") for value in mask]
+        every = len(mask) == len(turns)
+        rest = iter(flags)
+        turns = tuple(
+            replace(turn, learned=next(rest) and turn.learned)
+            if every or turn.role == "assistant"
+            else turn
+            for turn in turns
+        )
+        record = {**record, "loss_mask": None}
+    if not _mark(record, "the record"):
+        raise Broken("mask", "the record says that nothing of it is to be learned")
+    if answers and not any(turn.learned for turn in turns if turn.role == "assistant"):
+        raise Broken("mask", "no answer of it is to be learned")
+    return turns
+
+
+def _after_system(record: Mapping[str, Any], turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """The turns after what the record gives to the system, if its turns do not have it."""
+    system = record.get("system")
+    if not isinstance(system, str) or not system.strip():
+        return turns
+    first = Turn("system", system.strip())
+    if turns[0].role != "system":
+        return (first, *turns)
+    if turns[0].text != first.text:
+        raise Broken("two system turns", '"system" is not what the system says in the turns')
+    return turns
+
+
+def check_turns(turns: Sequence[Turn]) -> None:
+    """Refuse a conversation that is no alternation of questions and answers in text.
 
     Raises:
         Broken: naming the first fault.
@@ -156,8 +332,18 @@ def check_turns(turns: Sequence[Turn], images: int) -> None:
         if not turn.text:
             what = "an answer" if turn.role == "assistant" else f"a {turn.role} turn"
             raise Broken("empty text", f"{what} is empty")
+        if not is_text(turn.text):
+            raise Broken("no text", f"the {turn.role} turn has half of a character (a surrogate)")
         if turn.role != "user" and IMAGE_PLACEHOLDER in turn.text:
             raise Broken("placeholders", f"{IMAGE_PLACEHOLDER} stands outside a user turn")
+
+
+def check_images(turns: Sequence[Turn], images: int) -> None:
+    """Refuse a conversation that is about more or fewer images.
+
+    Raises:
+        Broken: saying how many.
+    """
     placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
     if placeholders != images:
         raise Broken(
@@ -166,7 +352,16 @@ def check_turns(turns: Sequence[Turn], images: int) -> None:
         )
 
 
+def is_text(text: str) -> bool:
+    """Whether a text can be written: JSON can hold half of a pair of surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def short(text: str, length: int = 100) -> str:
-    """A text for a message: on one line, and cut off."""
-    text = " ".join(text.split())
+    """A text for a message: on one line, cut off, and such that it can be written."""
+    text = printable(" ".join(text.split()))
     return text if len(text) <= length else f"{text[:length]}..."

@@ -15,6 +15,7 @@ from gracec.data.questions import SAMPLES_FILE
 from gracec.data.records import Broken, Embedded, as_record
 from gracec.errors import GracecError, first_line
 
+LINES = "a file with one record a line ends in .jsonl"
 FOLDER_FILES = ("train.jsonl", "train.json", "data.jsonl", "data.json", SAMPLES_FILE)
 """What is looked for in a folder, in this order."""
 
@@ -182,7 +183,13 @@ def _open_json(file: Path) -> _Records:
     except OSError as error:
         raise GracecError(f"cannot be read ({error.strerror})", where=str(file)) from error
     except (ValueError, RecursionError) as error:
-        raise GracecError(f"not valid JSON ({first_line(error)})", where=str(file)) from error
+        raise GracecError(
+            f"not valid JSON ({first_line(error)})",
+            where=str(file),
+            fix="a file with one record a line ends in .jsonl"
+            if "Extra data" in str(error)
+            else "",
+        ) from error
     if not isinstance(parsed, list):
         raise GracecError(
             f"expected a JSON list of records, found {type(parsed).__name__}",
@@ -201,7 +208,10 @@ def _in_memory(source: Any) -> Source:
             fix="give a path, a sequence of records, or a datasets.Dataset",
         )
     # Pictures are hashed by the scan.
-    text = json.dumps(list(source), skipkeys=True, default=lambda value: type(value).__name__)
+    try:
+        text = json.dumps(list(source), skipkeys=True, default=lambda value: type(value).__name__)
+    except (ValueError, RecursionError) as error:
+        raise GracecError(f"not records ({first_line(error)})", where="the records") from error
     return _Records("the records", None, source, hashlib.sha256(text.encode()).digest())
 
 

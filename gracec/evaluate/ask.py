@@ -1,4 +1,4 @@
-"""Ask a model questions about images: one, a batch, or all of a set, with and without the image."""
+"""Ask a model questions about an image or none: one, a batch, or all of a set, seeing and blind."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gracec.data.pictures import load_image
+from gracec.data.pictures import as_loaded
 from gracec.data.prompts import Prompts, encode_questions
 from gracec.data.questions import VqaSample
-from gracec.errors import GracecError
+from gracec.errors import GracecError, first_line
 from gracec.evaluate.scores import Prediction, VqaReport, same_answer, summarise
 
 Progress = Callable[[int, int], None]
 
 
 PIXELS = "pixel_values"
+# What models raise for inputs, or for settings of generation, that they do not take.
+_FAILURES = (ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, AttributeError)
 
 
 class Generator(Protocol):
@@ -43,7 +45,7 @@ def evaluate_vqa(
     blind: bool = True,
     progress: Progress | None = None,
 ) -> VqaReport:
-    """Ask every question once, greedily, and once more without the image.
+    """Ask every question once, greedily, and once more without the image, if it has one.
 
     Args:
         model: has `generate(**inputs, ...)` and `device`.
@@ -63,13 +65,15 @@ def evaluate_vqa(
     with _inference(model):
         for start in range(0, len(samples), batch_size):
             batch = samples[start : start + batch_size]
-            images = [load_image(sample.image) for sample in batch]
+            images = [sample.picture() for sample in batch]
             names = [f"sample {start + offset}" for offset in range(len(batch))]
             questions = [sample.question for sample in batch]
             inputs = _prepare(model, processor, questions, images, names, tokens_by_size)
             answers = _generate(model, processor, inputs, max_new_tokens)
             blind_answers: Sequence[str | None] = [None] * len(batch)
-            if blind:
+            if blind and not any(images):
+                blind_answers = answers
+            elif blind:
                 blind_answers = _generate(model, processor, _without_image(inputs), max_new_tokens)
             predictions += [
                 Prediction(
@@ -92,18 +96,20 @@ def evaluate_vqa(
 def answer(
     model: Generator,
     processor: Any,
-    image: Image.Image,
+    image: Image.Image | None,
     question: str,
     *,
     max_new_tokens: int = 64,
     streamer: Any = None,
 ) -> str:
-    """The greedy answer to one question about one image.
+    """The greedy answer to one question about one image or none.
 
     Args:
+        image: as Pillow opened it, or as `load_image` did.
         streamer: is given the tokens as they come, as streamers of transformers are.
     """
-    inputs = encode_questions(processor, [question], [image], ["the question"])
+    picture = None if image is None else as_loaded(image, "the question")
+    inputs = encode_questions(processor, [question], [picture], ["the question"])
     with _inference(model):
         return _generate(model, processor, _place(inputs, model), max_new_tokens, streamer)[0]
 
@@ -112,7 +118,7 @@ def answers(
     model: Generator,
     processor: Any,
     questions: Sequence[str],
-    images: Sequence[Image.Image],
+    images: Sequence[Image.Image | None],
     *,
     names: Sequence[str],
     tokens_by_size: dict[tuple[int, int], int],
@@ -123,8 +129,8 @@ def answers(
     Args:
         model: has `generate(**inputs, ...)` and `device`.
         processor: of the model.
-        questions: what to ask, about one image each.
-        images: as `load_image` gives them.
+        questions: what to ask, about one image each or none.
+        images: as `load_image` gives them; None for none.
         names: what to call each question in an error.
         tokens_by_size: empty at first, then the same for each batch: image size -> image tokens.
         max_new_tokens: the longest answer.
@@ -152,7 +158,7 @@ def _prepare(
     model: Generator,
     processor: Any,
     questions: Sequence[str],
-    images: Sequence[Image.Image],
+    images: Sequence[Image.Image | None],
     names: Sequence[str],
     tokens_by_size: dict[tuple[int, int], int],
 ) -> dict[str, Any]:
@@ -165,7 +171,7 @@ def _prepare(
 def _check_image_tokens(
     processor: Any,
     input_ids: Tensor,
-    images: Sequence[Image.Image],
+    images: Sequence[Image.Image | None],
     names: Sequence[str],
     tokens_by_size: dict[tuple[int, int], int],
 ) -> None:
@@ -175,9 +181,14 @@ def _check_image_tokens(
     `tokens_by_size` holds the largest seen so far.
     """
     counts = (input_ids == Prompts(processor).image_id).sum(dim=1).tolist()
-    for count, image in zip(counts, images, strict=True):
+    pictured = [
+        (name, count, image)
+        for name, count, image in zip(names, counts, images, strict=True)
+        if image is not None
+    ]
+    for _, count, image in pictured:
         tokens_by_size[image.size] = max(count, tokens_by_size.get(image.size, 0))
-    for name, count, image in zip(names, counts, images, strict=True):
+    for name, count, image in pictured:
         expected = tokens_by_size[image.size]
         if count == 0 or count != expected:
             raise GracecError(
@@ -222,7 +233,14 @@ def _generate(
     settings: dict[str, Any] = {"do_sample": False, "num_beams": 1}
     if streamer is not None:
         settings["streamer"] = streamer
-    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
+    try:
+        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
+    except _FAILURES as error:
+        raise GracecError(
+            f"the model does not take what its processor made ({first_line(error)})",
+            where=type(model).__name__,
+            fix="check that config.json, generation_config.json and the processor belong together",
+        ) from error
     length = prompt.shape[1]
     if not torch.equal(tokens[:, :length], prompt):
         raise GracecError(

@@ -7,11 +7,13 @@ specs of them.
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Any
 
 from torch import fx
 
 from gracec.ir.program import annotation
 from gracec.quant.codes import QuantSpec
+from gracec.quant.frozen import Experts
 from gracec.quant.observers import ActivationSpec
 
 
@@ -25,6 +27,21 @@ def act_of(node: fx.Node) -> ActivationSpec | None:
     """How the input of a matmul is quantized, or a quantized activation itself."""
     fields = annotation(node).get("act")
     return None if fields is None else ActivationSpec(**fields)
+
+
+def experts_of(node: fx.Node) -> Experts | None:
+    """How the model holds the weight of routed experts, if it is planned."""
+    notes = annotation(node)
+    if "experts" not in notes:
+        return None
+    return Experts(notes["experts"], notes.get("transposed", False))
+
+
+def experts_notes(experts: Experts | None) -> dict[str, Any]:
+    """What `experts_of` reads, as values of annotations."""
+    if experts is None:
+        return {"experts": None, "transposed": None}
+    return {"experts": experts.count, "transposed": experts.transposed or None}
 
 
 def planned_quant(node: fx.Node) -> QuantSpec:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,14 +20,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 import gracec.quant.ops
+import gracec.quant.ops_experts
 import gracec.quant.ops_onnx  # noqa: F401  (registers the ops that a saved program may hold)
-from gracec.errors import GracecError
+from gracec.directories import cannot_write, replace_file, room_beside
+from gracec.errors import GracecError, first_line
 from gracec.journal import Note
+from gracec.json_files import parse_json
 
 ANNOTATION = "gracec"
 _NAMES = "gracec.json"
@@ -71,6 +73,8 @@ class Program:
         fqns: attribute path in `graph_module` -> the names the tensor has in the model's state
             dict (more than one when it is tied). The first name is the key used everywhere.
         dtype, device: of the capture; both are baked into the graph.
+        decoder_layers: how many blocks the configuration says that the decoder has; None where
+            there is none that says.
         notes: what a user should know about how it was made.
     """
 
@@ -82,6 +86,7 @@ class Program:
     fqns: dict[str, tuple[str, ...]]
     dtype: torch.dtype
     device: torch.device
+    decoder_layers: int | None = None
     notes: tuple[Note, ...] = field(default=())
 
     def __call__(self, **inputs: Tensor) -> tuple[Tensor, ...]:
@@ -242,7 +247,8 @@ class Program:
         """Write the program as one file (`.pt2`): graph, annotations, tensors and names.
 
         Raises:
-            GracecError: if the program is lowered; its packed tensors belong to this machine.
+            GracecError: if the program is lowered; its packed tensors belong to this machine. Or if
+                the file cannot be written.
         """
         path = Path(path)
         plain = (Tensor, nn.Parameter)
@@ -256,6 +262,7 @@ class Program:
         names = {
             "output_names": self.output_names,
             "family": self.family,
+            "decoder_layers": self.decoder_layers,
             "fqns": self.fqns,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
@@ -263,13 +270,13 @@ class Program:
             # torch saves the metadata of computed values, not that of inputs.
             "inputs": {n.target: annotation(n) for n in self.graph.find_nodes(op="placeholder")},
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.pt2")
         try:
-            extra = {_NAMES: json.dumps(names)}
-            torch.export.save(self.reexport(), temporary, extra_files=extra)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            with room_beside(path) as new:
+                extra = {_NAMES: json.dumps(names)}
+                torch.export.save(self.reexport(), new / "program.pt2", extra_files=extra)
+                replace_file(new / "program.pt2", path)
+        except OSError as error:
+            raise cannot_write(path, error) from error
 
     @classmethod
     def load(cls, path: str | Path) -> Program:
@@ -281,8 +288,17 @@ class Program:
         path = Path(path)
         _refuse_pickles(path)
         extra = {_NAMES: ""}
-        exported = torch.export.load(path, extra_files=extra)
-        names = json.loads(extra[_NAMES])
+        try:
+            exported = torch.export.load(path, extra_files=extra)
+            return cls._from_exported(exported, parse_json(extra[_NAMES], where=str(path)))
+        except GracecError:
+            raise
+        except Exception as error:  # whatever a broken archive leads torch to
+            reason = first_line(error)
+            raise GracecError(f"not readable as a program: {reason}", where=str(path)) from error
+
+    @classmethod
+    def _from_exported(cls, exported: ExportedProgram, names: Any) -> Program:
         graph_module = exported.module(check_guards=False)
         assert isinstance(graph_module, fx.GraphModule)
         drop_assertions(graph_module)
@@ -299,6 +315,7 @@ class Program:
             output_names=tuple(names["output_names"]),
             family=names["family"],
             fqns={target: tuple(found) for target, found in names["fqns"].items()},
+            decoder_layers=names.get("decoder_layers"),
             dtype=getattr(torch, names["dtype"]),
             device=torch.device(names["device"]),
         )
@@ -332,8 +349,15 @@ def _refuse_pickles(path: Path) -> None:
         raise GracecError(f"not readable as a program: {error}", where=str(path)) from error
     if not is_program:
         raise GracecError("not a program saved by gracec", where=str(path))
-    if any(b'"use_pickle": true' in text or b'"use_pickle":true' in text for text in texts):
+    if any(_says_pickle(parse_json(text, where=str(path))) for text in texts):
         raise GracecError("the file holds pickled objects, which are never loaded", where=str(path))
+
+
+def _says_pickle(value: Any) -> bool:
+    """Whether a configuration of torch's archive says anywhere that something is pickled."""
+    if isinstance(value, dict):
+        return bool(value.get("use_pickle")) or any(map(_says_pickle, value.values()))
+    return isinstance(value, list) and any(map(_says_pickle, value))
 
 
 def _set_submodule(root: nn.Module, target: str, module: nn.Module) -> None:

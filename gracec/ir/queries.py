@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ aten = torch.ops.aten
 MATMULS: dict[Any, tuple[int, ...]] = {
     aten.linear.default: (1,),
     torch.ops.gracec.conv2d.default: (1,),
+    torch.ops.gracec.expert_linear.default: (1,),
     aten.conv2d.default: (1,),
     aten.conv3d.default: (1,),
     aten.mm.default: (1, 0),
@@ -22,6 +24,17 @@ MATMULS: dict[Any, tuple[int, ...]] = {
     aten.baddbmm.default: (2, 1),
 }
 """Op -> positions of the operands that may be a weight, the usual one first."""
+
+
+ATTENTION = {
+    aten.scaled_dot_product_attention.default,
+    torch.ops.gracec.segment_attention.default,
+}
+SOFTMAX = {aten.softmax.int, aten._softmax.default}
+DROPOUT = {aten.dropout.default, aten.native_dropout.default}
+EXPERT_LINEAR = torch.ops.gracec.expert_linear.default
+PICKS = {aten.topk.default}
+"""What picks the largest of some values, and says which they are."""
 
 
 VIEWS = {
@@ -62,13 +75,82 @@ def weight_of(node: fx.Node) -> fx.Node | None:
     for position in MATMULS.get(node.target, ()):
         operand = node.args[position]
         assert isinstance(operand, fx.Node)
-        while operand.op == "call_function" and (
-            operand.target in VIEWS or operand.target in STAND_INS
-        ):
-            operand = operand.all_input_nodes[0]
+        operand = seen_through(operand)
         if operand.op == "get_attr":
             return operand
     return None
+
+
+def seen_through(node: fx.Node) -> fx.Node:
+    """What a node is views of, or stands for quantized."""
+    while node.op == "call_function" and (node.target in VIEWS or node.target in STAND_INS):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def nearest_matmuls(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The matmuls that some values are computed from with no other matmul in between."""
+    found, seen, left = set(), set(), list(nodes)
+    while left:
+        node = left.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.target in MATMULS:
+            found.add(node)
+        else:
+            left += node.all_input_nodes
+    return found
+
+
+def attends(node: fx.Node) -> bool:
+    """Whether a node is attention, or the softmax of one that is written out.
+
+    A softmax alone is none: a router has one too. Attention multiplies two activations with each
+    other before it, and the result with a third one after it.
+    """
+    if node.target not in SOFTMAX:
+        return node.target in ATTENTION
+    scores = nearest_matmuls(node.all_input_nodes)
+    if not any(weight_of(matmul) is None for matmul in scores):
+        return False
+    left = list(node.users)
+    while left:
+        user = left.pop()
+        if user.target in MATMULS and weight_of(user) is None:
+            return True
+        if user.target in VIEWS or user.target in DROPOUT:
+            left += user.users
+    return False
+
+
+def _goes_on(node: fx.Node) -> bool:
+    """Whether some matmul depends on a node."""
+    seen, left = set(), list(node.users)
+    while left:
+        user = left.pop()
+        if user.target in MATMULS:
+            return True
+        if user not in seen:
+            seen.add(user)
+            left += user.users
+    return False
+
+
+def chooses_experts(graph: fx.Graph) -> set[fx.Node]:
+    """The routers: linears by whose result it is decided which expert a token is for.
+
+    What makes one is what becomes of its result, with no other matmul in between: it says which
+    weight each row of an expert's linear is multiplied by, or the largest of its values are picked
+    and the model goes on to multiply. A head whose largest values are returned is none.
+    """
+    decisions: list[fx.Node] = []
+    for node in graph.nodes:
+        if node.target == EXPERT_LINEAR:
+            decisions.append(node.args[2])
+        elif node.target in PICKS and _goes_on(node):
+            decisions.append(node.args[0])
+    return {matmul for matmul in nearest_matmuls(decisions) if weight_of(matmul) is not None}
 
 
 def activation_of(node: fx.Node) -> fx.Node:

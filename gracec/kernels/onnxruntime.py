@@ -63,6 +63,8 @@ def refusal(weight: FrozenWeight) -> str:
         spec = weight.activation.spec
         if spec.bits != 8 or spec.granularity != "per_tensor":
             return f"the kernels take inputs in int8/tensor, its input is in {spec}"
+    if weight.experts is not None and runs_int8(weight):
+        return "experts are not multiplied with their input in integers"
     if block_size(weight) or runs_int8(weight):
         return ""
     return f"the kernel takes blocks of {BLOCK_SIZES[-1]}, a scale has {weight.group_size} features"

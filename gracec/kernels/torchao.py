@@ -10,6 +10,7 @@ Both kernels compute (u - 8) * scale + zero on unsigned 4-bit values u. With u =
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
@@ -21,6 +22,7 @@ from torchao.quantization import Int4TilePackedTo4dTensor
 from torchao.quantization.utils import pack_tinygemm_scales_and_zeros
 
 from gracec.quant import QuantSpec, dequantize, row_chunks
+from gracec.quant.ops_experts import multiply_by_expert
 
 PackedWeight: TypeAlias = Int4OpaqueTensor | Int4TilePackedTo4dTensor
 INT4_KERNELS = {
@@ -145,6 +147,25 @@ def read_back_difference(
         if not ((read.float() - sums).abs() <= bound).all():
             return "its codes are different"
     return ""
+
+
+def packed_expert_linear(x: Tensor, weights: Sequence[PackedWeight], experts: Tensor) -> Tensor:
+    """`gracec::expert_linear` with the weight of each expert packed: the kernels take matrices.
+
+    Args:
+        x: [S, K].
+        weights: E of [N, K]. Those that no row asks for are not touched.
+        experts: int64 [S].
+
+    Returns:
+        [S, N] in the dtype of `x`.
+    """
+    return multiply_by_expert(
+        x,
+        experts,
+        weights[0].shape[0],
+        lambda expert, rows: functional.linear(rows, weights[expert]),
+    )
 
 
 class CountInt4Kernels(TorchDispatchMode):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import warnings
 from itertools import chain
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     PreTrainedConfig,
@@ -26,6 +24,15 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils.import_utils import is_torchvision_available
 
 from gracec.errors import GracecError, GracecWarning, first_line
+from gracec.json_files import read_json_object
+from gracec.models.configs import (
+    check_size,
+    code_keys,
+    read_config,
+    read_config_fields,
+    read_generation_config,
+)
+from gracec.models.quantized import dequantizing
 from gracec.models.weight_files import checkpoint_files, first_not_finite
 
 
@@ -37,30 +44,18 @@ def load_config(path: str | Path) -> PreTrainedConfig:
             transformers, or not that of a vision-language model.
     """
     directory = _directory(path)
-    file = directory / "config.json"
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-        model_type = fields.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise GracecError(
-            f"not readable as a JSON object: {first_line(error)}", where=str(file)
-        ) from error
-    if model_type not in CONFIG_MAPPING:
+    fields = read_config_fields(directory)
+    model_type = fields.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING.keys()), n=1)
         known_to = f"transformers {transformers_version}"
         own_code = " (it brings its own code, which is never run)" if "auto_map" in fields else ""
         raise GracecError(
             f"model type {model_type!r} is unknown to {known_to}{own_code}",
-            where=str(file),
+            where=str(directory / "config.json"),
             fix=f"did you mean {near[0]!r}?" if near else "use a model that transformers knows",
         )
-    try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    except Exception as error:
-        raise GracecError(
-            f"transformers refuses this configuration: {first_line(error)}", where=str(file)
-        ) from error
-    assert isinstance(config, PreTrainedConfig)
+    config = read_config(directory)
     if type(config) not in AutoModelForImageTextToText._model_mapping:
         raise GracecError(
             f"model type {model_type!r} is not a vision-language model",
@@ -81,16 +76,27 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> PreTrained
         GracecError: if the directory holds no vision-language model, or a checkpoint that is not
             whole: files or tensors missing, cut short, of another shape, or not finite.
     """
-    load_config(path)
+    config = load_config(path)
     directory = Path(path)
     checkpoint_files(directory)
+    if (directory / "adapter_config.json").is_file():  # transformers would put them into the model
+        raise GracecError(
+            "holds adapters of PEFT beside a model",
+            where=str(directory),
+            fix="move them away, or load them with peft.PeftModel.from_pretrained and compile that",
+        )
+    read_generation_config(directory)  # transformers reads it too, and its errors say less
+    check_size(config, directory)
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             directory,
+            config=config,
+            trust_remote_code=False,
             dtype=dtype or "auto",
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, by name
+            **dequantizing(config),
         )
     except Exception as error:
         raise GracecError(f"cannot be loaded: {first_line(error)}", where=str(directory)) from error
@@ -116,33 +122,68 @@ def load_processor(path: str | Path) -> Any:
         GracecError: if there is none.
     """
     directory = _directory(path)
+    _check_processor_files(directory)
+    # Chosen here, because AutoProcessor forgets about `trust_remote_code` where it chooses by the
+    # model type.
+    loader: Any = _processor_class(directory) or AutoProcessor
     try:
-        loader: Any = _without_videos(directory) or AutoProcessor
-        return loader.from_pretrained(directory, local_files_only=True)
+        return loader.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
+        reason = first_line(error)
+        if "custom code" in reason:
+            reason = "it needs code of its own, which is never run"
         raise GracecError(
-            f"no processor can be loaded: {first_line(error)}",
+            f"no processor can be loaded: {reason}",
             where=str(directory),
             fix="save the model's processor into this directory",
         ) from error
 
 
-def _without_videos(directory: Path) -> type[ProcessorMixin] | None:
-    """The processor class without its part for videos, which needs torchvision, if that is missing.
+PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.json",
+)
 
-    Videos are not captured, and images need no torchvision.
+
+def _check_processor_files(directory: Path) -> None:
+    """Read what transformers will read, whose parsers recurse; say that no code of it runs.
+
+    Raises:
+        GracecError: if one is no JSON object.
     """
-    if is_torchvision_available():
-        return None
-    model_type = json.loads((directory / "config.json").read_text(encoding="utf-8"))["model_type"]
-    name = PROCESSOR_MAPPING_NAMES.get(model_type)
-    for file in ("processor_config.json", "preprocessor_config.json"):
+    for name in PROCESSOR_FILES:
+        file = directory / name
+        if not file.is_file():
+            continue
+        named = sorted(set(code_keys(read_json_object(file))))
+        if named:
+            warnings.warn(
+                f"{file}: {', '.join(named)} names code of its own, which is never run",
+                GracecWarning,
+                stacklevel=4,
+            )
+
+
+def _processor_class(directory: Path) -> type[ProcessorMixin] | None:
+    """The class of transformers that the files name, else that of the model type.
+
+    Without its part for videos if torchvision is missing, which that needs: videos are not
+    captured, and images need no torchvision.
+    """
+    names = [PROCESSOR_MAPPING_NAMES.get(str(read_config_fields(directory).get("model_type")))]
+    for file in ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
         if (directory / file).is_file():
-            fields = json.loads((directory / file).read_text(encoding="utf-8"))
-            name = fields.get("processor_class", name)
-            break
-    found = processor_class_from_name(name) if name else None
-    return None if found is None else images_only(found)
+            names.append(read_json_object(directory / file).get("processor_class"))
+    for name in reversed(names):
+        found = processor_class_from_name(name) if isinstance(name, str) else None
+        if isinstance(found, type) and issubclass(found, ProcessorMixin):
+            return found if is_torchvision_available() else images_only(found) or found
+    return None
 
 
 def images_only(processor: type[ProcessorMixin]) -> type[ProcessorMixin] | None:

@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrain
 from transformers.initialization import no_init_weights
 
 from gracec.errors import GracecError, first_line
+from gracec.models.configs import check_size
 from gracec.models.loading import configured_dtype, load_config
 from gracec.models.surgery import configurations, set_tensor
 from gracec.models.weight_files import checkpoint_files, stored_dtype
@@ -45,7 +46,9 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreT
         for part in configurations(config):
             part.dtype = dtype
     with init_empty_weights(include_buffers=False), no_init_weights():
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype or config.dtype)
+        model = AutoModelForImageTextToText.from_config(
+            config, dtype=dtype or config.dtype, trust_remote_code=False
+        )
     assert isinstance(model, PreTrainedModel)
     model.tie_weights()
     made = _stand_ins(model)
@@ -84,6 +87,7 @@ def model_without_weights(path: str | Path) -> PreTrainedModel:
         GracecError: if there is no usable configuration.
     """
     config = load_config(path)
+    check_size(config, Path(path))
     dtype = configured_dtype(config)
     if dtype is None:
         try:

@@ -14,30 +14,12 @@ from transformers import (
     PreTrainedModel,
 )
 
+from gracec.models.experts import holds_experts, quantize_expert_inputs
+
 
 def configurations(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     """A configuration and those of its parts."""
     return [config, *(getattr(config, name) for name in config.sub_configs)]
-
-
-def untie_head(model: PreTrainedModel) -> bool:
-    """Give a head that is the token embedding a parameter of its own; the configuration says so.
-
-    The two share their memory until one of them is replaced. A quantized head needs it: a table of
-    codes cannot be looked up, and the embedding keeps its precision.
-
-    Returns:
-        Whether the head was tied.
-    """
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or head.weight is not table.weight:
-        return False
-    head.weight = nn.Parameter(table.weight.detach(), requires_grad=table.weight.requires_grad)
-    for part in configurations(model.config):
-        if getattr(part, "tie_word_embeddings", False):
-            part.tie_word_embeddings = False
-    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-    return True
 
 
 def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -80,23 +62,23 @@ def fill_while_running(
 
 def quantize_inputs(
     model: nn.Module, activations: Mapping[str, Callable[[Tensor], Tensor]]
-) -> list[RemovableHandle]:
-    """Let linears round their input first, as the graph does.
+) -> None:
+    """Let linears and experts round their input first, as the graph does.
 
     Args:
         activations: FQN of a weight -> what puts the input of its linear on its grid.
-
-    Returns:
-        Handles that undo it.
     """
 
     def hook(rounded: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
         return lambda module, args: (rounded(args[0]), *args[1:])
 
-    owners = {fqn: model.get_submodule(fqn.rpartition(".")[0]) for fqn in activations}
-    return [
-        owner.register_forward_pre_hook(hook(activations[fqn])) for fqn, owner in owners.items()
-    ]
+    for fqn, rounded in activations.items():
+        owner, _, name = fqn.rpartition(".")
+        module = model.get_submodule(owner)
+        if holds_experts(module):
+            quantize_expert_inputs(module, name, rounded)
+        else:
+            module.register_forward_pre_hook(hook(rounded))
 
 
 def share_weights(model: PreTrainedModel) -> PreTrainedModel:

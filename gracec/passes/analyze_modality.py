@@ -7,14 +7,16 @@
 The first floating-point node that depends on both is the merge. Its vision operand holds the
 vision tokens, its boolean operand the image mask. Nodes that every path from the merge to the
 logits runs through (dominators) contain the residual stream; each block of the decoder ends at the
-last residual addition before the next attention. No module path, parameter or placeholder name is
-looked at.
+last residual addition before the next attention. There have to be as many as the model's
+configuration says. No module path, parameter or placeholder name is looked at.
+
+What decides which expert of a block a token is for is a router.
 
 What an adapter adds to its linear, which capture has marked, is no residual.
 
 Annotations:
     modality: vision | text | fused
-    role: pixels | token_ids | merge | vision_tokens | image_mask | block_output | logits
+    role: pixels | token_ids | merge | vision_tokens | image_mask | block_output | router | logits
     block: number of the decoder block, on block outputs
     part (on matmul-like nodes): vision | projector | decoder | head | text, or unused when the
         logits do not depend on it
@@ -32,21 +34,33 @@ from torch import fx
 
 from gracec.ir.annotations import Part, part_of
 from gracec.ir.program import Program, annotate, annotation
-from gracec.ir.queries import VIEWS, activation_of, value, weight_of
+from gracec.ir.queries import (
+    VIEWS,
+    activation_of,
+    attends,
+    chooses_experts,
+    value,
+    weight_of,
+)
 from gracec.passes.base import Pass, PassResult
 
 aten = torch.ops.aten
 
 
-ATTENTION = {
-    aten.scaled_dot_product_attention.default,
-    aten.softmax.int,
-    aten._softmax.default,
-    torch.ops.gracec.segment_attention.default,
-}
-
-
 ADDITION = {aten.add.Tensor, aten.add_.Tensor}
+
+
+OF_A_SIZE = {
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.empty_like.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+    aten.new_empty.default,
+}
+"""A new tensor as large as another one, whose values play no part."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +96,13 @@ class AnalyzeModality(Pass):
         vision_tokens = self._operand(merge, "vision", floating=True)
         annotate(vision_tokens, role="vision_tokens")
         annotate(self._image_mask(merge), role="image_mask")
-        blocks = dataflow.block_outputs(merge, logits)
+        values = _Dataflow(program.graph, sizes=False)
+        blocks = values.block_outputs(merge, logits)
         for number, node in enumerate(blocks):
             annotate(node, role="block_output", block=number)
-        self._parts(program, dataflow, merge, logits, vision_tokens)
+        self._parts(program, dataflow, values, merge, vision_tokens)
+        for node in chooses_experts(program.graph):
+            annotate(node, role="router")
 
         after = [dict(annotation(node)) for node in program.graph.nodes]
         parts = [part for n in program.graph.nodes if (part := part_of(n)) is not None]
@@ -99,6 +116,13 @@ class AnalyzeModality(Pass):
             after.node(role=role)
         if not list(after.nodes(role="block_output")):
             raise self.refuse("found no decoder block between the merge and the logits")
+        found, layers = len(list(after.nodes(role="block_output"))), after.decoder_layers
+        if layers is not None and found != layers:
+            raise self.refuse(
+                f"found {found} decoder blocks, the model's configuration says {layers}",
+                where=f"family {after.family}",
+                fix="the graph of this decoder is not understood, so nothing is quantized",
+            )
 
     def _sources(self, program: Program) -> tuple[list[fx.Node], list[fx.Node]]:
         placeholders = program.graph.find_nodes(op="placeholder")
@@ -162,16 +186,17 @@ class AnalyzeModality(Pass):
         self,
         program: Program,
         dataflow: _Dataflow,
+        values: _Dataflow,
         merge: fx.Node,
-        logits: fx.Node,
         vision_tokens: fx.Node,
     ) -> None:
         below_merge = dataflow.reach([merge])
+        logits = next(program.nodes(role="logits"))
         used = nx.ancestors(dataflow.digraph, logits) | {logits}
         last_block = list(program.nodes(role="block_output"))[-1]
         after_blocks = dataflow.reach([last_block])
         pixels = next(program.nodes(role="pixels"))
-        residuals = _Dataflow(program.graph, sizes=False).residuals(pixels, vision_tokens)
+        residuals = values.residuals(pixels, vision_tokens)
         # The tower ends where its residual stream does.
         after_tower = dataflow.reach(residuals[-1:])
         sets: dict[fx.Node, int] = {}
@@ -195,7 +220,7 @@ class _Dataflow:
     """The graph as networkx sees it: an edge from every node to each of its users.
 
     Args:
-        sizes: whether what is computed from the size of a tensor depends on the tensor.
+        sizes: whether what is computed from the size of a tensor alone depends on the tensor.
     """
 
     def __init__(self, graph: fx.Graph, *, sizes: bool = True) -> None:
@@ -205,7 +230,7 @@ class _Dataflow:
             (node, user)
             for node in graph.nodes
             for user in node.users
-            if sizes or not isinstance(user.meta.get("val"), (int, torch.SymInt))
+            if sizes or not _reads_a_size(user)
         )
 
     def reach(self, sources: list[fx.Node]) -> set[fx.Node]:
@@ -259,4 +284,9 @@ class _Dataflow:
 
     def _has_attention(self, start: fx.Node, end: fx.Node) -> bool:
         between = nx.descendants(self.digraph, start) & nx.ancestors(self.digraph, end)
-        return any(node.target in ATTENTION for node in between)
+        return any(map(attends, between))
+
+
+def _reads_a_size(node: fx.Node) -> bool:
+    """Whether a node takes nothing from its operand but its size."""
+    return node.target in OF_A_SIZE or isinstance(node.meta.get("val"), (int, torch.SymInt))

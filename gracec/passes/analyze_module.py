@@ -1,7 +1,7 @@
 """analyze-module: find the weights of a model that is no vision-language model.
 
 Every matmul and convolution with a weight is of the part `module`; those that read the same
-activation are one `fused_set`, as in analyze-modality.
+activation are one `fused_set`, and what decides on experts is a `router`, as in analyze-modality.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import fx
 
 from gracec.ir.annotations import Part
 from gracec.ir.program import Program, annotate
-from gracec.ir.queries import MATMULS, activation_of, weight_of
+from gracec.ir.queries import MATMULS, activation_of, chooses_experts, weight_of
 from gracec.passes.base import Pass, PassResult
 
 
@@ -31,6 +31,8 @@ class AnalyzeModule(Pass):
         for node in matmuls:
             number = sets.setdefault(activation_of(node), len(sets))
             changed |= annotate(node, part=Part.MODULE.value, fused_set=number)
+        for node in chooses_experts(program.graph):
+            changed |= annotate(node, role="router")
         return PassResult(program, changed, (f"{len(matmuls)} matmuls and convolutions",))
 
     def ensures(self, before: Program, after: Program) -> None:

@@ -20,7 +20,9 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from gracec.ir.annotations import experts_notes
 from gracec.ir.program import Program, annotate
+from gracec.ir.queries import EXPERT_LINEAR, weight_of
 from gracec.passes.base import Pass, PassResult
 from gracec.passes.freeze import (
     QUANTIZE_DEQUANTIZE,
@@ -30,7 +32,7 @@ from gracec.passes.freeze import (
 )
 from gracec.quant.frozen import FrozenActivation, FrozenWeight
 
-LINEAR = torch.ops.aten.linear.default
+APPLICABLE = (torch.ops.aten.linear.default, EXPERT_LINEAR)
 
 
 @dataclass(frozen=True)
@@ -48,17 +50,18 @@ class ApplyCodes(Pass):
     def apply(self, program: Program) -> PassResult:
         applied = 0
         rounded: dict[fx.Node, list[tuple[FrozenActivation, fx.Node]]] = defaultdict(list)
-        for node in list(program.nodes(LINEAR)):
-            weight = node.args[1]
-            if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        for node in [node for node in program.graph.nodes if node.target in APPLICABLE]:
+            operand = node.args[1]
+            weight = weight_of(node)
+            if weight is None or (operand is not weight and node.target != EXPERT_LINEAR):
                 continue
             names = program.fqns.get(str(weight.target), ())
             frozen = next((self.weights[name] for name in names if name in self.weights), None)
             if frozen is not None:
-                annotate(node, quant=frozen.spec.to_dict())
+                annotate(node, quant=frozen.spec.to_dict(), **experts_notes(frozen.experts))
                 if frozen.activation is not None:
                     self._round_input(program, node, weight, frozen.activation, rounded)
-                replace_by_codes(program, weight, weight, frozen)
+                replace_by_codes(program, operand, weight, frozen)
                 applied += 1
         drop_dead_tensors(program)
         return PassResult(program, applied > 0, (f"codes of {applied} weights applied",))

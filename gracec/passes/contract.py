@@ -126,6 +126,7 @@ class _State:
                 "the dtype": program.dtype,
                 "the device": program.device,
                 "the family": program.family,
+                "the number of layers": program.decoder_layers,
             },
         )
 

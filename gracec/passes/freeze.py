@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, fx
 
 from gracec import quant
-from gracec.ir.annotations import planned_act, planned_quant
+from gracec.ir.annotations import experts_of, planned_act, planned_quant
 from gracec.ir.program import Program, annotation
+from gracec.ir.queries import seen_through
 from gracec.passes.base import Pass, PassResult
 from gracec.passes.insert_fake_quant import (
     FAKE_QUANTIZE,
     FAKE_QUANTIZE_ACTIVATION,
     fake_quantized,
+    reader,
 )
 from gracec.passes.rewrite import described
 from gracec.quant.frozen import FrozenActivation, FrozenWeight
@@ -48,13 +50,13 @@ class Freeze(Pass):
     def apply(self, program: Program) -> PassResult:
         count = 0
         for fake in fake_quantized(program):
-            weight = fake.node.args[0]
-            assert isinstance(weight, fx.Node)
-            spec = planned_quant(next(iter(fake.node.users)))
+            operand, linear = fake.node.args[0], reader(fake.node)
+            assert isinstance(operand, fx.Node)
             codes = quant.quantize(fake.weight, fake.scales, fake.bits, fake.group_size)
-            replace_by_codes(
-                program, fake.node, weight, FrozenWeight.from_codes(codes, fake.scales, spec)
+            frozen = FrozenWeight.from_codes(
+                codes, fake.scales, planned_quant(linear), experts_of(linear)
             )
+            replace_by_codes(program, fake.node, seen_through(operand), frozen)
             count += 1
         activations = list(program.nodes(FAKE_QUANTIZE_ACTIVATION))
         for node in activations:
@@ -93,7 +95,10 @@ def _freeze_activation(program: Program, node: fx.Node) -> None:
 def replace_by_codes(
     program: Program, node: fx.Node, weight: fx.Node, frozen: FrozenWeight
 ) -> fx.Node:
-    """Put `dequantize(codes, scales)` in the place of `node`, which stands for `weight`."""
+    """Put `dequantize(codes, scales)` in the place of `node`, which stands for `weight`.
+
+    Of experts it is the matrix of all of them; what `node` was computed from is left as it is.
+    """
     target = str(weight.target)
     fqn = program.fqn(target)
     operands = []
@@ -110,11 +115,15 @@ def replace_by_codes(
             DEQUANTIZE, (*operands, frozen.group_size, dtype_name(program.dtype))
         )
     dequantized.meta = {k: node.meta[k] for k in ("val", "nn_module_stack") if k in node.meta}
+    dequantized.meta["val"] = node.meta["val"].new_empty(tuple(frozen.shape))
     for operand in operands:
         operand.meta["nn_module_stack"] = dict(node.meta.get("nn_module_stack") or {})
     for user in list(node.users):
         if user is not dequantized and "quant" in annotation(user):
             user.replace_input_with(node, dequantized)
+    while not node.users and node is not weight:  # and the views that it was made of
+        dead, node = node, node.all_input_nodes[0]
+        program.graph.erase_node(dead)
     if not node.users:
         program.graph.erase_node(node)
     return dequantized
@@ -133,7 +142,7 @@ class FrozenNode(NamedTuple):
     weight: FrozenWeight | None
 
     def dense(self, program: Program) -> Tensor:
-        """The weight [N, K] that the codes stand for, as the graph computes it."""
+        """The weight [N, K], [E * N, K] of experts, as the graph computes it."""
         operands: Any = self.node.args
         codes, scales = (program.tensor(str(operand.target)) for operand in operands[:2])
         return quant.dequantize(codes, scales, operands[2], program.dtype)
@@ -171,12 +180,13 @@ def frozen_activations(program: Program) -> dict[str, FrozenActivation]:
     for linear in program.graph.nodes:
         if not {"act", "quant"} <= annotation(linear).keys() or len(linear.args) < 2:
             continue
-        x, weight = linear.args[:2]
-        if x.target != QUANTIZE_DEQUANTIZE:
-            continue
-        weight = weight.args[0] if weight.target == DEQUANTIZE else weight
+        operands: Any = linear.args
+        x, weight = operands[:2]
+        if x.target != QUANTIZE_DEQUANTIZE or not isinstance(weight, fx.Node):
+            continue  # packed experts are several nodes
+        held: Any = weight.args[0] if weight.target == DEQUANTIZE else weight
         scales, zero_points = (program.tensor(str(x.args[place].target)) for place in (1, 2))
-        fqn = program.fqn(str(weight.target)).removesuffix(".codes")
+        fqn = program.fqn(str(held.target)).removesuffix(".codes")
         spec = planned_act(linear)
         found[fqn] = FrozenActivation(scales, zero_points, spec)
     return found
@@ -198,6 +208,7 @@ def frozen_weights(program: Program) -> dict[str, FrozenWeight]:
                 program.tensor(scales),
                 planned_quant(linear),
                 activations.get(fqn),
+                experts_of(linear),
             )
     return found
 

@@ -2,6 +2,7 @@
 
     linear(x, w)           -> linear(x, fake_quantize(w, w_scale))
     linear(observer(x), w) -> linear(fake_quantize_activation(x, input_scale, zero_point), ...)
+    expert_linear(x, w)    -> expert_linear(x, fake_quantize(reshape(w), w_scale))
 
 The scale parameter belongs to the module that owns the weight (`...q_proj.weight_scale`) and starts
 at the scale of least squared error. The node stands right before its linear, because nodes of one
@@ -19,9 +20,9 @@ from torch import Tensor, fx, nn
 
 from gracec import quant
 from gracec.errors import GracecError
-from gracec.ir.annotations import planned_quant
+from gracec.ir.annotations import experts_of, planned_quant
 from gracec.ir.program import Program, annotate, annotation
-from gracec.ir.queries import value, weight_of
+from gracec.ir.queries import seen_through, value, weight_of
 from gracec.passes.base import Pass, PassResult
 from gracec.passes.insert_observers import PREFIX, observer_nodes
 from gracec.quant.observers import Observer, weight_scales
@@ -54,14 +55,21 @@ class FakeQuantized(NamedTuple):
 def fake_quantized(program: Program) -> Iterator[FakeQuantized]:
     """Every fake-quantized weight, in the order of the graph."""
     for node in list(program.nodes(FAKE_QUANTIZE)):
-        weight, scale, bits, group_size, parametrization, scale_grid, _ = node.args
-        assert isinstance(weight, fx.Node) and isinstance(scale, fx.Node)
+        operand, scale, bits, group_size, parametrization, scale_grid, _ = node.args
+        assert isinstance(operand, fx.Node) and isinstance(scale, fx.Node)
+        weight, experts = seen_through(operand), experts_of(reader(node))
         assert isinstance(bits, int) and isinstance(group_size, int)
         names = program.fqn(str(weight.target)), program.fqn(str(scale.target))
         tensors = (program.tensor(str(one.target)).detach() for one in (weight, scale))
         master, param = tensors
+        master = master if experts is None else experts.matrix(master)
         scales = quant.scale_from_param(param, str(parametrization), str(scale_grid))
         yield FakeQuantized(node, *names, master, scales, bits, group_size)
+
+
+def reader(node: fx.Node) -> fx.Node:
+    """The planned matmul whose weight a node is."""
+    return next(user for user in node.users if "quant" in annotation(user))
 
 
 @dataclass(frozen=True)
@@ -111,14 +119,16 @@ class InsertFakeQuant(Pass):
                 raise self.refuse(f"{node.name} is planned but not fake-quantized")
 
     def _insert(self, program: Program, linear: fx.Node, weight: fx.Node) -> None:
-        spec = planned_quant(linear)
-        target = str(weight.target)
+        spec, experts = planned_quant(linear), experts_of(linear)
+        target = str(seen_through(weight).target)
+        matrix = program.tensor(target)
+        matrix = matrix if experts is None else experts.matrix(matrix)
         fqn = program.fqn(target)
         scale_target = f"{target}_scale"
         if scale_target not in program.fqns:  # a module that is called twice has one scale
             try:
                 scales = weight_scales(
-                    program.tensor(target),
+                    matrix,
                     spec,
                     annotation(linear).get("weight_observer", "mse"),
                     candidates=self.candidates,
@@ -130,8 +140,17 @@ class InsertFakeQuant(Pass):
             param = nn.Parameter(quant.scale_to_param(scales, spec.parametrization))
             program.set_tensor(scale_target, param)
             program.fqns[scale_target] = (f"{fqn}_scale",)
-        rows, columns = program.tensor(target).shape
+        rows, columns = matrix.shape
+        weight_value = value(weight)
+        assert weight_value is not None
+        stack = dict(linear.meta.get("nn_module_stack") or {})
         with program.graph.inserting_before(linear):
+            if experts is not None:
+                weight_value = weight_value.reshape(rows, columns)
+                weight = program.graph.call_function(
+                    torch.ops.aten.reshape.default, (weight, [rows, columns])
+                )
+                weight.meta = {"val": weight_value, "nn_module_stack": stack}
             scale = program.graph.get_attr(scale_target)
             fake = program.graph.call_function(
                 FAKE_QUANTIZE,
@@ -145,13 +164,11 @@ class InsertFakeQuant(Pass):
                     dtype_name(program.dtype),
                 ),
             )
-        weight_value = value(weight)
-        assert weight_value is not None
         scale_value = weight_value.new_empty(spec.scale_shape(rows, columns), dtype=torch.float32)
         scale.meta = {"val": scale_value}
         fake.meta = {"val": torch.empty_like(weight_value)}
         for node in (scale, fake):
-            node.meta["nn_module_stack"] = dict(linear.meta.get("nn_module_stack") or {})
+            node.meta["nn_module_stack"] = stack
         linear.update_arg(1, fake)
 
     def _insert_activation(self, program: Program, node: fx.Node) -> None:
@@ -162,7 +179,6 @@ class InsertFakeQuant(Pass):
         consumer = next(iter(node.users))
         weight = weight_of(consumer)
         assert weight is not None
-        owner = str(weight.target).rpartition(".")[0]
         tensors = {
             "input_scale": nn.Parameter(quant.scale_to_param(scales, "log")),
             "input_zero_point": zero_points,
@@ -172,11 +188,13 @@ class InsertFakeQuant(Pass):
         with program.graph.inserting_before(node):
             operands = []
             for name, tensor in tensors.items():
-                target = f"{owner}.{name}"
+                own, fqn = str(weight.target), program.fqn(str(weight.target))
+                if experts_of(consumer) is None:
+                    target, named = (f"{one.rpartition('.')[0]}.{name}" for one in (own, fqn))
+                else:  # several weights in one module, each with an input of its own
+                    target, named = f"{own}_{name}", f"{fqn}_{name}"
                 program.set_tensor(target, tensor)
-                program.fqns[target] = (
-                    f"{program.fqn(str(weight.target)).rpartition('.')[0]}.{name}",
-                )
+                program.fqns[target] = (named,)
                 operand = program.graph.get_attr(target)
                 operand.meta = {"val": traced.new_empty(tensor.shape, dtype=tensor.dtype)}
                 operands.append(operand)

@@ -26,7 +26,11 @@ PREFIX = "observers"
 
 @dataclass(frozen=True)
 class InsertObservers(Pass):
-    """Options: `samples`, prepared inputs of the graph; without them, the example inputs."""
+    """Options: `samples`, prepared inputs of the graph; without them, the example inputs.
+
+    A sample of text alone leaves out the inputs that are about images: the graph then sees the
+    images of the example, which nothing in the text depends on, and they are not observed.
+    """
 
     samples: Sequence[Mapping[str, Tensor]] = field(default=())
     name: ClassVar[str] = "insert-observers"
@@ -62,21 +66,27 @@ class InsertObservers(Pass):
                 "give calibration samples for scales that mean something"
             ]
             samples = [program.example_inputs]
-        with torch.no_grad():
-            for sample in samples:
-                program(**sample)
-        for node in observers.values():  # what runs the program later shall not move the scales
-            observer = program.graph_module.get_submodule(str(node.target))
-            assert isinstance(observer, Observer)
+        watching = [
+            (_observer(program, node), annotation(node).get("modality"))
+            for node in observers.values()
+        ]
+        for sample in samples:
+            text_alone = sample.keys() < program.example_inputs.keys()
+            for observer, modality in watching:
+                observer.watching = not (text_alone and modality == "vision")
+            with torch.no_grad():
+                program(**{**program.example_inputs, **sample})
+        for observer, _ in watching:  # what runs the program later shall not move the scales
             observer.watching = False
         return PassResult(program, True, tuple(notes))
 
     def ensures(self, before: Program, after: Program) -> None:
         for node in observer_nodes(after):
-            observer = after.graph_module.get_submodule(str(node.target))
-            assert isinstance(observer, Observer)
-            if not observer.seen:
-                raise self.refuse(f"{node.name} has observed nothing")
+            if not _observer(after, node).seen:
+                raise self.refuse(
+                    f"{node.name} has observed nothing",
+                    fix="calibrate on data with pictures, as the model will see",
+                )
 
     def _insert(
         self, program: Program, linear: fx.Node, source: fx.Node, spec: ActivationSpec
@@ -98,6 +108,12 @@ class InsertObservers(Pass):
 def observer_nodes(program: Program) -> Iterator[fx.Node]:
     """The observers of a program, in order."""
     return (node for node in program.graph.nodes if node.op == "call_module")
+
+
+def _observer(program: Program, node: fx.Node) -> Observer:
+    found = program.graph_module.get_submodule(str(node.target))
+    assert isinstance(found, Observer)
+    return found
 
 
 def _observed_linears(program: Program) -> Iterator[fx.Node]:

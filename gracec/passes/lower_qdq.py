@@ -22,6 +22,12 @@ so there the scale of the input is multiplied in a step of its own, which gives 
 What else reads a weight reads it dense, with its reason in the notes, and so does a convolution
 whose scales are neither of filters nor of blocks.
 
+Each routed expert has a kernel of its own, which gets the rows that are for it:
+
+    expert_linear(x, dequantize(codes [E * N, K], scales), experts)
+    ->  expert_matmul(x, experts, [dequantize_linear(...), ...])          ops=qdq
+    ->  expert_matmul_nbits(x, experts, [codes, ...], [scales, ...], ...) ops=matmulnbits
+
 No kernel takes a convolution with codes: its weight is dequantized, turned and seen as filters, and
 the convolution runs in float32.
 
@@ -33,13 +39,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from gracec._memory import trim
 from gracec.ir.program import Program, annotate, annotation
+from gracec.ir.queries import EXPERT_LINEAR
 from gracec.kernels import onnxruntime as kernel
 from gracec.passes.base import Pass, PassResult
 from gracec.passes.flatten_convolutions import FLAT_CONVOLUTION
@@ -55,6 +62,9 @@ from gracec.quant.frozen import FrozenWeight
 LINEAR = torch.ops.aten.linear.default
 DEQUANTIZE_LINEAR = torch.ops.gracec.dequantize_linear.default
 MATMUL_NBITS = torch.ops.gracec.matmul_nbits.default
+EXPERT_MATMUL = torch.ops.gracec.expert_matmul.default
+EXPERT_MATMUL_NBITS = torch.ops.gracec.expert_matmul_nbits.default
+READ_CODES = (DEQUANTIZE_LINEAR, MATMUL_NBITS, EXPERT_MATMUL_NBITS)
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,8 @@ class LowerQdq(Pass):
                         if (x, fused) not in rounded:
                             rounded[x, fused] = self._lower_input(program, x, fqn, frozen, fused)
                         reader.update_arg(0, rounded[x, fused])
-                    self._lower(program, reader, target + suffix, fqn + suffix, frozen)
+                    lower = self._lower_experts if frozen.experts else self._lower
+                    lower(program, reader, target + suffix, fqn + suffix, frozen)
             notes += [f"{fqn} runs dense: {reason}" for reason in reasons]
             program.graph.erase_node(node)
             drop_dead_tensors(program)
@@ -121,7 +132,7 @@ class LowerQdq(Pass):
         if any(after.nodes(DEQUANTIZE)):
             raise self.refuse("a dequantize node is left")
         for node in after.graph.find_nodes(op="get_attr"):
-            lowered = [n for n in node.users if n.target in (DEQUANTIZE_LINEAR, MATMUL_NBITS)]
+            lowered = [n for n in node.users if n.target in READ_CODES]
             if lowered and len(node.users) > 1:
                 raise self.refuse("two nodes share codes or scales", where=str(node.target))
 
@@ -155,6 +166,37 @@ class LowerQdq(Pass):
                 lowered.meta = {k: linear.meta[k] for k in STACK if k in linear.meta}
         inner.meta |= {k: linear.meta[k] for k in STACK[1:] if k in linear.meta}
         annotate(product, kernel="int4" if bits <= 4 else "int8")
+        linear.replace_all_uses_with(lowered)
+        program.graph.erase_node(linear)
+
+    def _lower_experts(
+        self, program: Program, linear: fx.Node, target: str, fqn: str, frozen: FrozenWeight
+    ) -> None:
+        """expert_linear(x, w, experts) -> expert_matmul(x, experts, [w', ...])"""
+        x, experts = linear.args[0], linear.args[2]
+        block, bits = kernel.block_size(frozen), kernel.kernel_bits(frozen, self.ops)
+        qdq = self.ops == "qdq"
+        constants = []
+        with program.graph.inserting_before(linear):
+            for number, one in enumerate(frozen.matrices()):
+                operands = (kernel.qdq_operands if qdq else kernel.matmulnbits_operands)(one)
+                names = f"{target}_{number}", f"{fqn}.{number}"
+                found = _constants(program, linear, *names, _named(operands))
+                if qdq:
+                    weight = program.graph.call_function(DEQUANTIZE_LINEAR, (*found, block))
+                    weight.meta = {"val": linear.meta["val"].new_empty(one.shape[::-1])}
+                    weight.meta |= {k: linear.meta[k] for k in STACK[1:] if k in linear.meta}
+                    found = [weight]
+                constants.append(found)
+            lists = [list(kind) for kind in zip(*constants, strict=True)]
+            arguments: tuple[Any, ...] = (x, experts, *lists)
+            if not qdq:
+                arguments += (bits, block, kernel.ACCURACY_LEVEL[self.mode])
+            lowered = program.graph.call_function(
+                EXPERT_MATMUL if qdq else EXPERT_MATMUL_NBITS, arguments
+            )
+        lowered.meta = dict(linear.meta)
+        annotate(lowered, kernel="int4" if bits <= 4 else "int8")
         linear.replace_all_uses_with(lowered)
         program.graph.erase_node(linear)
 
@@ -219,7 +261,7 @@ STACK = ("val", "nn_module_stack")
 
 def _refusal(found: FrozenNode, reader: fx.Node) -> str:
     """Why what reads a weight has to read it dense, or ""."""
-    reason = found.refusal(reader, LINEAR, FLAT_CONVOLUTION)
+    reason = found.refusal(reader, LINEAR, FLAT_CONVOLUTION, EXPERT_LINEAR)
     if reason or found.weight is None:
         return reason
     if reader.target == FLAT_CONVOLUTION:
@@ -297,7 +339,8 @@ def lowered_weights(program: Program) -> dict[str, LoweredWeight]:
     found: dict[str, LoweredWeight] = {}
     for node in program.graph.nodes:
         if node.target == DEQUANTIZE_LINEAR:
-            if any(user.target != torch.ops.aten.matmul.default for user in node.users):
+            kinds = (torch.ops.aten.matmul.default, EXPERT_MATMUL)
+            if any(user.target not in kinds for user in node.users):
                 continue  # of a convolution
             codes, scales, block = node.args
             columns, rows = node.meta["val"].shape
@@ -306,15 +349,29 @@ def lowered_weights(program: Program) -> dict[str, LoweredWeight]:
             _, codes, scales, bits, block, _ = node.args
             rows, blocks = program.tensor(str(scales.target)).shape
             columns = blocks * block
+        elif node.target == EXPERT_MATMUL_NBITS:
+            _, _, every_codes, every_scales, bits, block, _ = node.args
+            for own in zip(every_codes, every_scales, strict=True):
+                rows, blocks = program.tensor(str(own[1].target)).shape
+                found |= _lowered(program, *own, bits, block, rows, blocks * block)
+            continue
         else:
             continue
-        fqn = program.fqn(str(codes.target)).removesuffix(".codes")
-        found[fqn] = LoweredWeight(
-            codes=program.tensor(str(codes.target)),
-            scales=program.tensor(str(scales.target)),
-            bits=bits,
-            block_size=block,
-            rows=rows,
-            columns=columns,
-        )
+        found |= _lowered(program, codes, scales, bits, block, rows, columns)
     return found
+
+
+def _lowered(
+    program: Program,
+    codes: fx.Node,
+    scales: fx.Node,
+    *layout: int,
+) -> dict[str, LoweredWeight]:
+    """FQN of a weight -> the weight.
+
+    Args:
+        layout: bits, block size, rows and columns.
+    """
+    tensors = [program.tensor(str(node.target)) for node in (codes, scales)]
+    fqn = program.fqn(str(codes.target)).removesuffix(".codes")
+    return {fqn: LoweredWeight(tensors[0], tensors[1], *layout)}

@@ -3,6 +3,10 @@
     rule(part of w) + shape of w -> QuantSpec      annotated as `quant` on the matmul
                                   | reason         annotated as `kept`
 
+The weights of routed experts [E, N, K] are planned as the matrix [E * N, K]: every output of every
+expert has groups of its own, along the input features. A router keeps its precision whatever the
+recipe says.
+
 Matmuls that read the same activation (q/k/v, gate/up) are fused by runtimes, so they share one
 scheme: when the group does not divide the width of one of them, all fall back together to the
 largest smaller group that fits, or all keep their precision. In strict mode that is refused.
@@ -18,17 +22,25 @@ import torch
 from torch import fx, nn
 
 from gracec.errors import GracecError
-from gracec.ir.annotations import Part, known_part, part_of, quant_of
+from gracec.ir.annotations import (
+    Part,
+    experts_notes,
+    experts_of,
+    known_part,
+    part_of,
+    quant_of,
+)
 from gracec.ir.program import Program, annotate, annotation
-from gracec.ir.queries import MATMULS, STAND_INS, value, weight_of
+from gracec.ir.queries import EXPERT_LINEAR, MATMULS, STAND_INS, value, weight_of
 from gracec.passes.base import Pass, PassResult
-from gracec.quant import SUPPORTED_GROUP_SIZES, QuantSpec
+from gracec.quant import SUPPORTED_GROUP_SIZES, Experts, QuantSpec
 from gracec.quant.observers import ActivationSpec
 from gracec.recipe import ActivationRule, Recipe
 
 aten = torch.ops.aten
 EMBEDDING = aten.embedding.default
-QUANTIZABLE = (aten.linear.default, torch.ops.gracec.conv2d.default)
+ROUTERS = "keep their precision: rounded ones would choose other experts"
+QUANTIZABLE = (aten.linear.default, torch.ops.gracec.conv2d.default, EXPERT_LINEAR)
 
 
 @dataclass(frozen=True)
@@ -38,9 +50,10 @@ class PlanEntry:
     Attributes:
         fqns: the weight's names in the state dict, more than one when it is tied.
         part: what it is for.
-        shape: of the weight, [N, K] = (out, in) for linears.
+        shape: of the weight, [N, K] = (out, in) for linears, [E * N, K] for experts.
         spec: how it is quantized, or None.
         reason: why it keeps its precision, empty when it is quantized.
+        experts: of the weight of routed experts that is quantized, how the model holds it.
     """
 
     fqns: tuple[str, ...]
@@ -49,6 +62,7 @@ class PlanEntry:
     element_size: int
     spec: QuantSpec | None
     reason: str = ""
+    experts: Experts | None = None
 
     @property
     def fqn(self) -> str:
@@ -104,14 +118,16 @@ def plan_of(program: Program) -> Plan:
         weight = _weight(node)
         assert weight is not None
         tensor = program.tensor(str(weight.target))
-        spec = quant_of(node)
+        spec, experts = quant_of(node), experts_of(node)
+        shape = tuple(tensor.shape if experts is None else experts.matrix(tensor.to("meta")).shape)
         entry = PlanEntry(
             fqns=program.fqns.get(str(weight.target), (str(weight.target),)),
             part=part_of(node) or (Part.EMBEDDING if node.target == EMBEDDING else Part.OTHER),
-            shape=tuple(tensor.shape),
+            shape=shape,
             element_size=tensor.element_size(),
             spec=spec,
             reason=notes.get("kept", ""),
+            experts=experts,
         )
         # A table that is looked up and multiplied with is listed once, as what is multiplied.
         if entry.fqn not in entries or entries[entry.fqn].part == Part.EMBEDDING:
@@ -143,6 +159,7 @@ class PlanQuantization(Pass):
         notes: list[str] = []
         for node in program.graph.nodes:  # a second plan replaces the first
             annotate(node, quant=None, kept=None, act=None, weight_observer=None)
+            annotate(node, **experts_notes(None))
         sets: dict[int, list[fx.Node]] = defaultdict(list)
         for node in program.graph.nodes:
             if "part" in annotation(node):
@@ -152,6 +169,8 @@ class PlanQuantization(Pass):
         for members in sets.values():
             self._plan_set(program, recipe, members, notes)
         self._keep_the_rest(program)
+        if routers := len(list(program.nodes(role="router"))):
+            notes.append(f"{routers} routers {ROUTERS}")
         plan = plan_of(program)
         quantized = plan.quantized
         notes.append(
@@ -198,6 +217,8 @@ class PlanQuantization(Pass):
             reason = self._unfit(program, node)
             if part == Part.UNUSED:
                 annotate(node, quant=None, kept="unused: the logits do not depend on it")
+            elif annotation(node).get("role") == "router":
+                annotate(node, quant=None, kept="router: chooses experts, never quantized")
             elif "adapter" in annotation(node):
                 annotate(node, quant=None, kept="adapter: kept in float beside its linear")
             elif rule is None:
@@ -233,6 +254,7 @@ class PlanQuantization(Pass):
                 continue
             observer = None if rule.observer == "mse" else rule.observer
             annotate(node, quant=spec.to_dict(), kept=None, weight_observer=observer)
+            annotate(node, **experts_notes(_experts(node)))
             activation = recipe.activation_rule(known_part(node))
             if activation is not None:
                 annotate(node, act=self._activation_spec(activation, widths, names[0]).to_dict())
@@ -271,7 +293,7 @@ class PlanQuantization(Pass):
         assert isinstance(weight, fx.Node)
         tensor = value(weight)
         assert tensor is not None
-        return int(tensor.shape[1])
+        return int(tensor.shape[-1])
 
     @staticmethod
     def _unfit(program: Program, node: fx.Node) -> str:
@@ -280,13 +302,31 @@ class PlanQuantization(Pass):
         assert weight is not None
         if node.target not in QUANTIZABLE:
             return f"{node.target} is not a linear layer"
+        dimensions = program.tensor(str(weight.target)).dim()
+        if node.target == EXPERT_LINEAR:
+            if _experts(node) is None or dimensions != 3:
+                return "the weights of experts are used in another way than one after the other"
+            return ""
         if node.args[1] is not weight:
             return "only a view of the weight is used"
-        if program.tensor(str(weight.target)).dim() != 2:
+        if dimensions != 2:
             return "the weight is not a matrix"
         if any(user.target == EMBEDDING for user in weight.users):
             return "tied to the token embedding"
         return ""
+
+
+def _experts(node: fx.Node) -> Experts | None:
+    """How the model holds the weight of a linear of experts, if it is one."""
+    if node.target != EXPERT_LINEAR:
+        return None
+    operand, count = node.args[1], node.args[3]
+    assert isinstance(operand, fx.Node) and isinstance(count, int)
+    if operand.op == "get_attr":
+        return Experts(count)
+    turned = operand.target == aten.transpose.int and operand.args[1:] == (1, 2)
+    whole = turned and operand.all_input_nodes[0].op == "get_attr"
+    return Experts(count, transposed=True) if whole else None
 
 
 def _weight(node: fx.Node) -> fx.Node | None:

@@ -29,7 +29,7 @@ from gracec.quant.codes import (
     store_codes,
     unpack_nibbles,
 )
-from gracec.quant.frozen import FrozenActivation, FrozenWeight
+from gracec.quant.frozen import Experts, FrozenActivation, FrozenWeight
 
 __all__ = [
     "CHUNK_ELEMENTS",
@@ -38,6 +38,7 @@ __all__ = [
     "SCALE_MIN",
     "SUPPORTED_BITS",
     "SUPPORTED_GROUP_SIZES",
+    "Experts",
     "FrozenActivation",
     "FrozenWeight",
     "QuantSpec",

@@ -2,6 +2,7 @@
 
 gracec::dequantize           ->  gracec::dequantize_linear, gracec::matmul_nbits
 gracec::quantize_dequantize  ->  gracec::quantize_activation, gracec::dequantize_activation
+gracec::expert_linear        ->  gracec::expert_matmul, gracec::expert_matmul_nbits
 gracec::rms_norm, gracec::rotary_embedding, gracec::attention      (what fuse-decoder makes)
 """
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gracec.quant import codes as quant
+from gracec.quant.ops_experts import multiply_by_expert
 
 
 @torch.library.custom_op("gracec::dequantize_linear", mutates_args=())
@@ -74,6 +76,53 @@ def _(
     x: Tensor, codes: Tensor, scales: Tensor, bits: int, block_size: int, accuracy_level: int
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], len(scales)))
+
+
+@torch.library.custom_op("gracec::expert_matmul", mutates_args=())
+def expert_matmul(x: Tensor, experts: Tensor, weights: list[Tensor]) -> Tensor:
+    """Rows x [S, K] by the weight [K, N] of their expert int64 [S]; [S, N]."""
+    return multiply_by_expert(
+        x, experts, weights[0].shape[1], lambda expert, rows: rows @ weights[expert]
+    )
+
+
+@expert_matmul.register_fake
+def _(x: Tensor, experts: Tensor, weights: list[Tensor]) -> Tensor:
+    return x.new_empty((x.shape[0], weights[0].shape[1]))
+
+
+@torch.library.custom_op("gracec::expert_matmul_nbits", mutates_args=())
+def expert_matmul_nbits(
+    x: Tensor,
+    experts: Tensor,
+    codes: list[Tensor],
+    scales: list[Tensor],
+    bits: int,
+    block_size: int,
+    accuracy_level: int,
+) -> Tensor:
+    """The same, with the codes and scales of `matmul_nbits` for each expert."""
+    return multiply_by_expert(
+        x,
+        experts,
+        scales[0].shape[0],
+        lambda expert, rows: matmul_nbits(
+            rows, codes[expert], scales[expert], bits, block_size, accuracy_level
+        ),
+    )
+
+
+@expert_matmul_nbits.register_fake
+def _(
+    x: Tensor,
+    experts: Tensor,
+    codes: list[Tensor],
+    scales: list[Tensor],
+    bits: int,
+    block_size: int,
+    accuracy_level: int,
+) -> Tensor:
+    return x.new_empty((x.shape[0], scales[0].shape[0]))
 
 
 @torch.library.custom_op("gracec::rms_norm", mutates_args=())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,7 @@ from transformers import __version__ as transformers_version
 
 from gracec._version import __version__
 from gracec.backends.base import CardFacts
+from gracec.errors import printable
 from gracec.recipe import known_recipes
 from gracec.report.report import (
     ACCURACY,
@@ -44,8 +46,8 @@ def model_card(report: Report, facts: CardFacts, *, source: str, form: str) -> s
     model = source or "MODEL"
     sections = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {source.rpartition('/')[2] or 'Model'}, {recipe}",
-        f"`{model}`, compiled by gracec {__version__}: {facts.weights}.",
+        f"# {_plain(source.rpartition('/')[2] or 'Model')}, {_plain(recipe)}",
+        f"{_plain(model)}, compiled by gracec {__version__}: {facts.weights}.",
         "## Load it\n\n"
         f"    pip install transformers {facts.needs}\n\n"
         "```python\n"
@@ -59,10 +61,8 @@ def model_card(report: Report, facts: CardFacts, *, source: str, form: str) -> s
         f"Written with transformers {transformers_version}, torch {torch.__version__}.",
         "## Coverage\n\n" + _table(COVERAGE, coverage_rows(report.plan)),
         "## Sizes and gates\n\n" + _table(("figure", "value"), _figures(report)),
-        "## Recipe\n\n```yaml\n"
-        + yaml.safe_dump(dict(report.recipe), sort_keys=False)
-        + "```\n\n"
-        + f"    gracec compile {model} --recipe {argument} --format {form} --out DIR",
+        "## Recipe\n\n" + _block("yaml", yaml.safe_dump(dict(report.recipe), sort_keys=False)),
+        f"    gracec compile {_word(model)} --recipe {_word(argument)} --format {form} --out DIR",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -81,7 +81,7 @@ def _accuracy(report: Report) -> str:
     difference = found["difference"]
     table = _table(ACCURACY, accuracy_cells(found))
     return (
-        f"{made} Exact match on {found['data']}, ± standard error:\n\n{table}\n\n"
+        f"{made} Exact match on {_plain(found['data'])}, ± standard error:\n\n{table}\n\n"
         f"Compiled against original on the same questions: {difference['difference']:+.1%} "
         f"±{difference['standard_error']:.1%}."
     )
@@ -96,5 +96,23 @@ def _figures(report: Report) -> list[tuple[str, ...]]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
+    lines = [head, ["---"] * len(head), *([_plain(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """A text of others in one line that is no Markdown and no HTML."""
+    marked = printable(str(text)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*\[\]|~])", r"\\\1", marked)
+
+
+def _block(language: str, text: str) -> str:
+    """A block of code whose text cannot end it."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}{fence}"
+
+
+def _word(text: str) -> str:
+    """A text of others as one word of a command."""
+    return shlex.quote(printable(text))

@@ -99,6 +99,10 @@ class MemoryPlan:
         }
 
 
+MOST_PICTURES = 256
+"""Of the example batch from whose length the plan is made."""
+
+
 def memory_plan(
     model: PreTrainedModel,
     plan: Plan,
@@ -143,7 +147,9 @@ def memory_plan(
         "verify": lowered + max(_largest(quantized, 12 + deployed), compared),
         "save": lowered + packed + 2 * scales,
     }
-    tokens = family_of(model).example_batch(model, batch=batch, images=batch * images, text=text)
+    # Enough prompts for every shape of picture that a family makes up: they are made in memory.
+    some = min(batch, max(1, MOST_PICTURES // images))
+    tokens = family_of(model).example_batch(model, batch=some, images=some * images, text=text)
     length = tokens["input_ids"].shape[1]
     config = model.config.get_text_config()
     logit_count = batch * length * vocabulary
@@ -189,8 +195,8 @@ def _largest(quantized: list[PlanEntry], per_element: int) -> int:
 
 def _unpacking(entry: PlanEntry, deployed: int) -> int:
     """Codes as int8 and int32, then the activations that read a packed weight back."""
-    columns = entry.shape[-1]
-    return max(5 * entry.numel, columns * columns // 16 * deployed)
+    columns, experts = entry.shape[-1], entry.experts.count if entry.experts else 1
+    return max(5 * entry.numel // experts, columns * columns // 16 * deployed)
 
 
 def _gate_positions(model: PreTrainedModel) -> tuple[int, int]:

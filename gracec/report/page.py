@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from gracec._version import __version__
-from gracec.evaluate import VqaReport, VqaSample, load_image
+from gracec.evaluate import VqaReport, VqaSample
 from gracec.report.report import (
     ACCURACY,
     COVERAGE,
@@ -107,10 +107,10 @@ def _drawn(draw: Any, subject: Any, size: tuple[float, float]) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
-    draw(figure, subject)
     buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": "gracec"}):
+    with rc_context({"svg.hashsalt": "gracec", "text.parse_math": False}):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure, subject)
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
@@ -243,7 +243,7 @@ def _shown(
     ]
     return [
         Example(
-            image=_thumbnail(load_image(samples[index].image)),
+            image=_thumbnail(samples[index].picture()),
             question=samples[index].question,
             expected=samples[index].answer,
             answers={
@@ -255,7 +255,9 @@ def _shown(
     ]
 
 
-def _thumbnail(image: Image.Image) -> str:
+def _thumbnail(image: Image.Image | None) -> str:
+    if image is None:
+        return ""
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")

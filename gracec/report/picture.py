@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gracec.errors import GracecError
+from gracec.directories import cannot_write, replace_file, room_beside
 from gracec.report.memory import size
 from gracec.report.partition import Inspection, PartSummary
 
@@ -35,7 +35,7 @@ def draw_picture(inspection: Inspection, path: Path) -> None:
     parts = {part.part: part for part in inspection.parts}
     # Text stays text: small, searchable, in the reader's own font; no date, so equal input gives
     # equal files.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "gracec"}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "gracec", "text.parse_math": False}):
         figure = Figure(figsize=(13.4, 5.2))
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set(xlim=(0, 13.4), ylim=(-0.75, 4.45))
@@ -43,9 +43,12 @@ def draw_picture(inspection: Inspection, path: Path) -> None:
         _title(axes, inspection)
         _draw(axes, inspection, parts)
         try:
-            figure.savefig(path, dpi=140, metadata={"Date": None} if path.suffix == ".svg" else {})
+            with room_beside(path) as new:
+                plain = {"Date": None} if path.suffix == ".svg" else {}
+                figure.savefig(new / path.name, dpi=140, metadata=plain)
+                replace_file(new / path.name, path)
         except (OSError, ValueError) as error:
-            raise GracecError(f"cannot be written: {error}", where=str(path)) from error
+            raise cannot_write(path, error) from error
 
 
 def _draw(axes: Axes, inspection: Inspection, parts: dict[str, PartSummary]) -> None:

@@ -81,5 +81,5 @@ def release(source: Source, frozen: Frozen) -> None:
     """Take a model apart that its owner gave away: quantized weights give their memory back."""
     for fqn, weight in frozen.weights.items():
         parameter = source.model.get_parameter(fqn)
-        parameter.data = stand_in(weight.shape, parameter.dtype, parameter.device).data
+        parameter.data = stand_in(weight.held_shape, parameter.dtype, parameter.device).data
     trim()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
 from gracec import gates
-from gracec.capture import family_of
+from gracec.capture.eager import eager_logits
 from gracec.errors import GateError
 from gracec.frozen import Frozen, dense_twin
 from gracec.journal import Agreement, Journal
@@ -35,17 +34,17 @@ def _agree(runtime: Runtime, frozen: Frozen, journal: Journal) -> None:
     """Gate: the logits are as close to the frozen ones as those of dense weights are."""
     assert frozen.reference is not None
     batch, reference = frozen.reference.batch, frozen.reference.logits
-    mask = batch["attention_mask"]
-    dense: Any = dense_twin(frozen, frozen.dtype)
-    family = family_of(dense)
+    tail = frozen.reference.tail
+    mask = tail(batch["attention_mask"])
+    dense = dense_twin(frozen, frozen.dtype)
     inputs = {
         name: tensor.to(runtime.dtype) if tensor.is_floating_point() else tensor
         for name, tensor in batch.items()
     }
     with torch.no_grad():
-        found = gates.logit_agreement(reference, runtime(**inputs), mask)
-        with CountInt4Kernels() as kernels:
-            logits = dense(**family.model_inputs(dense, batch), use_cache=False).logits
+        found = gates.logit_agreement(reference, tail(runtime(**inputs)), mask)
+    with CountInt4Kernels() as kernels:
+        logits = tail(eager_logits(dense, batch))
     if kernels.count:
         raise GateError(f"{kernels.count} INT4 kernels ran among weights that are meant as dense")
     beside = gates.logit_agreement(reference, logits, mask)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from gracec.backends.base import check_formats
 from gracec.capture import capture, captured_equals_eager
+from gracec.capture.hidden import blocks_equal_hidden_states
 from gracec.frozen import Frozen
 from gracec.ir.annotations import act_of
 from gracec.ir.program import Program
@@ -28,7 +29,7 @@ from gracec.quant.frozen import FrozenWeight
 from gracec.quant.observers import ActivationSpec
 from gracec.recipe import Recipe
 from gracec.request import Request
-from gracec.stages.pipelines import lowering_passes, planning, preparing
+from gracec.stages.pipelines import ANALYSIS, lowering_passes, planning, preparing
 from gracec.stages.source import Source
 from gracec.training.calibration import calibration_samples
 
@@ -69,9 +70,14 @@ class Prepared:
         Formats and targets say from it whether they can hold it, before anything is trained.
         """
         specs, inputs = self.plan.quantized, planned_activations(self.program)
-        shapes = {entry.fqn: entry.shape for entry in self.plan.entries}
+        entries = {entry.fqn: entry for entry in self.plan.entries}
         weights = {
-            fqn: FrozenWeight.planned((shapes[fqn][0], shapes[fqn][1]), spec, inputs.get(fqn))
+            fqn: FrozenWeight.planned(
+                (entries[fqn].shape[0], entries[fqn].shape[1]),
+                spec,
+                inputs.get(fqn),
+                entries[fqn].experts,
+            )
             for fqn, spec in specs.items()
         }
         source = self.source
@@ -97,6 +103,8 @@ def prepare(source: Source, request: Request, journal: Journal) -> Prepared:
     program = capture(model)
     equal = captured_equals_eager(program, model)
     journal.figures["captured_equals_eager"] = Equal(equal, "batches")
+    blocks = blocks_equal_hidden_states(run_passes(program, ANALYSIS).program, model)
+    journal.figures["blocks_equal_hidden_states"] = Equal(blocks, "blocks")
     samples: Sequence[Mapping[str, Tensor]] = ()
     if request.recipe.quantizes_activations:
         samples, problems = calibration_samples(

@@ -7,24 +7,29 @@ DIR.failed                      instead, if the accuracy is below what the recip
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, GenerationConfig
+from transformers import PreTrainedModel
 
 from gracec._version import __version__
 from gracec.backends.base import Format, check_formats
+from gracec.directories import MANIFEST, clear_leftovers, write_directory
 from gracec.errors import GracecError
+from gracec.file_hashes import PROCESSOR, read_names
 from gracec.frozen import Frozen, build
-from gracec.journal import Journal, Note
+from gracec.journal import Figure, Journal, Note
+from gracec.models.configs import read_config, read_generation_config
 from gracec.models.loading import load_processor
 from gracec.models.lora import attach_adapters
 from gracec.models.skeleton import skeleton
+from gracec.models.weight_files import first_not_finite
 from gracec.recipe import Recipe
 from gracec.report import Report
 from gracec.report.card import model_card
-from gracec.store import Store, read_store, write_directory, write_store
+from gracec.report.saved import read_report
+from gracec.store import TENSORS, Store, read_store, write_manifest, write_store
 
 
 def write_artifact(
@@ -36,6 +41,7 @@ def write_artifact(
     recipe: Recipe | None = None,
     journal: Journal | None = None,
     overwrite: bool = False,
+    check: Callable[[Path], Figure] | None = None,
 ) -> tuple[Report, tuple[Note, ...]]:
     """Write the canonical artifact and formats for other libraries.
 
@@ -43,6 +49,7 @@ def write_artifact(
         report: to be saved as it is.
         recipe, journal: what to make it from instead, once the formats have said what they have to.
         overwrite: replace an artifact that is there.
+        check: the gate on what was written, before it is put in place; its figure is in the report.
 
     Returns:
         The report that was saved, and the notes of the formats.
@@ -53,7 +60,7 @@ def write_artifact(
     """
     check_formats(formats, frozen)
     saved: list[Report] = []
-    notes: list[Note] = []
+    notes = [Note("", text) for text in clear_leftovers(directory)]
 
     def fill(target: Path) -> None:
         notes.extend(_write_formats(frozen, formats, target))
@@ -67,26 +74,37 @@ def write_artifact(
             facts = form.card(frozen) if frozen.weights else None
             if facts is not None:
                 card = model_card(saved[0], facts, source=frozen.name, form=form.name)
-                (target / form.folder / "README.md").write_text(card, encoding="utf-8")
-        manifest = {
-            "gracec": __version__,
-            "torch": torch.__version__,
-            "family": frozen.config.model_type,
-            "source": frozen.name,
-            "report": saved[0].to_dict(),
-            "formats": {form.name: form.folder for form in formats},
-            **({"passes": list(frozen.passes)} if frozen.passes else {}),
-        }
-        write_store(Store(frozen.weights, frozen.others, manifest, frozen.adapters), target)
+                (target / form.folder / "README.md").write_text(
+                    card, encoding="utf-8", errors="backslashreplace"
+                )
+        write_store(_store(frozen, saved[0], formats), target)
+        if check is not None:
+            assert recipe is not None and journal is not None
+            journal.figures["reloaded_equals_compiled"] = check(target)
+            saved[0] = Report.of(recipe, journal)
+            write_manifest(_store(frozen, saved[0], formats), target)
 
     write_directory(directory, fill, overwrite=overwrite)
     return saved[0], tuple(notes)
 
 
+def _store(frozen: Frozen, report: Report, formats: Sequence[Format]) -> Store:
+    manifest = {
+        "gracec": __version__,
+        "torch": torch.__version__,
+        "family": frozen.config.model_type,
+        "source": frozen.name,
+        "report": report.to_dict(),
+        "formats": {form.name: form.folder for form in formats},
+        **({"passes": list(frozen.passes)} if frozen.passes else {}),
+    }
+    return Store(frozen.weights, frozen.others, manifest, frozen.adapters)
+
+
 def write_formats(directory: Path, frozen: Frozen, formats: Sequence[Format]) -> tuple[Note, ...]:
     """Write formats for other libraries alone, without the canonical codes."""
     check_formats(formats, frozen)
-    notes: list[Note] = []
+    notes = [Note("", text) for text in clear_leftovers(directory)]
     write_directory(directory, lambda target: notes.extend(_write_formats(frozen, formats, target)))
     return tuple(notes)
 
@@ -98,26 +116,54 @@ def read_artifact(directory: Path) -> tuple[Frozen, Report]:
         GracecError: if the directory is not a whole artifact.
     """
     store = read_store(directory)
-    report = Report.from_dict(store.manifest["report"])
+    report = read_report(store.manifest["report"], where=str(directory / MANIFEST))
     dtype: torch.dtype = getattr(torch, report.recipe["deploy"]["dtype"])
-    model = skeleton(AutoConfig.from_pretrained(directory, local_files_only=True), dtype)
+    model = skeleton(read_config(directory), dtype)
     attach_adapters(model, store.adapters, store.others)
-    expected = {name for name, _ in model.named_parameters()}
-    missing = sorted(expected - {*store.weights, *store.others})
-    if missing:
-        raise GracecError(f"{missing[0]} is missing", where=str(directory))
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    _check_tensors(model, store, directory / TENSORS)
+    generation_config = read_generation_config(directory)
+    if generation_config is not None:
+        model.generation_config = generation_config
     frozen = Frozen(
         model,
         store.weights,
         store.others,
         dtype,
-        processor=load_processor(directory),
+        # One that was compiled without a processor has none.
+        processor=load_processor(directory) if read_names(directory, PROCESSOR) else None,
         name=store.manifest["source"],
-        passes=tuple(store.manifest.get("passes", ())),
+        passes=tuple(store.manifest["passes"]),
     )
     return frozen, report
+
+
+def _check_tensors(model: PreTrainedModel, store: Store, path: Path) -> None:
+    """Hold names, shapes and dtypes to the model of the configuration, and floats to be finite.
+
+    Raises:
+        GracecError: naming the first tensor that is missing, unknown or does not fit.
+    """
+    where, fix = str(path), "compile the model again"
+    parameters, state = dict(model.named_parameters()), model.state_dict()
+    found = {*store.weights, *store.others}
+    for name in sorted(parameters.keys() - found):
+        raise GracecError(f"{name} is missing", where=where, fix=fix)
+    for name in sorted(found - state.keys()):
+        raise GracecError(f"the model has no {name}", where=where, fix=fix)
+    shapes = {name: weight.held_shape for name, weight in store.weights.items()}
+    shapes |= {name: tensor.shape for name, tensor in store.others.items()}
+    for name, shape in sorted(shapes.items()):
+        if shape != state[name].shape:
+            there, here = list(shape), list(state[name].shape)
+            raise GracecError(f"{name} is {there}, the model has {here}", where=where, fix=fix)
+    for name, tensor in store.others.items():
+        if tensor.is_floating_point() != state[name].is_floating_point():
+            raise GracecError(f"{name} is {tensor.dtype}", where=where, fix=fix)
+    broken = first_not_finite(
+        (name, store.others[name]) for name in parameters if name in store.others
+    )
+    if broken:
+        raise GracecError(f"{broken} has values that are not finite", where=where, fix=fix)
 
 
 def _write_formats(frozen: Frozen, formats: Sequence[Format], target: Path) -> list[Note]:
@@ -138,4 +184,6 @@ def _write_formats(frozen: Frozen, formats: Sequence[Format], target: Path) -> l
             frozen.processor.save_pretrained(target)
     for form in formats:
         form.finish(frozen, target)
+    for form in () if plain else formats:
+        form.seal(target)
     return notes

@@ -8,12 +8,17 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from gracec import gates
 from gracec.capture import Family, family_of
-from gracec.journal import Journal
-from gracec.models.loading import check_finite, load_model, load_processor
+from gracec.capture.eager import eager_logits
+from gracec.directories import is_artifact
+from gracec.journal import Equal, Journal
+from gracec.models.loading import check_finite, load_config, load_model, load_processor
 from gracec.models.lora import has_adapters
+from gracec.models.quantized import check_full_precision
 from gracec.models.skeleton import model_without_weights
-from gracec.models.surgery import share_weights, untie_head
+from gracec.models.surgery import share_weights
+from gracec.models.ties import say_what_is_tied, untie_head
 from gracec.recipe import Recipe
 from gracec.request import Request
 from gracec.stages.peft import keep_adapters, merge_adapters
@@ -45,24 +50,36 @@ def load_source(model: PreTrainedModel | str | Path, request: Request, journal: 
 
     Raises:
         GracecError: if it is no vision-language model, not whole, or not finite.
+        GateError: if what is made of it computes something else.
     """
     processor = request.processor
     if isinstance(model, (str, Path)):
         name = Path(model).resolve().name
+        stored = check_full_precision(load_config(model), str(model))
         shell = model_without_weights(model)
         family_of(shell).example_batch(shell)  # refused before gigabytes are read
         processor = processor or load_processor(model)
-        own = load_model(model)
+        given = own = load_model(model)
     else:
-        own = _without_peft(model, request, journal)
+        base: Any = model
+        base = base.get_base_model() if has_adapters(model) else base
+        stored = check_full_precision(base.config, type(base).__name__)
+        given = own = _without_peft(model, request, journal)
         name = str(getattr(own.config, "_name_or_path", ""))
         name = Path(name).name if Path(name).exists() else name
         check_finite(own)
         own = own if request.inplace else share_weights(own)
+    journal.note("", *([stored] if stored else []))
     own.eval()
+    batch = family_of(given).example_batch(given)
+    expected = eager_logits(given, batch)
+    _say_what_is_tied(own, journal)
     parameters = sum(parameter.numel() for parameter in own.parameters())
     if untied(own, request.recipe):
         journal.note("", "the head was tied to the token embedding, which keeps its precision")
+    found = eager_logits(own, batch)
+    gates.logits_are_those_of("the model that was given", expected, found, 0.0, type(own).__name__)
+    journal.figures["source_equals_original"] = Equal(1, "batches")
     return Source(own, processor, name, parameters)
 
 
@@ -72,6 +89,8 @@ def stand_in_source(directory: Path, recipe: Recipe) -> Source:
     Raises:
         GracecError: if there is no usable configuration.
     """
+    if not is_artifact(directory):  # which says what it became
+        check_full_precision(load_config(directory), str(directory))
     return _looked_at(model_without_weights(directory), directory, recipe)
 
 
@@ -85,6 +104,13 @@ def weights_source(directory: Path, recipe: Recipe | None = None) -> Source:
         GracecError: if it is no vision-language model, not whole, or not finite.
     """
     return _looked_at(load_model(directory), directory, recipe)
+
+
+def _say_what_is_tied(model: PreTrainedModel, journal: Journal) -> None:
+    names = say_what_is_tied(model)
+    if names:
+        which = f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
+        journal.note("", f"{which}: the tensors and the configuration differ in whether it is tied")
 
 
 def _looked_at(model: PreTrainedModel, directory: Path, recipe: Recipe | None) -> Source:
@@ -104,7 +130,8 @@ def _without_peft(model: Any, request: Request, journal: Journal) -> PreTrainedM
     found: PreTrainedModel = model
     if has_adapters(model):
         if request.adapters == "merge":
-            found, note = merge_adapters(model, inplace=request.inplace)
+            found, note, error = merge_adapters(model, inplace=request.inplace)
+            journal.figures["adapters_merged"] = error
         else:
             shared = model if request.inplace else share_weights(model)
             found, note = keep_adapters(shared.eval())

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gracec.capture import capture
+from gracec.capture.hidden import blocks_equal_hidden_states
 from gracec.data.collate import Collator, EmptyBatch
 from gracec.data.conversations import TrainData, open_with_held_out
 from gracec.errors import GracecError
@@ -36,6 +37,7 @@ from gracec.training.log import training_log
 from gracec.training.loop import train as train_learner
 from gracec.training.micro_batch import Batch
 from gracec.training.ranks import join_ranks, rank
+from gracec.training.run_directory import open_run
 from gracec.training.teacher import check_teacher, check_tokenizers
 
 
@@ -68,8 +70,8 @@ def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
     if directory is not None:
         teacher = taught.model if taught else None
         fingerprint = _fingerprint(owned.model, teacher, data, held_out, processor, request.recipe)
-        if rank() == 0 and not request.resume:
-            _refuse_leftovers(directory)
+        if rank() == 0:
+            journal.note("training", *open_run(directory, resume=request.resume))
     with training_log(directory, rule, len(data), request.progress and rank() == 0) as log:
         curve = train_learner(
             student,
@@ -83,7 +85,8 @@ def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
             resume=request.resume,
             log=log,
         )
-    journal.note("training", *data.problems, *held_out.problems, *collate.problems, *curve.notes)
+    said = (*data.notes, *held_out.notes, *data.problems, *held_out.problems, *collate.problems)
+    journal.note("training", *said, *curve.notes)
     journal.training = curve.to_dict()
     return owned
 
@@ -97,7 +100,9 @@ def _teacher(prepared: Prepared, request: Request, taps: Pipeline) -> Learner:
     found: PreTrainedModel = source.model if teacher is None else teacher
     found.eval()
     check_teacher(prepared.model, found)
-    return Learner(run_passes(capture(found), [*ANALYSIS, *taps]).program, found)
+    program = run_passes(capture(found), ANALYSIS).program
+    blocks_equal_hidden_states(program, found)
+    return Learner(run_passes(program, taps).program, found)
 
 
 @dataclass(frozen=True)
@@ -131,12 +136,3 @@ def _fingerprint(
         recipe=fingerprint_of_json(recipe.to_dict()),
         device=describe_device(next(model.parameters()).device),
     )
-
-
-def _refuse_leftovers(directory: Path) -> None:
-    if directory.is_dir() and any(directory.iterdir()):
-        raise GracecError(
-            "an earlier training was interrupted here",
-            where=str(directory),
-            fix="go on with resume=True (--resume), or remove it",
-        )

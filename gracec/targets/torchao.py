@@ -19,13 +19,14 @@ from gracec.frozen import Frozen, build
 from gracec.ir.program import Program
 from gracec.journal import Equal, Error, Figure, Kernels, Note
 from gracec.kernels import torchao
+from gracec.models.experts import pack_experts
 from gracec.models.surgery import quantize_inputs, set_tensor
 from gracec.passes.apply_codes import ApplyCodes
 from gracec.passes.base import run_passes
-from gracec.passes.freeze import frozen_activations
 from gracec.passes.lower_torchao import LowerTorchao, lowered_weights
 from gracec.passes.pipeline import Pipeline, parse_placed
 from gracec.passes.strip import Strip
+from gracec.quant.frozen import by_matrix
 from gracec.targets.base import Runtime, Target
 
 
@@ -77,7 +78,7 @@ class Torchao(Target):
     def dense(self, frozen: Frozen) -> dict[str, str]:
         device = frozen.skeleton.device
         reasons = {
-            fqn: torchao.refusal(tuple(weight.shape), weight.spec, frozen.dtype, device)
+            fqn: torchao.refusal(weight.matrix_shape, weight.spec, frozen.dtype, device)
             for fqn, weight in frozen.weights.items()
         }
         return {fqn: reason for fqn, reason in reasons.items() if reason}
@@ -90,10 +91,15 @@ class Torchao(Target):
         further = [parse_placed(text) for text in frozen.passes]
         pipeline, _ = Pipeline((*codes, Strip())).placed(further)
         result = run_passes(capture(model), pipeline)
-        for target, names in result.program.fqns.items():
-            if names[0] in frozen.weights:
-                set_tensor(model, names[0], result.program.tensor(target))
-        quantize_inputs(model, frozen_activations(result.program))
+        lowered = {names[0]: result.program.tensor(t) for t, names in result.program.fqns.items()}
+        for fqn, weight in frozen.weights.items():
+            if fqn in lowered:
+                whole = lowered[fqn]
+                set_tensor(model, fqn, weight.experts.held(whole) if weight.experts else whole)
+            elif f"{fqn}.0" in lowered:
+                pack_experts(model, fqn, [lowered[name] for name in by_matrix(fqn, weight)])
+        grids = {fqn: weight.activation for fqn, weight in frozen.weights.items()}
+        quantize_inputs(model, {fqn: grid for fqn, grid in grids.items() if grid is not None})
         return TorchaoModel(model, result.program), result.notes
 
     def gates(self, runtime: Runtime, frozen: Frozen) -> Mapping[str, Figure]:

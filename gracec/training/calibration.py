@@ -30,7 +30,8 @@ def calibration_samples(
     They are evenly spaced in what is trained on, or in all of `train_data` where nothing is.
 
     Returns:
-        The inputs, and a line for each sample that could not be used.
+        The inputs, without those about images for a text alone, and a line for each sample that
+        could not be used and for what is to be known of the data.
 
     Raises:
         GracecError: if the data cannot be read or none of it can be used.
@@ -49,8 +50,11 @@ def calibration_samples(
     for number in range(count):
         with suppress(EmptyBatch):
             batch = collate([data.sample(number * len(data) // count)])
-            inputs = family_of(model).prepare(model, batch)
+            family = family_of(model)
+            inputs = family.prepare(model, batch)
+            if family.without_images(model, batch):  # nothing of an image is to be watched
+                inputs = {name: inputs[name] for name in family.text}
             found.append({name: tensor.to(model.device) for name, tensor in inputs.items()})
     if not found:
         raise GracecError("no sample can be used to calibrate on", where="train_data")
-    return found, [*data.problems, *collate.problems]
+    return found, [*data.problems, *data.notes, *collate.problems]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gracec.capture import family_of
+from gracec.errors import GracecError
 from gracec.ir.program import Program
 from gracec.objective import Outputs
 from gracec.passes.insert_taps import HIDDEN
@@ -57,7 +58,11 @@ class HeldOut:
 
 @torch.no_grad()
 def score(student: Learner, batches: Iterable[Batch]) -> HeldOut:
-    """Loss and exact matches on batches with labels."""
+    """Loss and exact matches on batches with labels.
+
+    Raises:
+        GracecError: if there is none.
+    """
     total, tokens, exact, samples = 0.0, 0, 0, 0
     for batch in batches:
         micro = MicroBatch.read(student.model, batch)
@@ -70,4 +75,6 @@ def score(student: Learner, batches: Iterable[Batch]) -> HeldOut:
         wrong.index_add_(0, micro.rows.cpu(), (logits.argmax(-1) != labels).long())
         exact += int((wrong == 0).sum())
         samples += len(wrong)
-    return HeldOut(total / max(tokens, 1), exact / max(samples, 1))
+    if not tokens:
+        raise GracecError("no sample of the held-out data can be used", fix="mend the data")
+    return HeldOut(total / tokens, exact / samples)

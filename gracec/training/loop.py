@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -234,15 +234,20 @@ class Run:
                 fix="choose a batch_size that leaves each rank a sample",
             )
         model, images = self.student.model, bool(self.objective.omega)
-        empty = True
+        empty: EmptyBatch | None = None
+        some = False
         for at in range(0, len(mine), self.rule.micro_batch_size):
-            with suppress(EmptyBatch):  # its samples are broken, which the data has reported
+            try:
                 batch = self.collate(mine[at : at + self.rule.micro_batch_size])
-                yield MicroBatch.read(model, batch, images=images)
-                empty = False
-        if empty:
+            except EmptyBatch as error:  # its samples are broken, which the data has reported
+                empty = error
+                continue
+            yield MicroBatch.read(model, batch, images=images)
+            some = True
+        if not some:
             raise GracecError(
-                "every sample of an optimizer step is broken", where=f"optimizer step {self.step}"
+                f"every sample of an optimizer step is broken ({empty})",
+                where=f"optimizer step {self.step}",
             )
 
     @torch.no_grad()

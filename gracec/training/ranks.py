@@ -16,4 +16,6 @@ def join_ranks() -> None:
 
 def rank() -> int:
     """Number of this process among those that `torchrun` started; 0 alone."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from gracec.ir.annotations import Part, part_of
 from gracec.ir.program import Program, annotation
+from gracec.ir.queries import VIEWS
 from gracec.objective import (
     Controller,
     DualAscentController,
@@ -109,10 +110,11 @@ def allow_mixed_precision(program: Program) -> Program:
 
 
 def _readers(node: fx.Node) -> Iterator[fx.Node]:
-    """Who computes with a parameter, behind its fake-quantization."""
+    """Who computes with a parameter, behind its fake-quantization and views of it."""
     for user in node.users:
-        if user.target in (FAKE_QUANTIZE, FAKE_QUANTIZE_ACTIVATION):
-            yield from user.users
+        view = user.target in VIEWS and "modality" not in annotation(user)
+        if view or user.target in (FAKE_QUANTIZE, FAKE_QUANTIZE_ACTIVATION):
+            yield from _readers(user)
         else:
             yield user
 

@@ -54,6 +54,12 @@ def test_formats_are_found_by_name_and_folder() -> None:
         assert {form.name for form in parse_formats(text)} == set(known)
 
 
+def test_no_format_is_asked_for_by_name_too() -> None:
+    assert parse_formats("none") == parse_formats(()) == []
+    with pytest.raises(GracecError, match="format none stands alone"):
+        parse_formats("none,hf")
+
+
 def test_an_unknown_format_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(GracecError, match="unknown format 'torcha'; did you mean 'torchao'?"):
         parse_formats("hf,torcha")

@@ -17,8 +17,9 @@ from gracec.backends.onnx import genai
 from gracec.capture import capture, captured_equals_eager, family_of
 from gracec.capture.families import qwen2_vl
 from gracec.capture.families.qwen2_vl import GRID, rotary_positions
+from gracec.capture.hidden import blocks_equal_hidden_states
 from gracec.compiled import CompiledModel
-from gracec.data.prompts import encode_questions
+from gracec.data.prompts import Prompts, encode_questions, question_about
 from gracec.errors import GracecError
 from gracec.evaluate.ask import _without_image
 from gracec.ir.program import Program, annotation
@@ -152,6 +153,23 @@ def test_turns_are_captured(
     assert captured_equals_eager(program, model, list(seen.values())) == 4
 
 
+def test_texts_alone_are_captured(name: str, model: PreTrainedModel, program: Program) -> None:
+    """The bits of the model, which is given no image; one text, and two with padding behind one."""
+    family, prompts = family_of(model), Prompts(tiny_processor(name))
+    texts = [question_about(None, text) for text in ("what is red ?", "how many are in it ?")]
+    for asked in (texts[:1], texts):
+        batch = prompts.encode(asked, ["a", "b"][: len(asked)], padding_side="right")
+        assert family.without_images(model, batch)
+        with torch.no_grad():
+            expected = model(**family.model_inputs(model, batch), use_cache=False).logits
+            (logits, *_) = program(**family.prepare(model, batch))
+        written = batch["attention_mask"].bool()
+        assert written.all() == (len(asked) == 1)
+        assert torch.equal(logits[written], expected[written])
+        index, sizes = family.image_index(model, batch)
+        assert sizes == [] and (index == -1).all()
+
+
 def test_partition(program: Program, name: str, golden: Golden, record_property: Record) -> None:
     lines, parts = [], []
     for node in program.graph.nodes:
@@ -170,12 +188,27 @@ def test_partition(program: Program, name: str, golden: Golden, record_property:
     record_property("cell", ", ".join(counts))
 
 
+def test_blocks_are_those_of_the_model(model: PreTrainedModel, program: Program) -> None:
+    """As many as the configuration says, and what each returns is the model's hidden state."""
+    layers = model.config.get_text_config().num_hidden_layers
+    assert program.decoder_layers == layers == len(list(program.nodes(role="block_output")))
+    assert blocks_equal_hidden_states(program, model) == layers - 1
+
+
 @pytest.mark.slow
 def test_grace_step(name: str, model: PreTrainedModel, record_property: Record) -> None:
-    """Every weight and every scale is moved by one step of the whole objective."""
+    """Every weight and every scale is moved by one step of the whole objective, whose samples come
+    one by one; one of them is a text alone."""
     recipe = Recipe.load("w4a16")
     assert recipe.training is not None and recipe.training.distillation.omega
-    steps = {"steps": 1, "frozen": [], "warmup": 0.0, "weight_decay": 0.0, "keep": "last"}
+    steps = {
+        "steps": 1,
+        "micro_batch_size": 1,
+        "frozen": [],
+        "warmup": 0.0,
+        "weight_decay": 0.0,
+        "keep": "last",
+    }
     training = recipe.training.model_copy(update=steps)
     weights = {**RECIPE.weights, "vision": RECIPE.weights["decoder"]}
     recipe = recipe.model_copy(update={"training": training, "weights": weights})
@@ -183,12 +216,13 @@ def test_grace_step(name: str, model: PreTrainedModel, record_property: Record) 
         {"image": tiny_image(number, (40, 32)), "question": "what is this ?", "answer": answer}
         for number, answer in enumerate(("red circle", "two", "no"))
     ]
+    text = {"question": "is it ?", "answer": "yes"}
     request = Request.checked(
         model,
         recipe,
         teacher=model,
-        train_data=records[:2],
-        eval_data=records[2:],
+        train_data=[*records[:2], text],
+        eval_data=[*records[2:], text],
         processor=tiny_processor(name),
         progress=False,
     )
@@ -400,11 +434,11 @@ def test_the_blind_control_keeps_its_images(model: PreTrainedModel, asked: Batch
     assert found["pixel_values"].shape == usual["pixel_values"].shape
 
 
-def test_prompts_without_an_image(model: PreTrainedModel, asked: Batch) -> None:
-    """The graph refuses them; an image less or a placeholder more is an error of one line."""
+def test_an_image_less_or_a_placeholder_more(model: PreTrainedModel, asked: Batch) -> None:
+    """An error of one line."""
     family = family_of(model)
     text = {name: asked[name] for name in ("input_ids", "attention_mask")}
-    with pytest.raises(GracecError, match="pixel_values is missing.*generate"):
+    with pytest.raises(GracecError, match="pixel_values is missing.*placeholders"):
         family.prepare(model, text)
     ids = asked["input_ids"].clone()
     ids[1, (ids[1] == model.config.image_token_id).nonzero()[0]] = 7

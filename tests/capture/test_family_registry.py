@@ -27,6 +27,7 @@ OWN = {
     "qwen2_5_vl",
     "qwen2_vl",
     "qwen3_vl",
+    "qwen3_vl_moe",
     "smolvlm",
 }
 

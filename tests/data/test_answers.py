@@ -192,7 +192,7 @@ def test_marks_that_are_not_around_every_answer_are_an_error() -> None:
 def test_a_template_that_miscounts_pictures_is_an_error(old: str, new: str, message: str) -> None:
     assert old in TEMPLATE
     with pytest.raises(GracecError, match=message) as caught:
-        collator(TEMPLATE.replace(old, new))([ONE])
+        collator(TEMPLATE.replace(old, new), strict=True)([ONE])
     assert str(caught.value).startswith("a.jsonl:1: ")
 
 
@@ -221,7 +221,7 @@ def test_truncation_inside_a_picture_is_an_error() -> None:
 
 def test_a_template_that_refuses_the_prompt_for_an_answer_names_the_sample() -> None:
     guard = "{% if messages[-1]['role'] == 'user' %}{{ raise_exception('say more') }}{% endif %}"
-    with pytest.raises(GracecError, match=r"^a.jsonl:1: the processor refuses it \(say more\)"):
+    with pytest.raises(GracecError, match=r"^a.jsonl:1: the processor refuses it \(.*say more\)"):
         collator(guard + TEMPLATE)([ONE])
 
 

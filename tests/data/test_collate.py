@@ -17,7 +17,8 @@ from gracec.data.records import Turn
 from gracec.errors import GracecError, GracecWarning
 from tests.data.collators import ENDLESS, ONE, TEMPLATE, TWO, answers, collator, model, sample
 from tests.data.conversations import record, talk, write
-from tests.tiny import tiny_processor
+from tests.tiny import tiny_image, tiny_processor
+from tests.tiny_families import tiny_processor as tiny_processor_of
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, ENDLESS, None])
@@ -47,11 +48,27 @@ def test_an_answer_without_tokens_breaks_the_sample() -> None:
         assert len(batch["labels"]) == 1
 
 
-def test_a_template_that_refuses_names_the_sample() -> None:
+def test_a_template_that_refuses_a_sample_breaks_it() -> None:
     guard = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     bad = Sample((Turn("system", "be short"), *ONE.turns), ONE.images, "a.jsonl:9")
-    with pytest.raises(GracecError, match=r"a.jsonl:9: the processor refuses .*\(no system\)"):
-        collator(guard + TEMPLATE)([ONE, bad])
+    message = r"a.jsonl:9: the processor refuses .*no system\)"
+    with pytest.warns(GracecWarning, match=message):
+        batch = collator(guard + TEMPLATE)([ONE, bad])
+    assert len(batch["labels"]) == 1
+    with pytest.warns(GracecWarning, match=message), pytest.raises(EmptyBatch, match=message):
+        collator(guard + TEMPLATE)([bad])
+    with pytest.raises(GracecError, match=message):
+        collator(guard + TEMPLATE, strict=True)([ONE, bad])
+
+
+def test_a_picture_that_the_processor_refuses_breaks_its_sample_alone() -> None:
+    collate = Collator(tiny_processor_of("qwen2_vl"), model())
+    long = Sample(ONE.turns, (tiny_image(size=(4000, 10)),), "a.jsonl:7")
+    with pytest.warns(GracecWarning, match="a.jsonl:7: the processor refuses .*aspect ratio"):
+        batch = collate([ONE, long])
+    alone = collate([ONE])
+    assert all(torch.equal(batch[name], alone[name]) for name in alone)
+    assert len(collate.problems) == 1
 
 
 @pytest.mark.parametrize(
@@ -82,16 +99,32 @@ def test_broken_samples_are_left_out_of_the_batch() -> None:
     assert collate.problems == []  # the data reports them
     with pytest.raises(EmptyBatch, match="a.jsonl:2: broken samples leave nothing"):
         collate([broken])
-    with pytest.raises(EmptyBatch, match="leave no picture"):
-        collate([broken, sample("yes or no ?", "no")])
+    assert "pixel_values" not in collate([broken, sample("yes or no ?", "no")])
 
 
-def test_a_batch_without_a_picture_is_an_error() -> None:
-    with pytest.raises(GracecError, match="no sample of the batch has a picture") as caught:
-        collator()([sample("yes or no ?", "no")])
-    assert not isinstance(caught.value, EmptyBatch)
+@pytest.mark.parametrize("template", [TEMPLATE, None])
+def test_a_batch_without_a_picture_is_as_good_as_another(template: str | None) -> None:
+    text = sample("yes or no ?", "no", "sure ?", "yes")
+    collate = collator(template)
+    batch, mixed = collate([text]), collate([ONE, text])
+    assert "pixel_values" not in batch and len(mixed["pixel_values"]) == 1
+    assert answers(collate.processor, batch, 0) == ["no </s>", "yes </s>"]
+    length = len(batch["labels"][0])
+    for name in ("input_ids", "labels"):
+        assert torch.equal(mixed[name][1, :length], batch[name][0])
+    assert torch.isfinite(model()(**batch).loss)
     with pytest.raises(GracecError, match="a batch needs a sample"):
-        collator()([])
+        collate([])
+
+
+def test_texts_for_paligemma_whose_processor_takes_none_alone() -> None:
+    collate = Collator(tiny_processor_of("paligemma"), model())
+    text = sample("yes or no ?", "no")
+    alone, mixed = collate([text]), collate([ONE, text])
+    assert (
+        answers(collate.processor, alone, 0) == answers(collate.processor, mixed, 1) == ["no </s>"]
+    )
+    assert alone.keys() == mixed.keys() - {"pixel_values"}
 
 
 def test_truncation_that_leaves_no_answer_breaks_the_sample() -> None:

@@ -143,7 +143,7 @@ def test_pictures_are_decoded_only_when_asked_for(
     opened: list[Any] = []
     real = Image.open
     monkeypatch.setattr(
-        Image, "open", lambda file, **more: (opened.append(file), real(file, **more))[1]
+        Image, "open", lambda file, **more: (opened.append(Path(file.name)), real(file, **more))[1]
     )
     png(tmp_path, 1)
     data = open_train_data(write(tmp_path, record(), record("1.png")))
@@ -273,8 +273,20 @@ BAD: dict[str, tuple[Any, str]] = {
     "no text": ({"conversations": [{"from": "human"}]}, "the human turn has no text"),
     "part": (
         {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
-        "must be a text or an image",
+        "must be a text or an image, not 'video'",
     ),
+    "columns": (
+        {"conversations": {"from": ["human", "gpt"], "value": ["what ?"]}},
+        'the columns of "conversations" are no lists of one length',
+    ),
+    "one turn": (
+        {"conversations": {"from": "human", "value": "what ?"}},
+        'the columns of "conversations" are no lists of one length',
+    ),
+    "surrogate": (record(answer="red \ud83d"), "the assistant turn has half of a character"),
+    "surrogate question": (record(question="\udc00 ?"), "the user turn has half of a character"),
+    "surrogate path": (record("\ud83d.png"), "image \\ud83d.png cannot be read"),
+    "bytes as text": (record({"bytes": "text"}), "the bytes of an image are a str"),
     "vqa": ({"question": "what", "answer": 3}, '"question" and "answer" must be texts'),
     "answer": (record(answer=" "), "an answer is empty"),
     "question": ({"conversations": talk(" ", "red")}, "a user turn is empty"),
@@ -422,6 +434,7 @@ def test_a_large_picture_in_memory_is_refused_too() -> None:
     [
         ("a.json", b'{"image": 1}', "expected a JSON list of records, found dict; .*jsonl"),
         ("a.json", b"[1,", "not valid JSON"),
+        ("a.json", b"{}\n{}\n", "Extra data.*a file with one record a line ends in .jsonl"),
         ("a.json", b"[]", "no records"),
         ("a.jsonl", b"\n\n", "no records"),
         ("a.csv", b"image", "not training data; give a .json"),
@@ -454,7 +467,7 @@ def test_sources_that_cannot_be_opened(
         ("gone", "does not exist"),
         (3, "training data cannot be a int"),
         (DatasetDict(), "cannot be a DatasetDict; give one split"),
-        ([record()], "there is no folder to look in; pass image_root"),
+        ([record()], "there is no folder to look in: pass image_root"),
     ],
 )
 def test_other_bad_sources(source: Any, message: str) -> None:

@@ -12,6 +12,8 @@ from gracec.data.records import Turn
 from gracec.errors import GracecError
 from tests.data.conversations import said
 from tests.tiny import CHAT_TEMPLATE, EOS, IMAGE, IMAGE_TOKENS, tiny_image, tiny_processor
+from tests.tiny_families import PROCESSORS
+from tests.tiny_families import tiny_processor as tiny_processor_of
 
 MARKED = CHAT_TEMPLATE.replace("{{ '<image> '", "{% generation %}{{ '<image> '").replace(
     "{% endfor %}{{ '</s>", "{% endgeneration %}{% endfor %}{{ '</s>"
@@ -90,9 +92,9 @@ def test_the_tokenizer_adds_none_where_the_template_wrote_the_first(template: st
             return {"input_ids": []}
 
     processor.tokenizer = Tokenizer()
-    for text in ("<s> what ?", "what ?"):
+    for text in ("<s> <image> what ?", "<image> what ?"):
         Prompts(processor).tokens(text)
-    assert asked == {"<s> what ?": template is None, "what ?": True}
+    assert asked == {"<s> <image> what ?": template is None, "<image> what ?": True}
 
 
 def test_masks_of_answers_and_no_labels() -> None:
@@ -133,3 +135,40 @@ def test_a_processor_without_template_and_image_token() -> None:
     processor.image_token = None
     with pytest.raises(GracecError, match="LlavaProcessor: has no image token.*chat_template"):
         encode_questions(processor, ["what ?"], [tiny_image()])
+
+
+@pytest.mark.parametrize("family", PROCESSORS)
+def test_texts_without_a_picture_have_the_tokens_that_they_have_alone(family: str) -> None:
+    """Beside one with a picture, and with no picture in the batch."""
+    prompts = Prompts(tiny_processor_of(family))
+    text, more = (messages(said(said_)) for said_ in ("what is this ?", "yes or no ?"))
+    pictured = messages(said("<image> where ?"), [tiny_image()])
+    alone = prompts.encode([text], ["it"], padding_side="right")["input_ids"][0].tolist()
+    assert alone == prompts.tokens(prompts.text(text))
+    for batch in ([text, more], [pictured, text, more]):
+        found = prompts.encode(batch, ["a", "b", "c"][: len(batch)], padding_side="right")
+        row = batch.index(text)
+        kept = found["attention_mask"][row].bool()
+        assert found["input_ids"][row][kept].tolist() == alone
+        assert ("pixel_values" in found) == (pictured in batch)
+        assert not (found["input_ids"][row] == prompts.image_id).any()
+
+
+def test_a_text_for_paligemma_alone_is_what_follows_an_image() -> None:
+    prompts = Prompts(tiny_processor_of("paligemma"))
+    pictured = prompts.encode(
+        [messages(said("<image> what ?"), [tiny_image()])], ["it"], padding_side="right"
+    )["input_ids"][0]
+    text = prompts.tokens("what ?")
+    assert pictured[pictured != prompts.image_id].tolist() == text
+
+
+def test_one_question_needs_no_padding_token() -> None:
+    processor = tiny_processor()
+    expected = encode_questions(processor, ["what is this ?"], [tiny_image(1)])
+    processor.tokenizer.pad_token = None
+    found = encode_questions(processor, ["what is this ?"], [tiny_image(1)])
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    with pytest.raises(GracecError, match="padding token"):
+        encode_questions(processor, ["what ?", "what is this ?"], [tiny_image(1), tiny_image(2)])

@@ -37,6 +37,13 @@ def test_reads_samples_with_paths_relative_to_the_folder(tmp_path: Path) -> None
     ]
 
 
+def test_a_question_may_be_about_no_image(tmp_path: Path) -> None:
+    text = {name: value for name, value in RECORD.items() if name != "image"}
+    samples = load_samples(write(tmp_path, RECORD, text))
+    assert [sample.image for sample in samples] == [tmp_path / "0.png", None]
+    assert samples[1].picture() is None
+
+
 def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path: Path) -> None:
     question = "one\u2028two"
     line = json.dumps({**RECORD, "question": question}, ensure_ascii=False).encode()
@@ -52,9 +59,10 @@ def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path: Path) ->
         ({"image": "0.png", "question": "q"}, '"answer" is missing'),
         ({**RECORD, "question": " "}, '"question" must be a text that is not empty'),
         ({**RECORD, "answer": 3}, '"answer" must be a text that is not empty'),
+        ({**RECORD, "answer": "red \ud83d"}, '"answer" has half of a character'),
         ({**RECORD, "type": None}, '"type" must be a text that is not empty'),
         ({**RECORD, "image": "gone.png"}, "gone.png does not exist"),
-        ({**RECORD, "image": "."}, "cannot be decoded"),
+        ({**RECORD, "image": "."}, "is not a file"),
     ],
 )
 def test_a_bad_line_is_one_error_with_file_and_line(
@@ -117,3 +125,23 @@ def test_spread_takes_distinct_positions_and_is_fair(types: list[str], limit: in
     partial = [taken[name] for name in there if taken[name] < there[name]]
     # Only a type that is used up may have fewer than another.
     assert all(taken[name] <= min(partial, default=limit) + 1 for name in there)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"a": ' * 100_000, "9" * 5_000])
+def test_a_line_that_no_parser_takes_ends_in_one_line(tmp_path: Path, line: str) -> None:
+    (tmp_path / "samples.jsonl").write_text(line)
+    with pytest.raises(GracecError, match=r"samples.jsonl:1: not readable as JSON"):
+        load_samples(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["imge", "Image", "images", "img", "picture_path", "video"])
+def test_a_picture_under_another_name_is_no_question_about_none(name: str, tmp_path: Path) -> None:
+    record = {"question": "what?", "answer": "it", name: "a.png", "source": "mine"}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(record))
+    with pytest.raises(
+        GracecError, match=f'samples.jsonl:1: "{name}" is not read; name it "image"'
+    ):
+        load_samples(tmp_path)
+    del record[name]
+    (tmp_path / "samples.jsonl").write_text(json.dumps({**record, "id": 3}))
+    assert load_samples(tmp_path)[0].image is None

@@ -104,6 +104,40 @@ def test_answers_do_not_depend_on_the_batch(samples: list[VqaSample]) -> None:
     assert all(one.predicted for one in together.predictions)
 
 
+def test_questions_about_no_image(samples: list[VqaSample]) -> None:
+    """Beside others and alone; the control without an image has nothing to take away."""
+    model, processor = tiny_llava(), tiny_processor()
+    texts = [VqaSample(None, one.question, "red") for one in samples[:4]]
+    mixed = [texts[0], samples[4], *texts[1:]]
+    together = evaluate_vqa(model, processor, mixed, batch_size=2)
+    alone = evaluate_vqa(model, processor, mixed, batch_size=1)
+    assert together == alone
+    for sample, one in zip(mixed, together.predictions, strict=True):
+        if sample.image is None:
+            assert one.predicted == one.blind
+            text = processor.tokenizer(f"<s> USER : {sample.question} <s> ASSISTANT :")
+            tokens = model.generate(
+                **text.convert_to_tensors("pt", prepend_batch_axis=True),
+                max_new_tokens=8,
+                do_sample=False,
+            )
+            new = tokens[0, len(text["input_ids"][0]) :]
+            assert one.predicted == processor.decode(new, skip_special_tokens=True).strip()
+
+
+def test_one_answer_is_about_the_picture_as_the_reader_has_it(tmp_path: Path) -> None:
+    model, processor = tiny_llava(), tiny_processor()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    tiny_image(4).save(tmp_path / "turned.jpg", exif=exif)
+    ask = [QUESTIONS[0]]
+    found = answer(model, processor, Image.open(tmp_path / "turned.jpg"), *ask)
+    assert found == answer(model, processor, load_image(tmp_path / "turned.jpg"), *ask)
+    assert found != answer(model, processor, tiny_image(4), *ask)
+    with pytest.raises(GracecError, match="the question: the picture has more than 8 bits"):
+        answer(model, processor, Image.new("I", (4, 4)), *ask)
+
+
 def test_the_blind_control_sees_no_image(samples: list[VqaSample]) -> None:
     same_question = [VqaSample(one.image, QUESTIONS[0], "red") for one in samples]
     report = evaluate_vqa(tiny_llava(), tiny_processor(), same_question)

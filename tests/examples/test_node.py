@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 import gracec
+from gracec.data.prompts import encode_questions
+from gracec.evaluate import load_image
 from gracec.models.loading import load_processor
 from tests.examples.conftest import NEW_TOKENS, ROOT, Tried
 from tests.npm import install
+from tests.tiny import tiny_image
 from tests.transformers_js import NODE, SECONDS
 
 
@@ -76,6 +79,27 @@ def test_a_question_without_an_image(tiny: Tried) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     text = model.processor.decode(tokens, skip_special_tokens=True)
     assert done.stdout.split() == text.split() != []
+
+
+def test_what_is_transparent_is_white(tiny: Tried, tmp_path: Path) -> None:
+    """As in Python, to the same tokens; without the transparency they would be others."""
+    model = gracec.load(tiny.directory, backend="onnx")
+    opaque = tiny_image(4).convert("RGBA")
+    opaque.save(tmp_path / "opaque.png")
+    opaque.putalpha(tiny_image(9).convert("L"))
+    opaque.save(tmp_path / "it.png")
+    seen = []
+    for name in ("it", "opaque"):
+        asked = encode_questions(
+            model.processor, ["what is this ?"], [load_image(tmp_path / f"{name}.png")]
+        )
+        tokens = model.generate(**asked, max_new_tokens=NEW_TOKENS)
+        seen.append(tokens[0, asked["input_ids"].shape[1] :].tolist())
+    assert seen[0] != seen[1]
+    line = json.dumps({"image": str(tmp_path / "it.png"), "question": "what is this ?"})
+    done = node(tiny.directory, "--json", "--max-new-tokens", NEW_TOKENS, lines=line)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[1])["tokens"] == seen[0]
 
 
 def test_mistakes_are_one_line(tiny: Tried, tmp_path: Path) -> None:

@@ -70,6 +70,29 @@ def test_a_saved_program_is_the_same_program(
     assert run_passes(again, parse_pipeline("analyze-modality")).program.output_names
 
 
+@pytest.mark.parametrize(
+    "said", ['"use_pickle" :  1', '"use\\u005fpickle": true', '"a": [{"use_pickle": 1}]']
+)
+def test_pickles_are_refused_however_it_is_written(said: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/extra/gracec.json", "{}")
+        archive.writestr("x/data/weights/model_weights_config.json", f"{{{said}}}")
+    with pytest.raises(GracecError, match="pickled objects, which are never loaded"):
+        Program.load(path)
+
+
+@pytest.mark.parametrize(("name", "content"), [("extra/gracec.json", "{"), ("a.json", "[" * 10**5)])
+def test_a_broken_archive_is_one_line(name: str, content: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/extra/gracec.json", content if name == "extra/gracec.json" else "{}")
+        archive.writestr(f"x/{name}.json", content)
+    with pytest.raises(GracecError, match="x.pt2: (not readable|lists and objects)") as error:
+        Program.load(path)
+    assert "\n" not in str(error.value)
+
+
 def test_files_that_are_no_program_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.pt2"
     with pytest.raises(GracecError, match="not readable as a program"):
@@ -84,6 +107,10 @@ def test_files_that_are_no_program_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("x/extra/gracec.json", "{}")
     with pytest.raises(GracecError, match="pickled objects, which are never loaded"):
+        Program.load(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/extra/gracec.json", "{}")
+    with pytest.raises(GracecError, match="not readable as a program"):
         Program.load(path)
 
 

@@ -10,7 +10,7 @@ from gracec.capture import capture
 from gracec.errors import GracecError
 from gracec.models.loading import load_model
 from gracec.models.skeleton import model_without_weights
-from gracec.models.surgery import untie_head
+from gracec.models.ties import untie_head
 from gracec.passes import parse_pipeline, run_passes
 from tests.tiny import tiny_llava
 

@@ -16,9 +16,11 @@ from transformers import (
 
 import gracec
 from gracec.capture import capture, captured_equals_eager
+from gracec.capture.eager import eager_logits
 from gracec.compiled import CompiledModel
 from gracec.errors import GateError, GracecError
 from gracec.frozen import dense_twin
+from gracec.gates import logit_agreement
 from gracec.ir.program import Program
 from gracec.kernels.torchao import CountInt4Kernels
 from gracec.models.lora import LoraLinear, adapter_tensors, attach_adapters
@@ -90,6 +92,56 @@ def test_a_lora_is_merged(
     inside.add_adapter(LoraConfig(r=4, target_modules=r".*language_model.*\.q_proj"))
     with pytest.raises(GracecError, match="adapters of PEFT are inside the model"):
         gracec.compile(inside, "w4a16-ptq")
+
+
+@pytest.mark.parametrize("place", ["lm_head", "embed_tokens", "both", "head of its own"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_is_merged_into_tied_weights_computes_what_peft_does(
+    place: str, inplace: bool, batch: Batch, tmp_path: Path
+) -> None:
+    """An adapter of one of them must not change the other."""
+    targets = ["lm_head", "embed_tokens"] if place == "both" else [place]
+    options: dict[str, Any] = {"target_modules": targets}
+    if place == "head of its own":
+        options = {"modules_to_save": ["lm_head"]}
+    model = adapted(tiny_llava(tie=True), **options)
+    if place == "head of its own":
+        model.get_base_model().lm_head.modules_to_save["default"].weight.data.mul_(1.5)
+    model.train(not inplace)
+    expected = eager_logits(model, batch)
+    merged, _, error = merge_adapters(model, inplace=inplace)
+    assert error.value <= 1e-5
+    assert torch.allclose(eager_logits(merged, batch), expected, atol=1e-4 * expected.abs().max())
+    if inplace or place != "both":
+        return
+    assert model.training
+    compiled = gracec.compile(model, RECIPE, output_dir=tmp_path / "out", formats=())
+    assert compiled.report.gates["adapters_merged"].value == error.value
+    agreement = logit_agreement(expected, compiled(**batch).logits, batch["attention_mask"])
+    assert agreement.kl < 0.1
+    loaded = gracec.load(tmp_path / "out")
+    assert torch.equal(loaded(**batch).logits, compiled(**batch).logits)
+
+
+def test_a_head_of_an_adapter_is_kept_beside_other_adapters(batch: Batch, tmp_path: Path) -> None:
+    model = adapted(tiny_llava(tie=True), modules_to_save=["lm_head"])
+    model.get_base_model().lm_head.modules_to_save["default"].weight.data.mul_(1.5)
+    expected = eager_logits(model, batch)
+    compiled = gracec.compile(
+        model, RECIPE, adapters="float", output_dir=tmp_path / "out", formats=()
+    )
+    agreement = logit_agreement(expected, compiled(**batch).logits, batch["attention_mask"])
+    assert agreement.kl < 0.1
+    loaded = gracec.load(tmp_path / "out")
+    assert torch.equal(loaded(**batch).logits, compiled(**batch).logits)
+
+
+def test_a_merge_that_computes_something_else_is_found(
+    llava: LlavaForConditionalGeneration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gracec.stages.peft._part_adapted", lambda base: None)
+    with pytest.raises(GateError, match=r"merged: the logits differ from those of PEFT by"):
+        merge_adapters(adapted(tiny_llava(tie=True), target_modules=["lm_head"]))
 
 
 def test_what_is_kept_computes_what_peft_does(batch: Batch) -> None:

@@ -57,6 +57,18 @@ def test_a_graph_that_computes_something_else_than_the_model_is_an_error(
         prepare(source, request(source.model), Journal())
 
 
+def test_blocks_that_are_others_are_an_error(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(program: Program, model: object) -> int:
+        assert any(program.nodes(role="block_output"))
+        raise GateError("not the hidden state")
+
+    monkeypatch.setattr(stage, "blocks_equal_hidden_states", refuse)
+    with pytest.raises(GateError, match="not the hidden state"):
+        prepare(source, request(source.model), Journal())
+
+
 def test_what_the_passes_say_is_in_the_journal(
     source: Source, captured: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,7 +33,7 @@ def test_the_report_in_memory_is_the_saved_one(
     compiled = gracec.compile(
         llava, recipe, output_dir=tmp_path / "out", formats="hf,torchao", **OPTIONS
     )
-    saved = read_manifest(tmp_path / "out")["report"]
+    saved = read_manifest(tmp_path / "out").report
     assert saved == compiled.report.to_dict()
     assert gracec.load(tmp_path / "out").report == compiled.report
     sources = [note.source for note in compiled.report.notes]

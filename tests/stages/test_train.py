@@ -11,7 +11,8 @@ import pytest
 from transformers import LlavaForConditionalGeneration
 
 import gracec
-from gracec.errors import GracecError
+from gracec.capture.hidden import blocks_equal_hidden_states
+from gracec.errors import GateError, GracecError
 from gracec.ir.program import Program
 from gracec.journal import Journal, Note
 from gracec.request import Request
@@ -19,6 +20,7 @@ from gracec.stages import train as stage
 from gracec.stages.prepare import Prepared
 from gracec.stages.source import load_source
 from gracec.stages.train import train
+from gracec.training.curve import METRICS
 from tests.tiny import tiny_image, tiny_llava, tiny_processor
 
 After = Callable[[str], Program]
@@ -51,6 +53,7 @@ def trained(
 
     monkeypatch.setattr(stage, "train_learner", read)
     monkeypatch.setattr(stage, "capture", lambda teacher: captured)
+    monkeypatch.setattr(stage, "blocks_equal_hidden_states", lambda program, teacher: 1)
 
     def run(processor: Any = None, **options: Any) -> Journal:
         fields = {"recipe": recipe(), "train_data": RECORDS, "progress": False, **options}
@@ -79,6 +82,15 @@ def test_a_teacher_that_does_not_fit_is_refused(trained: Callable[..., Journal])
         trained(teacher=tiny_llava(vocab_size=160))
 
 
+def test_a_teacher_whose_blocks_are_others_is_refused(
+    trained: Callable[..., Journal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph is that of another model, so what its blocks return is too."""
+    monkeypatch.setattr(stage, "blocks_equal_hidden_states", blocks_equal_hidden_states)
+    with pytest.raises(GateError, match="decoder block 0 is not the hidden state"):
+        trained(teacher=tiny_llava(seed=1))
+
+
 def test_a_teacher_with_other_tokens_is_refused(
     trained: Callable[..., Journal], saved: Path
 ) -> None:
@@ -95,7 +107,7 @@ def test_what_an_interrupted_training_left_is_not_overwritten(
     options = {"recipe": recipe(**ALONE), "output_dir": tmp_path / "out", "formats": ()}
     trained(**options)
     (tmp_path / "out.training").mkdir(exist_ok=True)
-    (tmp_path / "out.training" / "step-1").touch()
+    (tmp_path / "out.training" / METRICS).touch()
     with pytest.raises(GracecError, match="an earlier training was interrupted here"):
         trained(**options)
     trained(**options, resume=True)

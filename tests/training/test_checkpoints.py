@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gracec import store
+from gracec import directories
 from gracec.errors import GracecError, GracecWarning
 from gracec.objective.controllers import DualAscentController
 from gracec.training.checkpoints import directory as module
@@ -461,7 +461,7 @@ def interrupted(
         if name == point:
             how()
 
-    patch.setattr(store, "reached", reached)
+    patch.setattr(directories, "reached", reached)
     return patch.undo
 
 
@@ -554,8 +554,8 @@ def test_older_checkpoints_go_and_nothing_else(tmp_path: Path) -> None:
     for name in ("step-1", ".step-notes", "step-00000001.bak", "step-00000001-old"):
         (tmp_path / name).mkdir()
     (tmp_path / "step-00000000").write_text("a file")
-    (tmp_path / ".step-00000009.abc").mkdir()
-    foreign = [name for name in listed(tmp_path) if name != ".step-00000009.abc"]
+    (tmp_path / ".step-00000009.removed").mkdir()
+    foreign = [name for name in listed(tmp_path) if name != ".step-00000009.removed"]
     assert latest_checkpoint(tmp_path) is None
     trainer = Trainer()
     for step in (1, 2, 3, 4):
@@ -602,10 +602,10 @@ DAMAGES: list[tuple[Callable[[Path], object], str]] = [
     (cut_short, f"{TENSORS} is not what was written \\(sha256 differs\\)"),
     (flip_a_bit, f"{TENSORS} is not what was written \\(sha256 differs\\)"),
     (lambda path: (path / TENSORS).unlink(), f"{TENSORS} cannot be read: No such file"),
-    (lambda path: (path / CONTENTS).unlink(), f"{CONTENTS} cannot be read: No such file"),
-    (lambda path: (path / CONTENTS).write_text("{"), f"{CONTENTS} is not readable as JSON"),
-    (lambda path: (path / CONTENTS).write_bytes(b"\xff"), f"{CONTENTS} is not readable as JSON"),
-    (lambda path: (path / CONTENTS).write_text("[]"), f"{CONTENTS} is not what was written"),
+    (lambda path: (path / CONTENTS).unlink(), f"{CONTENTS}: no such file"),
+    (lambda path: (path / CONTENTS).write_text("{"), f"{CONTENTS}: not readable as JSON"),
+    (lambda path: (path / CONTENTS).write_bytes(b"\xff"), f"{CONTENTS}: not readable as UTF-8"),
+    (lambda path: (path / CONTENTS).write_text("[]"), f"{CONTENTS}: not a JSON object but a list"),
     (change_a_digit, f"{CONTENTS} is not what was written"),
 ]
 
@@ -673,7 +673,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_stops_nothing(
     def refuse(path: Path) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(module, "_remove", refuse)
+    monkeypatch.setattr(module, "remove", refuse)
     message = "step-00000002: an old checkpoint cannot be removed: Operation not permitted"
     with pytest.warns(GracecWarning, match=message):
         path = Trainer.resumed(saved).train(1).save(saved)

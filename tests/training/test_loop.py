@@ -4,6 +4,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from gracec.capture import Family, capture
+from gracec.data.collate import EmptyBatch
+from gracec.data.conversations import epoch_order
 from gracec.errors import GracecError
 from gracec.ir.program import Program
 from gracec.passes import parse_pipeline, run_passes
@@ -23,7 +26,7 @@ from gracec.training.checkpoints.directory import latest_checkpoint
 from gracec.training.checkpoints.fingerprint import Fingerprint
 from gracec.training.curve import Curve
 from gracec.training.learner import Learner, score
-from gracec.training.loop import train
+from gracec.training.loop import Run, train
 from gracec.training.micro_batch import Batch
 from tests.children import in_a_child, start, wait
 from tests.tiny import IMAGE, IMAGE_TOKENS, PAD, tiny_image, tiny_llava, tiny_processor
@@ -48,6 +51,9 @@ After = Callable[[str], Program]
 
 def rule(**fields: object) -> Training:
     return Training.model_validate({**FAST, **fields})
+
+
+TEXTS_ONLY = rule(frozen=[], distillation={"kind": "none", "omega": 0})
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +88,19 @@ def with_own_tensors(program: Program) -> Program:
     return own
 
 
-def collate(numbers: Sequence[int]) -> Batch:
-    """Prompts of different length, right-padded; the answer to each picture is two tokens."""
+def collate(numbers: Sequence[int], texts: Sequence[int] = ()) -> Batch:
+    """Prompts of different length, right-padded; the answer to each picture is two tokens.
+
+    Args:
+        texts: numbers of samples that have no picture.
+    """
     processor = tiny_processor()
     prompts = []
     for number in numbers:
         words = torch.arange(20, 22 + number % 4)
         answer = torch.tensor([40 + number % 5, 2])
-        prompts.append((torch.cat([torch.full((IMAGE_TOKENS,), IMAGE), words]), answer))
+        picture = torch.full((0 if number in texts else IMAGE_TOKENS,), IMAGE)
+        prompts.append((torch.cat([picture, words]), answer))
     longest = max(len(prompt) + len(answer) for prompt, answer in prompts)
     ids = torch.full((len(prompts), longest), PAD)
     labels = torch.full_like(ids, -100)
@@ -99,9 +110,11 @@ def collate(numbers: Sequence[int]) -> Batch:
         ids[row, :end] = torch.cat([prompt, answer])
         labels[row, len(prompt) : end] = answer
         mask[row, :end] = 1
-    images = [tiny_image(number) for number in numbers]
-    pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": pixels}
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    images = [tiny_image(number) for number in numbers if number not in texts]
+    if images:
+        batch |= processor.image_processor(images, return_tensors="pt")
+    return batch
 
 
 HELD_OUT = [collate([0, 5]), collate([3])]
@@ -113,8 +126,8 @@ def weights(learner: Learner) -> dict[str, Tensor]:
 
 
 def go(student: Learner, teacher: Learner | None, options: Training, **more: object) -> Curve:
-    held_out = more.pop("held_out", HELD_OUT)
-    return train(student, teacher, collate, SAMPLES, held_out, options, **more)  # type: ignore[arg-type]
+    held_out, made = more.pop("held_out", HELD_OUT), more.pop("collate", collate)
+    return train(student, teacher, made, SAMPLES, held_out, options, **more)  # type: ignore[arg-type]
 
 
 def test_grace_learns_and_moves_weights_and_scales_but_not_the_image_side(
@@ -138,7 +151,7 @@ def test_the_best_state_is_kept_and_the_first_is_a_candidate(
     student: Learner, teacher: Learner
 ) -> None:
     before = weights(student)
-    curve = go(student, teacher, rule(lr=30.0, steps=4, evaluate_every=1, clip=1e9))
+    curve = go(student, teacher, rule(lr=10.0, steps=4, evaluate_every=1, clip=1e6))
     assert curve.best_step == 0
     assert "training did not help" in " ".join(curve.notes)
     assert all(torch.equal(before[name], now) for name, now in weights(student).items())
@@ -155,7 +168,7 @@ def test_it_ends_with_the_state_of_the_best_step(student: Learner) -> None:
 def test_the_last_state_is_kept_where_the_recipe_says_so(student: Learner) -> None:
     options = {"steps": 2, "distillation": {"kind": "none", "omega": 0}}
     before = score(student, HELD_OUT).loss
-    curve = go(student, None, rule(lr=30.0, clip=1e9, keep="last", **options))
+    curve = go(student, None, rule(lr=10.0, clip=1e6, keep="last", **options))
     assert curve.best_step == 2
     assert score(student, HELD_OUT).loss == curve.held_out[-1]["held_out_loss"] > before
 
@@ -173,6 +186,48 @@ def test_a_step_does_not_depend_on_how_the_batch_is_cut(
         found.append(row)
     for name in ("ce", "distillation", "rcka", "grad_norm"):
         assert found[0][name] == pytest.approx(found[1][name], rel=1e-5), name
+
+
+def test_a_batch_of_texts_is_as_good_as_another(
+    after: After, llava: LlavaForConditionalGeneration, teacher: Learner
+) -> None:
+    """Alone in their micro-batch or beside pictures, in training and in the held-out part."""
+    chosen = epoch_order(SAMPLES, 0, rule().seed)[:4]
+    found = []
+    for micro in (1, 4):
+        learner = Learner(with_own_tensors(after(STUDENT)), llava)
+        before = weights(learner)
+        options = rule(steps=1, micro_batch_size=micro, distillation={"omega_warmup": 0})
+        texts = partial(collate, texts=chosen[1:])
+        curve = go(learner, teacher, options, collate=texts, held_out=[texts([chosen[1]])])
+        assert curve.held_out[0]["held_out_loss"] is not None
+        found.append(curve.rows[0])
+        assert any(not torch.equal(before[name], now) for name, now in weights(learner).items())
+    assert found[0]["rcka"] > 0
+    for name in ("ce", "distillation", "rcka", "grad_norm"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-5), name
+
+
+def test_a_step_of_texts_alone_gives_the_image_side_no_gradient(student: Learner) -> None:
+    micro = micro_batch.MicroBatch.read(student.model, collate([0, 1], texts=[0, 1]), images=True)
+    assert micro.image_sizes == ()
+    run = Run(student, None, collate, SAMPLES, TEXTS_ONLY, None, None)
+    student.outputs(run.module(**student.inputs(micro))).logits.sum().backward()  # type: ignore[union-attr]
+    gradients = {name: p.grad for name, p in run.parameters.items() if p.grad is not None}
+    visual = {name for name in gradients if "vision_tower" in name or "projector" in name}
+    assert visual and visual < gradients.keys()
+    assert all(not gradients[name].any() for name in visual)
+    assert any(gradients[name].any() for name in gradients.keys() - visual)
+
+
+def test_a_step_and_a_held_out_part_of_nothing_say_why(student: Learner) -> None:
+    def none(numbers: Sequence[int]) -> Batch:
+        raise EmptyBatch("broken samples leave nothing to train on, the last being a.jsonl:1: why")
+
+    with pytest.raises(GracecError, match="every sample of an optimizer step .*a.jsonl:1: why"):
+        go(student, None, TEXTS_ONLY, collate=none)
+    with pytest.raises(GracecError, match="no sample of the held-out data can be used"):
+        go(student, None, TEXTS_ONLY, held_out=[])
 
 
 def test_a_micro_batch_is_read_once_for_student_and_teacher(

@@ -14,6 +14,8 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 import gracec
 from gracec.capture import family_of
 from gracec.errors import GateError, GracecError
+from gracec.evaluate import VqaSample
+from gracec.request import Request
 from gracec.stages import train as stage
 from gracec.training.teacher import check_teacher, check_tokenizers
 from tests.children import in_a_child
@@ -94,8 +96,14 @@ def test_a_compilation_trains_lowers_saves_and_leaves_the_caller_alone(
 def test_without_a_teacher_a_frozen_copy_of_the_original_teaches(
     llava: LlavaForConditionalGeneration,
 ) -> None:
+    texts = [{"question": f"what is {word} ?", "answer": word} for word in WORDS]
     compiled = gracec.compile(
-        llava, recipe(), train_data=records(), processor=tiny_processor(), progress=False
+        llava,
+        recipe(training={"micro_batch_size": 1}),
+        train_data=[*records(), *texts],
+        eval_data=[VqaSample(None, "what is red ?", "red")],
+        processor=tiny_processor(),
+        progress=False,
     )
     assert "no teacher was given: a frozen copy of the original teaches" in [
         *map(str, compiled.report.notes)
@@ -103,6 +111,19 @@ def test_without_a_teacher_a_frozen_copy_of_the_original_teaches(
     rows = compiled.report.training["rows"]
     assert rows[0]["distillation"] < 0.5  # quantized against itself
     assert rows[0]["rcka"] < 0.1
+
+
+def test_questions_in_memory_are_decoded_once(tmp_path: Path) -> None:
+    tiny_image().save(tmp_path / "it.png")
+    asked = [VqaSample(tmp_path / "it.png", "what ?", "red"), VqaSample(None, "why ?", "no")]
+    request = Request.checked(
+        tiny_llava(), recipe(), train_data=records(), eval_data=asked, processor=tiny_processor()
+    )
+    first, second = request.held_out
+    (tmp_path / "it.png").unlink()
+    assert request.held_out == [first, second]
+    assert first["image"].tobytes() == tiny_image().tobytes()
+    assert second == {"question": "why ?", "answer": "no"}
 
 
 def test_without_data_it_is_post_training_quantization_and_says_so(
@@ -155,7 +176,7 @@ def test_a_model_below_the_expected_accuracy_is_kept_under_another_name(
         {"name": "gated", "weights": {"decoder": {"group_size": 32}}, "expect": expect}
     )
     data = questions(tmp_path / "data")
-    for _ in range(2):  # an earlier failure is replaced
+    for kept in ("out.failed", "out.failed-2"):  # an earlier failure stays
         with pytest.raises(GateError, match=message) as failure:
             gracec.compile(
                 llava,
@@ -164,7 +185,7 @@ def test_a_model_below_the_expected_accuracy_is_kept_under_another_name(
                 processor=tiny_processor(),
                 output_dir=tmp_path / "out",
             )
-    assert str(failure.value).endswith(f"kept as {tmp_path / 'out'}.failed")
+        assert str(failure.value).endswith(f"kept as {tmp_path / kept}")
     assert not (tmp_path / "out").exists()
     assert gracec.load(tmp_path / "out.failed").report.accuracy["compiled"]["overall"]["n"] == 3
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,7 +25,9 @@ from transformers import PreTrainedModel
 
 from gracec.backends.base import Format
 from gracec.backends.huggingface import write_json, write_processor
+from gracec.backends.onnx.logits import settings_not_done
 from gracec.capture import capture_serving, families, family_of
+from gracec.capture.eager import eager_logits
 from gracec.capture.greedy import prompt_logits
 from gracec.capture.serving import (
     Serving,
@@ -35,14 +37,15 @@ from gracec.capture.serving import (
 )
 from gracec.capture.serving_graph import DECODER, EMBEDDING, VISION
 from gracec.errors import GateError
-from gracec.frozen import Frozen, build, dense_twin
-from gracec.gates import logit_agreement, lowered_is_as_good_as_dense
+from gracec.file_hashes import file_sha256, hashes_of, read_names
+from gracec.frozen import Frozen, Reference, build, dense_twin
+from gracec.gates import LogitAgreement, logit_agreement, lowered_is_as_good_as_dense
 from gracec.kernels import onnxruntime as kernel
 from gracec.passes.freeze import QUANTIZE_DEQUANTIZE, frozen_weights
 from gracec.passes.fuse_decoder import FuseDecoder
 from gracec.passes.lower_qdq import LoweredWeight, LowerQdq
 from gracec.passes.pipeline import parse_placed
-from gracec.store import file_sha256
+from gracec.quant.frozen import by_matrix
 
 if TYPE_CHECKING:  # these packages take a second, so they are imported where a graph is written
     from gracec.backends.onnx.runner import OnnxModel
@@ -131,10 +134,13 @@ class Onnx(Format):
         threads = torch.get_num_threads()
         runner = OnnxModel(directory, model.config, session_config=config, threads=threads)
         figures |= self._run(runner, serving, model, frozen)
-        replace(config, gates=figures).write(directory)
+        if frozen.reference is not None:
+            figures["logits_compiled"] = asdict(self._agree(runner, frozen, frozen.reference))
+        config.model_copy(update={"gates": figures}).write(directory)
         told = (note for graph in written.values() for note in graph.notes)
         notes = (str(note) for note in told if note.source != LowerQdq.name)
-        return (*notes, _summary(figures), *genai.notes(frozen))
+        refused = _settings_not_done(frozen)
+        return (*notes, _summary(figures), *refused, *genai.notes(frozen))
 
     def finish(self, frozen: Frozen, directory: Path) -> None:
         """Complete the top level: what transformers.js and onnxruntime-genai look for there."""
@@ -164,6 +170,15 @@ class Onnx(Format):
         if not genai.refusal(frozen):
             genai.write_config(frozen, directory, session_options(self.ops, self.mode))
 
+    def seal(self, directory: Path) -> None:
+        """Say in `session.json` which configuration and processor the graphs are run with."""
+        from gracec.backends.onnx.session import SessionConfig
+
+        folder = directory / self.folder
+        config = SessionConfig.read(folder)
+        files = hashes_of(directory, read_names(directory))
+        config.model_copy(update={"model_files": files}).write(folder)
+
     def _write_graphs(
         self, frozen: Frozen, serving: Serving, directory: Path, shared: bool
     ) -> dict[str, WrittenGraph]:
@@ -190,10 +205,11 @@ class Onnx(Format):
                 external=shared,
             )
             frozen_here, lowered = frozen_weights(graph.program), written[name].lowered
-            if lowered.keys() != frozen_here.keys():
-                raise GateError(
-                    f"{len(lowered)} of {len(frozen_here)} weights are lowered", where=name
-                )
+            planned = {
+                matrix for fqn, weight in frozen_here.items() for matrix in by_matrix(fqn, weight)
+            }
+            if lowered.keys() != planned:
+                raise GateError(f"{len(lowered)} of {len(planned)} weights are lowered", where=name)
         return written
 
     def _kernel_figures(self, emitted: Mapping[str, LoweredWeight]) -> dict[str, Any]:
@@ -230,10 +246,7 @@ class Onnx(Format):
             dense: Any = dense_twin(frozen, torch.bfloat16)
             logits = dense(**family.model_inputs(dense, batch), use_cache=False).logits
         beside = logit_agreement(expected, logits, mask)
-        if self.mode == "faithful":
-            lowered_is_as_good_as_dense(agreement, beside)
-        else:
-            gates.rounding_is_small(agreement)
+        self._hold(agreement, beside)
         tokens = gates.token_agreement(reference, found, inputs, GATE_TOKENS)
         if self.mode == "faithful" and tokens.different:
             raise GateError(f"{tokens.different} greedy answers differ from those of the codes")
@@ -242,6 +255,35 @@ class Onnx(Format):
             "logits_dense_bfloat16": asdict(beside),
             "greedy": asdict(tokens),
         }
+
+    def _agree(self, found: OnnxModel, frozen: Frozen, reference: Reference) -> LogitAgreement:
+        """Gate: the logits are those that were compiled, which nothing here was built from."""
+        batch, mask = reference.batch, reference.tail(reference.batch["attention_mask"])
+        agreement = logit_agreement(reference.logits, reference.tail(found(**batch)), mask)
+        dense = reference.tail(eager_logits(dense_twin(frozen, torch.bfloat16), batch))
+        beside = logit_agreement(reference.logits, dense, mask)
+        self._hold(agreement, beside, reference.logits.dtype)
+        return agreement
+
+    def _hold(
+        self,
+        found: LogitAgreement,
+        dense: LogitAgreement,
+        reference: torch.dtype = torch.float32,
+    ) -> None:
+        """Gate: as good as dense weights in bfloat16, or off by what 8-bit activations cost."""
+        from gracec.backends.onnx import gates
+
+        if self.mode == "faithful":
+            lowered_is_as_good_as_dense(found, dense, reference)
+        else:
+            gates.rounding_is_small(found)
+
+
+def _settings_not_done(frozen: Frozen) -> Iterator[str]:
+    config = frozen.generation_config
+    for name in settings_not_done(config) if config is not None else ():
+        yield f"the generation config sets {name}: the ONNX runner refuses to generate with it"
 
 
 def _summary(figures: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from gracec.gates import NEAR_TIE, LogitAgreement
 from gracec.kernels import onnxruntime as kernel
 from gracec.kernels.onnxruntime import ACCURACY_LEVEL, OPSET
 from gracec.passes.lower_qdq import LoweredWeight
-from gracec.quant.frozen import FrozenWeight
+from gracec.quant.frozen import FrozenWeight, by_matrix
 
 MATMUL_BOUND = {"faithful": 1e-5, "fast": 2e-2}
 ROUNDED_KL = 0.1
@@ -89,8 +89,9 @@ def stored_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
 def stored_weights_are_exact(path: Path, weights: Mapping[str, FrozenWeight]) -> int:
     """Every quantized weight of a file is codes times scales, bit for bit; how many there are."""
     count = 0
+    exact = {name: one for fqn, w in weights.items() for name, one in by_matrix(fqn, w).items()}
     for fqn, found in stored_weights(path):
-        if fqn not in weights or not torch.equal(found, weights[fqn].dequantize()):
+        if fqn not in exact or not torch.equal(found, exact[fqn].dequantize()):
             raise GateError(f"{fqn} reads back other than codes times scales", where=path.name)
         count += 1
     return count

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
+from gracec.backends.onnx.logits import logits_processors, settings_not_done
 from gracec.backends.onnx.session import FOLDER, SessionConfig, open_session
 from gracec.capture.families import families
 from gracec.capture.families.base import Family
@@ -33,21 +34,10 @@ from gracec.capture.serving_graph import (
     empty_cache,
 )
 from gracec.errors import GracecError
+from gracec.models.configs import read_generation_config
 from gracec.models.loading import load_config, load_processor
 
 TEXT = ("input_ids", "attention_mask")
-PLAIN: dict[str, tuple[Any, ...]] = {
-    "repetition_penalty": (None, 1, 1.0),
-    "no_repeat_ngram_size": (None, 0),
-    "bad_words_ids": (None,),
-    "suppress_tokens": (None,),
-    "begin_suppress_tokens": (None,),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-    "min_length": (None, 0),
-    "min_new_tokens": (None, 0),
-}
-"""Settings that change even a greedy answer -> the values with which they do nothing."""
 DEFAULT_NEW_TOKENS = 64
 LARGE_DECODER = 512 << 20
 """Bytes of a decoder from which on its threads are not chosen by trying."""
@@ -94,8 +84,29 @@ class OnnxModel:
                 where=str(folder),
                 fix="export the model again",
             )
+        missing = [n for n in (VISION, EMBEDDING, DECODER) if n not in self.session_config.graphs]
+        if missing:
+            raise GracecError(
+                f"there is no graph {missing[0]!r}", where=str(folder), fix="export the model again"
+            )
         most = threads or torch.get_num_threads()
         self._sessions = {name: self._open(name, most) for name in self.session_config.graphs}
+        for name, (reads, writes) in {
+            VISION: (False, False),
+            EMBEDDING: (True, False),
+            DECODER: (False, True),
+        }.items():
+            inputs, outputs = self._sessions[name].get_inputs(), self._sessions[name].get_outputs()
+            found = (
+                "input_ids" in {value.name for value in inputs},
+                "logits" in {value.name for value in outputs},
+            )
+            if found != (reads, writes):
+                raise GracecError(
+                    f"the graph {name!r} is another one",
+                    where=str(folder / self.session_config.graphs[name]),
+                    fix="export the model again",
+                )
         self.threads = most if threads else self._choose_threads(most)
 
     @classmethod
@@ -106,17 +117,22 @@ class OnnxModel:
             GracecError: if there is no such model, or it is not whole.
         """
         directory = Path(directory)
-        config = load_config(directory)
         if not (directory / FOLDER).is_dir():
+            load_config(directory)  # which says so if it is no model at all
             raise GracecError(
                 f"no folder {FOLDER!r}, so it holds no ONNX graphs",
                 where=str(directory),
                 fix="compile with --format onnx, or use export_onnx",
             )
-        generation = None
-        if (directory / "generation_config.json").is_file():
-            generation = GenerationConfig.from_pretrained(directory, local_files_only=True)
-        return cls(directory / FOLDER, config, generation, threads=threads)
+        session_config = SessionConfig.read(directory / FOLDER)
+        session_config.check_model(directory)
+        return cls(
+            directory / FOLDER,
+            load_config(directory),
+            read_generation_config(directory),
+            session_config=session_config,
+            threads=threads,
+        )
 
     @cached_property
     def processor(self) -> Any:
@@ -177,13 +193,12 @@ class OnnxModel:
     ) -> Iterator[Step]:
         """The same token by token: each as soon as it is known, with its logits."""
         settings = self.generation_config
-        for name, harmless in PLAIN.items():
-            if getattr(settings, name, None) not in harmless:
-                raise GracecError(
-                    f"the generation config sets {name}, which the ONNX runner does not do",
-                    where=str(self.folder.parent / "generation_config.json"),
-                    fix="remove it, or run the model with torch",
-                )
+        for name in settings_not_done(settings):
+            raise GracecError(
+                f"the generation config sets {name}, which the ONNX runner does not do",
+                where=str(self.folder.parent / "generation_config.json"),
+                fix="remove it, or run the model with torch",
+            )
         prepared = self._prepare(inputs)
         if not prepared["attention_mask"][:, -1].all():
             raise GracecError("padded on the right", where="batch", fix="pad on the left")
@@ -197,6 +212,7 @@ class OnnxModel:
             end=ends,
             pad=pad if pad is not None else (ends or [0])[0],
             chunk=prefill_chunk,
+            processors=logits_processors(settings, prepared["input_ids"].shape[1], ends),
         )
 
     def _open(self, name: str, threads: int) -> ort.InferenceSession:

@@ -5,6 +5,9 @@ gracec::dequantize_linear   gracec.DequantizeLinear, which `graphs` turns into t
 gracec::quantize_activation, gracec::dequantize_activation
                             QuantizeLinear, DequantizeLinear
 gracec::matmul_nbits        com.microsoft.MatMulNBits
+gracec::conv2d              Conv, where no codes took the place of the matrix
+gracec::expert_matmul, gracec::expert_matmul_nbits, gracec::expert_linear
+                            for each expert GatherND of its rows, the matmul, ScatterND
 gracec::last_positions      Slice from -count to the end, so that 0 keeps everything
 gracec::segment_attention   Attention with a mask of the segments, [P, P]
 aten::bucketize, aten::argsort
@@ -15,7 +18,7 @@ gracec::rms_norm, gracec::rotary_embedding, gracec::attention
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnxscript
@@ -36,6 +39,10 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.quantize_activation.default: _quantize_activation,
         ops.dequantize_activation.default: _dequantize_activation,
         ops.matmul_nbits.default: _matmul_nbits,
+        ops.conv2d.default: _conv2d,
+        ops.expert_linear.default: _expert_linear,
+        ops.expert_matmul.default: _expert_matmul,
+        ops.expert_matmul_nbits.default: _expert_matmul_nbits,
         ops.last_positions.default: _last_positions,
         ops.segment_attention.default: _segment_attention,
         torch.ops.aten.bucketize.Tensor: _bucketize,
@@ -97,6 +104,83 @@ def _matmul_nbits(
         block_size=block_size,
         accuracy_level=accuracy_level,
     )
+
+
+def _conv2d(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Any:
+    shape: Any = op.Constant(value_ints=[weight.shape[0], -1, *kernel_size])
+    filters: Any = op.Reshape(weight, shape)
+    return op.Conv(
+        x,
+        filters,
+        bias,
+        kernel_shape=kernel_size,
+        strides=stride,
+        pads=[*padding, *padding],
+        dilations=dilation,
+        group=groups,
+    )
+
+
+def _by_expert(
+    x: Any, experts: Any, count: int, features: int, multiply: Callable[[int, Any], Any]
+) -> Any:
+    """Rows [S, features]; an expert that no row is for multiplies a matrix without rows."""
+    first: Any = op.Constant(value_ints=[0])
+    rows: Any = op.Gather(op.Shape(x), first)
+    shape: Any = op.Concat(rows, op.Constant(value_ints=[features]), axis=0)
+    zero: Any = op.Constant(value_float=0.0)
+    found: Any = op.Expand(zero, shape)
+    for expert in range(count):
+        asked = op.Equal(experts, op.Constant(value_int=expert))
+        places = op.Transpose(op.NonZero(asked), perm=[1, 0])
+        found = op.ScatterND(found, places, multiply(expert, op.GatherND(x, places)))
+    return found
+
+
+def _expert_linear(x: Any, weight: Any, experts: Any, count: int) -> Any:
+    rows, columns = weight.shape[-2:]
+    features = rows if len(weight.shape) == 3 else rows // count
+    shape: Any = op.Constant(value_ints=[count, features, columns])
+    each = op.Reshape(weight, shape)
+
+    def multiply(expert: int, x: Any) -> Any:
+        number: Any = op.Constant(value_int=expert)
+        own = op.Gather(each, number)
+        return op.MatMul(x, op.Transpose(own, perm=[1, 0]))
+
+    return _by_expert(x, experts, count, features, multiply)
+
+
+def _expert_matmul(x: Any, experts: Any, weights: Sequence[Any]) -> Any:
+    features = weights[0].shape[1]
+    return _by_expert(
+        x, experts, len(weights), features, lambda expert, x: op.MatMul(x, weights[expert])
+    )
+
+
+def _expert_matmul_nbits(
+    x: Any,
+    experts: Any,
+    codes: Sequence[Any],
+    scales: Sequence[Any],
+    bits: int,
+    block_size: int,
+    accuracy_level: int,
+) -> Any:
+    def multiply(expert: int, x: Any) -> Any:
+        own = codes[expert], scales[expert]
+        return _matmul_nbits(x, *own, bits, block_size, accuracy_level)
+
+    return _by_expert(x, experts, len(codes), scales[0].shape[0], multiply)
 
 
 def _last_positions(x: Any, count: Any) -> Any:

@@ -143,8 +143,12 @@ class Family(ABC):
         return self.cast(model, self.read(model, batch))
 
     def read(self, model: PreTrainedModel, batch: Inputs) -> dict[str, Tensor]:
-        """What `prepare` does before it casts: the same for all models of one configuration."""
-        self.required(batch, "input_ids")
+        """What `prepare` does before it casts: the same for all models of one configuration.
+
+        A batch without images gets one that no token stands for: the graph takes no empty tensors,
+        and what it computes of the text does not depend on it.
+        """
+        ids = self.required(batch, "input_ids")
         for name in VIDEO:
             if batch.get(name) is not None:
                 raise GracecError(
@@ -152,11 +156,20 @@ class Family(ABC):
                     where=f"batch, {name}",
                     fix="pass frames as images",
                 )
-        self.required(batch, "pixel_values")
-        self.check(model, batch)
-        check_image_tokens(self.image_mask(model, batch), self.image_tokens(model, batch))
+        if self.without_images(model, batch):
+            unseen = self.example_images(model, 1, torch.Generator().manual_seed(0))
+            batch = {**batch, **{name: tensor.to(ids.device) for name, tensor in unseen.items()}}
+        else:
+            self.required(batch, "pixel_values")
+            self.check(model, batch)
+            check_image_tokens(self.image_mask(model, batch), self.image_tokens(model, batch))
         found = {**self.text_inputs(model, batch), **self.vision_inputs(model, batch)}
         return {name: found[name] for name in (*self.text, *self.vision)}
+
+    def without_images(self, model: PreTrainedModel, batch: Inputs) -> bool:
+        """Whether a batch from the processor is text alone."""
+        given = batch.get("pixel_values") is not None
+        return not given and not bool(self.image_mask(model, batch).any())
 
     def cast(self, model: PreTrainedModel, inputs: Inputs) -> dict[str, Tensor]:
         """Inputs that were read, pixels in the dtype of the model."""
@@ -182,11 +195,12 @@ class Family(ABC):
             int64 [B, T], the number of the image in the batch or -1 for text, and the number of
             tokens of each image.
         """
-        visual, sizes = self.image_mask(model, batch), self.image_tokens(model, batch)
+        visual = self.image_mask(model, batch)
+        sizes = self.image_tokens(model, batch) if visual.any() else []
         numbers = torch.arange(len(sizes), device=visual.device)
-        owners = numbers.repeat_interleave(torch.tensor(sizes, device=visual.device))
+        counts = torch.tensor(sizes, dtype=torch.int64, device=visual.device)
         index = torch.full(visual.shape, -1, dtype=torch.int64, device=visual.device)
-        index[visual] = owners
+        index[visual] = numbers.repeat_interleave(counts)
         return index, sizes
 
     def traced(self, model: PreTrainedModel) -> nn.Module:
@@ -310,7 +324,7 @@ class Family(ABC):
         if found is None:
             fix = "use the processor"
             if name == "pixel_values":
-                fix = "the graph needs an image; `generate` also takes prompts without one"
+                fix = "give the images that the prompts have placeholders for"
             raise GracecError(f"{name} is missing", where="batch", fix=fix)
         return found
 

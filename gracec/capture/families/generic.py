@@ -72,7 +72,10 @@ class Generic(Family):
     ) -> dict[str, Tensor]:
         if getattr(model.config, "image_token_id", None) is None:
             raise self.refusal(model, "its configuration names no image token")
-        return super().example_images(model, images, generator)
+        try:
+            return super().example_images(model, images, generator)
+        except GracecError as error:
+            raise self.refusal(model, error.what) from None
 
     @staticmethod
     def refusal(model: PreTrainedModel, reason: str) -> GracecError:

@@ -10,6 +10,10 @@ from transformers import PreTrainedModel
 
 from gracec.capture.families.base import Dims, Family, Inputs
 from gracec.capture.serving_graph import BATCH
+from gracec.errors import GracecError
+
+CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+"""Model type of a tower that takes images of one size -> tokens before those of the patches."""
 
 
 class Llava(Family):
@@ -32,8 +36,33 @@ class Llava(Family):
         features: Tensor = parts.multi_modal_projector(chosen[0] if one else torch.cat(chosen, -1))
         return features.reshape(-1, features.shape[-1])
 
+    def example_images(
+        self, model: PreTrainedModel, images: int, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        _class_tokens(model)
+        return super().example_images(model, images, generator)
+
     def image_tokens(self, model: PreTrainedModel, batch: Inputs) -> list[int]:
         vision = model.config.vision_config
-        tokens = (vision.image_size // vision.patch_size) ** 2
-        keeps_class = model.config.vision_feature_select_strategy != "default"
-        return [int(tokens) + int(keeps_class)] * len(batch["pixel_values"])
+        tokens = int((vision.image_size // vision.patch_size) ** 2) + _class_tokens(model)
+        # What is dropped is the first token, whether or not it is that of the class.
+        tokens -= model.config.vision_feature_select_strategy == "default"
+        return [tokens] * len(batch["pixel_values"])
+
+
+def _class_tokens(model: PreTrainedModel) -> int:
+    """How many tokens a tower has before those of the patches.
+
+    Raises:
+        GracecError: if it is not known.
+    """
+    tower = model.config.vision_config.model_type
+    if tower not in CLASS_TOKENS:
+        known = ", ".join(sorted(CLASS_TOKENS))
+        any_size = "takes images of any size" if tower == "pixtral" else "is not known here"
+        raise GracecError(
+            f"the tower is a {tower!r}, which {any_size}; {known} are captured",
+            where=type(model).__name__,
+            fix="write an adapter, one file in gracec/capture/families",
+        )
+    return CLASS_TOKENS[tower]

@@ -44,6 +44,12 @@ class Qwen3VL(Qwen2VL):
             return super().logits(model, inputs)
 
 
+class Qwen3VLMoe(Qwen3VL):
+    """The same with routed experts in the decoder."""
+
+    model_type: ClassVar[str] = "qwen3_vl_moe"
+
+
 def _taps(place: Tensor, size: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """The two of `side` learned positions next to a place int64 [P], as int64 [P, 2], and their
     weights; the first and last of `size` places are the first and last learned ones."""

@@ -7,29 +7,29 @@
 Nothing is pickled, so that reading a checkpoint runs no code. One process at a time writes into
 RUN; in a distributed run that is the first rank.
 
-A checkpoint is written under a temporary name, flushed to the disk and renamed
-(`gracec.store.write_directory`); older ones go only after that. Whatever interrupts it, RUN holds
-a whole checkpoint, if it held one before, which `latest_checkpoint` finds. What a killed process
-leaves, `.step-*`, is ignored and goes with the next save. Where the checkpoint of the same step is
-written again, the old one is called `step-00000042-replaced` meanwhile and counts until the new
-one is in place.
+A checkpoint is written beside its place, flushed to the disk and renamed
+(`gracec.directories.write_directory`); older ones go only after that. Whatever interrupts it, RUN
+holds a whole checkpoint, if it held one before, which `latest_checkpoint` finds. What a killed
+process leaves, `.step-*`, is ignored and goes with the next save. Where the checkpoint of the same
+step is written again, the old one is called `step-00000042-replaced` meanwhile and counts until the
+new one is in place.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from gracec import store
+from gracec import directories
+from gracec.directories import write_directory
 from gracec.errors import GracecError, GracecWarning
-from gracec.store import write_directory
 from gracec.training.checkpoints.fingerprint import Fingerprint
 from gracec.training.checkpoints.sealed import (
+    CONTENTS,
+    TENSORS,
     Checkpoint,
     Damaged,
     all_tensors,
@@ -44,7 +44,8 @@ from gracec.training.checkpoints.sealed import (
 _NAME = re.compile(r"step-(\d{8,})(-replaced)?")
 
 
-_TEMPORARY = re.compile(r"\.step-\d{8,}(-replaced)?\..+")
+_LEFTOVER = re.compile(r"\.(step-\d{8,}(-replaced)?)\.(gracec|removed)")
+_FILES = (TENSORS, CONTENTS)
 
 
 def save_checkpoint(
@@ -65,7 +66,7 @@ def save_checkpoint(
     contents = contents_of(checkpoint, fingerprint)
     tensors = all_tensors(checkpoint)
     check_run(directory, fingerprint, checkpoint.step)
-    _clean(directory)
+    clean(directory)
     target = directory / f"step-{checkpoint.step:08d}"
     aside = target.with_name(f"{target.name}-replaced")
     try:
@@ -76,7 +77,7 @@ def save_checkpoint(
         if aside.exists() and not target.exists():
             os.rename(aside, target)
         raise
-    store.reached("written")
+    directories.reached("written")
     _prune(directory, target, keep)
     return target
 
@@ -87,7 +88,7 @@ def check_run(directory: Path, fingerprint: Fingerprint, step: int = 0) -> None:
     Raises:
         GracecError: if a checkpoint there is of another run or whole and of a later step.
     """
-    for path in _checkpoints(directory):
+    for path in checkpoints(directory):
         try:
             written = read_contents(path)
         except Damaged:
@@ -113,7 +114,7 @@ def latest_checkpoint(directory: Path) -> Path | None:
     Raises:
         GracecError: if that is of another format version.
     """
-    for path in _checkpoints(directory):
+    for path in checkpoints(directory):
         damage = damage_of(path)
         if not damage:
             return path
@@ -125,9 +126,10 @@ def latest_checkpoint(directory: Path) -> Path | None:
     return None
 
 
-def _checkpoints(directory: Path) -> list[Path]:
+def checkpoints(directory: Path) -> list[Path]:
     """Checkpoints of a run, whole or not, the newest first."""
-    found = (path for path in _entries(directory) if _NAME.fullmatch(path.name) and path.is_dir())
+    named = (path for path in _entries(directory) if _NAME.fullmatch(path.name) and path.is_dir())
+    found = (path for path in named if any(os.path.lexists(path / name) for name in _FILES))
     return sorted(found, key=lambda path: (-_step(path), path.name))
 
 
@@ -141,21 +143,32 @@ def _entries(directory: Path) -> Iterator[Path]:
     return directory.iterdir() if directory.is_dir() else iter(())
 
 
-def _clean(directory: Path) -> None:
-    """Remove what an interrupted save left."""
+def clean(directory: Path) -> list[str]:
+    """Remove what interrupted saves left; a line for each thing that was there."""
+    notes: list[str] = []
     for path in list(_entries(directory)):
-        if _TEMPORARY.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+        found = _LEFTOVER.fullmatch(path.name)
+        if found and found[3] == "gracec":
+            notes += directories.clear_leftovers(path.with_name(found[1]))
+        elif found:
+            _delete(path)
+            notes.append(f"removed {path}, an old checkpoint that a killed process left")
+    return notes
+
+
+def foreign_to(path: Path) -> list[str]:
+    """Names of what lies in a checkpoint and is none of its files."""
+    return [name for name in directories.files_in(path) if name not in _FILES]
 
 
 def _set_aside(target: Path, aside: Path) -> None:
     try:
         if aside.exists():  # of a save that was interrupted after its checkpoint was in place
-            _remove(aside)
+            remove(aside)
         os.rename(target, aside)
     except OSError as error:
         raise GracecError(f"cannot be replaced: {error.strerror}", where=str(target)) from error
-    store.reached("set aside")
+    directories.reached("set aside")
 
 
 def _prune(directory: Path, newest: Path, keep: int) -> None:
@@ -164,13 +177,13 @@ def _prune(directory: Path, newest: Path, keep: int) -> None:
     What is later than `newest` is damaged, or `check_run` would have refused to write.
     """
     step = _step(newest)
-    others = [path for path in _checkpoints(directory) if path != newest]
+    others = [path for path in checkpoints(directory) if path != newest]
     kept = [path for path in others if _step(path) < step and seems_whole(path)][: keep - 1]
     for path in others:
         if path in kept:
             continue
         try:
-            _remove(path)
+            remove(path)
         except OSError as error:
             warnings.warn(
                 f"{path}: an old checkpoint cannot be removed: {error.strerror}",
@@ -179,10 +192,22 @@ def _prune(directory: Path, newest: Path, keep: int) -> None:
             )
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Take a checkpoint out of the run in one step, then delete it."""
-    hidden = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    os.rename(path, hidden)  # takes the place of the empty directory
-    store.reached("unlisted")
-    shutil.rmtree(hidden, ignore_errors=True)
-    store.reached("removed")
+    hidden = path.with_name(f".{path.name}.removed")
+    os.rename(path, hidden)
+    directories.reached("unlisted")
+    _delete(hidden)
+    directories.reached("removed")
+
+
+def _delete(hidden: Path) -> None:
+    """Delete the files of a checkpoint that was taken out; what else is there is put back."""
+    for name in _FILES:
+        (hidden / name).unlink(missing_ok=True)
+    try:
+        hidden.rmdir()
+    except OSError:
+        found = _LEFTOVER.fullmatch(hidden.name)
+        assert found is not None
+        os.rename(hidden, hidden.with_name(found[1]))

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import NonNegativeInt
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gracec import store
+from gracec import directories
 from gracec.errors import GracecError
-from gracec.store import file_sha256
+from gracec.file_hashes import file_sha256
+from gracec.json_files import JsonModel, check_fields, read_json
 from gracec.training.checkpoints.fingerprint import (
     Fingerprint,
     check_json,
@@ -29,6 +31,55 @@ TENSORS, CONTENTS = "tensors.safetensors", "checkpoint.json"
 
 
 FORMAT_VERSION = 1
+
+
+class _Rng(JsonModel):
+    python: dict[str, Any]
+    numpy: dict[str, Any]
+
+
+class _Optimizer(JsonModel):
+    groups: list[dict[str, Any]]
+    state: dict[str, dict[str, Any]]
+
+
+class _Run(JsonModel):
+    """The fields of a `Fingerprint`."""
+
+    model: str
+    teacher: str
+    data: str
+    processor: str
+    recipe: str
+    threads: int
+    torch: str
+    gracec: str
+    device: str
+
+
+class _Contents(JsonModel):
+    """What a checkpoint holds beside tensors; see `Checkpoint`."""
+
+    step: NonNegativeInt
+    epoch: NonNegativeInt
+    sample: NonNegativeInt
+    skipped_in_a_row: NonNegativeInt
+    skipped_total: NonNegativeInt
+    best_score: float | None
+    controller: dict[str, Any]
+    extra: dict[str, Any]
+    optimizer: _Optimizer
+    rng: _Rng
+    fingerprint: _Run
+
+
+class _Sealed(JsonModel):
+    """What `checkpoint.json` holds: the contents, and the hashes of both files."""
+
+    format_version: int
+    tensors_sha256: str
+    contents_sha256: str
+    contents: dict[str, Any]
 
 
 _NEXT_ONE = "remove it; the checkpoint before it is then the latest"
@@ -173,7 +224,7 @@ def fill(path: Path, tensors: dict[str, Tensor], contents: dict[str, Any]) -> No
     except KeyError as error:
         raise GracecError(f"safetensors cannot hold {error.args[0]}", where=TENSORS) from error
     (path / TENSORS).chmod(0o644)  # safetensors lets nobody but the owner read it
-    store.reached("tensors written")
+    directories.reached("tensors written")
     sealed = {
         "format_version": FORMAT_VERSION,
         "tensors_sha256": file_sha256(path / TENSORS),
@@ -184,19 +235,17 @@ def fill(path: Path, tensors: dict[str, Tensor], contents: dict[str, Any]) -> No
     (path / CONTENTS).write_text(text + "\n", encoding="utf-8")
 
 
-def _read_sealed(path: Path) -> dict[str, Any]:
+def _read_sealed(path: Path) -> _Sealed:
     """checkpoint.json, of this format version and as it was written.
 
     Raises:
         GracecError: if it is not.
     """
     try:
-        sealed = json.loads((path / CONTENTS).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Damaged(path, f"{CONTENTS} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise Damaged(path, f"{CONTENTS} is not readable as JSON: {error}") from error
-    found = sealed.get("format_version") if isinstance(sealed, dict) else None
+        fields = read_json(path / CONTENTS)
+    except GracecError as error:
+        raise Damaged(path, f"{CONTENTS}: {error.what}") from error
+    found = fields.get("format_version") if isinstance(fields, dict) else None
     if isinstance(found, int) and found != FORMAT_VERSION:
         raise GracecError(
             f"format version {found}, this gracec reads {FORMAT_VERSION}",
@@ -204,13 +253,14 @@ def _read_sealed(path: Path) -> dict[str, Any]:
             fix="resume with the gracec that wrote it",
         )
     try:
-        intact = fingerprint_of_json(sealed["contents"]) == sealed["contents_sha256"]
-        intact = intact and isinstance(sealed["tensors_sha256"], str) and found is not None
-    except (GracecError, KeyError, TypeError):
-        intact = False
-    if not intact:
-        raise Damaged(path, f"{CONTENTS} is not what was written")
-    assert isinstance(sealed, dict)
+        sealed = check_fields(_Sealed, fields, where=CONTENTS)
+        if fingerprint_of_json(sealed.contents) != sealed.contents_sha256:
+            raise Damaged(path, f"{CONTENTS} is not what was written")
+        check_fields(_Contents, sealed.contents, where=f"{CONTENTS}: contents")
+    except Damaged:
+        raise
+    except GracecError as error:
+        raise Damaged(path, str(error)) from error
     return sealed
 
 
@@ -222,8 +272,7 @@ class Damaged(GracecError):
 
 
 def read_contents(path: Path) -> dict[str, Any]:
-    contents: dict[str, Any] = _read_sealed(path)["contents"]
-    return contents
+    return _read_sealed(path).contents
 
 
 def fingerprint_of(contents: Mapping[str, Any]) -> Fingerprint:
@@ -233,7 +282,9 @@ def fingerprint_of(contents: Mapping[str, Any]) -> Fingerprint:
 def damage_of(path: Path) -> str:
     """What is wrong with a checkpoint; empty if it is whole."""
     try:
-        promised = _read_sealed(path)["tensors_sha256"]
+        promised = _read_sealed(path).tensors_sha256
+        with (path / TENSORS).open("rb"):
+            pass  # whether it is there and can be read, with the reason of the system
         if file_sha256(path / TENSORS) != promised:
             return f"{TENSORS} is not what was written (sha256 differs)"
         with safe_open(path / TENSORS, framework="pt"):

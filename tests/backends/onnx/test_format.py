@@ -1,6 +1,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def test_the_figures_of_the_gates(bundle: Path) -> None:
     assert figures["matmul_error"] <= 1e-6
     assert figures["logits"]["kl"] <= 1e-9 < figures["logits_dense_bfloat16"]["kl"]
     assert figures["logits"]["top1"] == 1
+    assert figures["logits_compiled"]["kl"] <= 1e-4
     assert figures["greedy"] == {"same": 2, "ambiguous": 0, "different": 0, "tokens": 16}
 
 
@@ -209,7 +211,8 @@ def test_everything_that_was_noted_is_told(
     monkeypatch.setattr(Onnx, "_run", lambda *arguments: figures)
     monkeypatch.setattr(runner, "OnnxModel", lambda *arguments, **options: None)
     monkeypatch.setattr(genai, "notes", lambda frozen: ["onnxruntime-genai: pictures are small"])
-    fused, summary, small = Onnx().write(artifact_of(compiled), tmp_path)
+    told = replace(artifact_of(compiled), reference=None)  # which nothing was run for
+    fused, summary, small = Onnx().write(told, tmp_path)
     assert fused == "fuse-decoder: 5 norms"
     assert summary.startswith("0 matmuls on INT4 kernels, KL 0 ")
     assert small == "onnxruntime-genai: pictures are small"
@@ -271,6 +274,22 @@ def test_graphs_that_answer_otherwise_than_the_codes_are_an_error(
     answers: Any = kind(frozen_serving, model.config)
     with pytest.raises(GateError, match=message):
         Onnx(mode=mode)._run(answers, frozen_serving, model, compiled.frozen)
+
+
+def test_graphs_of_another_model_than_was_compiled_are_an_error(
+    compiled: CompiledModel, exported: Path, batch: dict[str, Tensor]
+) -> None:
+    """All that the graphs were built from may share a fault; the logits of the compilation not."""
+    frozen, found = compiled.frozen, gracec.load(exported, "onnxruntime")
+    assert frozen.reference is not None
+    agreement = Onnx()._agree(found, frozen, frozen.reference)
+    assert agreement.kl < 1e-3
+    assert agreement.top1 == 1
+    other = replace(frozen.reference, logits=frozen.reference.logits.flip(-1))
+    with pytest.raises(GateError, match="off by KL"):
+        Onnx()._agree(found, frozen, other)
+    with pytest.raises(GateError, match="off by KL"):
+        Onnx(mode="fast")._agree(found, frozen, other)
 
 
 def test_in_fast_mode_a_greedy_answer_may_differ(

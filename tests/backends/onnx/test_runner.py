@@ -8,9 +8,11 @@ from transformers import AutoModelForImageTextToText
 
 import gracec
 from gracec.backends.onnx.runner import OnnxModel
+from gracec.backends.onnx.session import SessionConfig
 from gracec.compiled import CompiledModel
 from gracec.errors import GracecError
 from gracec.evaluate import answer
+from gracec.models.loading import load_config
 from tests.backends.artifacts import artifact_of, dense_model, tokens_of
 from tests.test_cli import gracec as command
 from tests.tiny import tiny_batch, tiny_image, tiny_processor
@@ -125,8 +127,8 @@ def test_only_greedy_generation(
             model.generate(**batch, **wrong)
     with pytest.raises(GracecError, match="does not take 'temperature'"):
         model.generate(**batch, temperature=torch.tensor(1.0))
-    monkeypatch.setattr(model.generation_config, "repetition_penalty", 1.2)
-    with pytest.raises(GracecError, match="sets repetition_penalty, which the ONNX runner does"):
+    monkeypatch.setattr(model.generation_config, "forced_eos_token_id", 2)
+    with pytest.raises(GracecError, match="sets forced_eos_token_id, which the ONNX runner does"):
         model.generate(**batch)
 
 
@@ -174,3 +176,22 @@ def test_the_commands_run_it(exported: Path, tmp_path: Path) -> None:
 def test_plain_transformers_reads_the_configuration(exported: Path) -> None:
     config = AutoModelForImageTextToText.from_config(gracec.load(exported, "onnx").config).config
     assert config.model_type == "llava"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"vision_encoder": None}, "there is no graph 'vision_encoder'"),
+        ({"vision_encoder": "decoder"}, "the graph 'vision_encoder' is another one"),
+        ({"decoder": "embed_tokens"}, "the graph 'decoder' is another one"),
+    ],
+)
+def test_graphs_of_other_names_are_refused(
+    bundle: Path, changed: dict[str, str | None], message: str
+) -> None:
+    read = SessionConfig.read(bundle / "onnx")
+    graphs = {**read.graphs, **{n: read.graphs[o] for n, o in changed.items() if o}}
+    graphs = {n: file for n, file in graphs.items() if changed.get(n, "") is not None}
+    config = read.model_copy(update={"graphs": graphs})
+    with pytest.raises(GracecError, match=message):
+        OnnxModel(bundle / "onnx", load_config(bundle), session_config=config, threads=1)

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,14 +12,16 @@ from onnx import TensorProto, helper
 
 import gracec
 from gracec.backends.onnx.session import (
+    SEAL,
     SessionConfig,
     open_session,
     session_options,
 )
 from gracec.errors import GracecError
-from gracec.store import file_sha256
+from gracec.file_hashes import file_sha256, json_sha256
 
 Copied = Callable[[], Path]
+ARTIFACTS = Path(__file__).parents[2] / "artifacts"
 DECODER = "decoder_model_merged_q4.onnx"
 
 
@@ -32,8 +35,12 @@ def refusal(directory: Path) -> str:
 
 
 def edit(folder: Path, **fields: object) -> None:
+    """Change fields of the session file, and have it vouch for itself."""
     path = folder / "session.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    changed = {**json.loads(path.read_text()), **fields}
+    changed = {name: value for name, value in changed.items() if value is not ...}
+    changed.pop(SEAL, None)
+    path.write_text(json.dumps({**changed, SEAL: json_sha256(changed)}))
 
 
 def vouch_for(folder: Path, name: str) -> None:
@@ -98,17 +105,119 @@ def test_no_session_file(copied: Copied) -> None:
     assert refusal(path.parents[1]).startswith(f"{path}: {expected}")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format_version": 1}', "\x00"])
-def test_a_broken_session_file(copied: Copied, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "not readable as JSON"),
+        ("[]", "not a JSON object but a list"),
+        ("[" * 100_000, "more than 100 deep"),
+        ("{}", "format version None"),
+        ('{"format_version": 1}', "family: Field required"),
+        ("\x00", "not readable as JSON"),
+    ],
+)
+def test_a_broken_session_file(copied: Copied, text: str, expected: str) -> None:
     path = copied() / "onnx" / "session.json"
     path.write_text(text)
-    assert refusal(path.parents[1]).startswith(f"{path}: not a session file; copy")
+    message = refusal(path.parents[1])
+    assert message.startswith(f"{path}: ") and expected in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"family": ...}, "family: Field required"),
+        ({"graphs": "x"}, "graphs: Input should be a valid dictionary"),
+        ({"kernels": {"decoder": "many"}}, "kernels.decoder: Input should be a valid integer"),
+        ({"ops": "abacus"}, "ops: String should match pattern"),
+        ({"extra": 1}, "extra: Extra inputs are not permitted"),
+        ({"options": {"session.x": "1"}}, "options: not those of ops and mode"),
+        ({"graphs": {"decoder": "../../outside.onnx"}}, "no hash of '../../outside.onnx'"),
+        ({"model_files": {}}, "model_files: empty"),
+        ({"model_files": {"../x/config.json": "0"}}, "the file was not written with the model"),
+    ],
+)
+def test_a_field_that_is_missing_or_wrong_is_named(
+    copied: Copied, fields: dict[str, object], expected: str
+) -> None:
+    directory = copied()
+    edit(directory / "onnx", **fields)
+    assert expected in refusal(directory)
+
+
+def test_a_session_file_that_was_edited_says_so(copied: Copied) -> None:
+    path = copied() / "onnx" / "session.json"
+    path.write_text(path.read_text().replace('"faithful"', '"fast"'))
+    assert refusal(path.parents[1]).startswith(f"{path}: it is not what was written")
+
+
+@pytest.mark.parametrize("name", [DECODER, f"{DECODER}_data"])
+def test_a_file_that_is_read_and_has_no_hash(copied: Copied, name: str) -> None:
+    directory = copied()
+    digests = json.loads((directory / "onnx" / "session.json").read_text())["sha256"]
+    del digests[name]
+    edit(directory / "onnx", sha256=digests)
+    message = refusal(directory)
+    assert name in message and "no hash" in message
+
+
+def test_a_hash_of_what_no_graph_reads(copied: Copied) -> None:
+    folder = copied() / "onnx"
+    (folder / "more.onnx").write_bytes(b"x")
+    vouch_for(folder, "more.onnx")
+    assert "sha256: 'more.onnx' is of none of the graphs" in refusal(folder.parent)
+
+
+@pytest.mark.parametrize("name", ["../../outside.onnx", "/tmp/outside.onnx", "link.onnx"])
+def test_a_graph_outside_the_directory(copied: Copied, name: str, tmp_path: Path) -> None:
+    """With hashes that vouch for it."""
+    directory = copied()
+    folder = directory / "onnx"
+    outside = tmp_path / "outside.onnx"
+    outside.write_bytes((folder / "embed_tokens.onnx").read_bytes())
+    if name == "link.onnx":
+        (folder / name).symlink_to(outside)
+    saved = json.loads((folder / "session.json").read_text())
+    digests = {**saved["sha256"], name: file_sha256(outside)}
+    del digests["embed_tokens.onnx"]
+    edit(folder, graphs={**saved["graphs"], "embed_tokens": name}, sha256=digests)
+    message = refusal(directory)
+    assert "it leads out of its directory" in message or "is no name of a file in it" in message
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_a_configuration_or_processor_that_was_edited(copied: Copied, name: str) -> None:
+    file = copied() / name
+    file.write_text(file.read_text().replace("{", "{ ", 1))
+    assert refusal(file.parent).startswith(f"{file}: the file is not the one that was written")
+    file.unlink()
+    assert refusal(file.parent).startswith(f"{file}: missing")
+
+
+def test_what_a_user_adds_is_nobodys_business(copied: Copied) -> None:
+    directory = copied()
+    (directory / "README.md").write_text("mine")
+    (directory / "onnx" / "notes.txt").write_text("mine")
+    gracec.load(directory, backend="onnx")
+    (directory / "chat_template.json").write_text("{}")
+    assert "chat_template.json: the file was not written with the model" in refusal(directory)
+
+
+def test_graphs_of_before_lose_no_hash_either(tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(ARTIFACTS / "onnx", tmp_path / "copy"))
+    path = directory / "onnx" / "session.json"
+    saved = json.loads(path.read_text())
+    saved["sha256"].pop("embed_tokens.onnx")
+    path.write_text(json.dumps(saved))
+    assert "graphs.embed_tokens: no hash of 'embed_tokens.onnx'" in refusal(directory)
 
 
 def test_another_version_of_the_session_file(copied: Copied) -> None:
     directory = copied()
     edit(directory / "onnx", format_version=9)
-    assert "format version 9, this gracec reads 1; export the model again" in refusal(directory)
+    assert "format version 9, this gracec reads 1 to 2; export the model again" in refusal(
+        directory
+    )
 
 
 def test_a_runtime_that_is_too_old(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:

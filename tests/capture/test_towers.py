@@ -1,0 +1,72 @@
+"""LLaVA with towers other than CLIP, and what is said of those that are not captured."""
+
+import pytest
+import torch
+from transformers import (
+    Florence2Config,
+    Florence2ForConditionalGeneration,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PixtralVisionConfig,
+    PreTrainedConfig,
+    SiglipVisionConfig,
+)
+
+from gracec.capture import capture, captured_equals_eager, family_of
+from gracec.capture.eager import eager_logits
+from gracec.errors import GracecError
+from tests.tiny import IMAGE, IMAGE_SIZE, PATCH_SIZE, TEXT, tiny_config
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": IMAGE_SIZE,
+    "patch_size": PATCH_SIZE,
+}
+
+
+def llava(vision: PreTrainedConfig, strategy: str) -> LlavaForConditionalGeneration:
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=tiny_config().text_config,
+        image_token_id=IMAGE,
+        vision_feature_select_strategy=strategy,
+    )
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize(("strategy", "tokens"), [("full", 16), ("default", 15)])
+def test_a_tower_without_a_class_token(strategy: str, tokens: int) -> None:
+    """Nothing stands before the patches: "default" drops one of them, as transformers does."""
+    model = llava(SiglipVisionConfig(**SIZES), strategy)
+    batch = family_of(model).example_batch(model, batch=1, images=1)
+    assert int((batch["input_ids"] == IMAGE).sum()) == tokens
+    assert captured_equals_eager(capture(model), model) == 3
+    assert eager_logits(model, batch).isfinite().all()
+
+
+def test_a_tower_that_takes_images_of_any_size_is_named() -> None:
+    model = llava(PixtralVisionConfig(**SIZES), "full")
+    with pytest.raises(GracecError, match="the tower is a 'pixtral', which takes images of any"):
+        family_of(model).example_batch(model)
+
+
+def test_a_family_without_an_adapter_whose_tower_has_no_size_is_named() -> None:
+    vision = {"embed_dim": [32], "num_heads": [2], "num_groups": [2], "depths": [1]}
+    vision |= {"patch_size": [7], "patch_stride": [4], "patch_padding": [3]}
+    text = {**TEXT, "d_model": 64, "encoder_layers": 1, "decoder_layers": 1}
+    text |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = Florence2Config(
+        vision_config={**vision, "patch_prenorm": [False], "projection_dim": 64},
+        text_config=text,
+        image_token_id=IMAGE,
+    )
+    with torch.device("meta"):
+        model = Florence2ForConditionalGeneration(config)
+    message = "the family 'florence2' has no adapter, .* the configuration of the tower says no"
+    with pytest.raises(GracecError, match=message) as error:
+        family_of(model).example_batch(model)
+    assert "\n" not in str(error.value)
