@@ -63,13 +63,13 @@ __all__ = [
     "Manifest",
     "Store",
     "StoredWeights",
+    "change_manifest",
     "check_target",
     "file_sha256",
     "is_artifact",
     "read_manifest",
     "read_store",
     "write_directory",
-    "write_manifest",
     "write_store",
 ]
 
@@ -208,10 +208,17 @@ class StoredWeights(Mapping[str, FrozenWeight]):
 def write_store(store: Store, directory: Path) -> None:
     """Write tensors and manifest into an existing directory; equal input gives equal bytes."""
     tensors: dict[str, Tensor] = {}
+    specs: dict[str, dict[str, Any]] = {}
+    activations: dict[str, dict[str, Any]] = {}
+    experts: dict[str, dict[str, Any]] = {}
     for fqn, weight in store.weights.items():
+        specs[fqn] = weight.spec.to_dict()
         tensors[f"{fqn}.codes"] = weight.stored
         tensors[f"{fqn}.scales"] = weight.scales.to(_scale_dtype(weight.spec))
+        if weight.experts is not None:
+            experts[fqn] = asdict(weight.experts)
         if weight.activation is not None:
+            activations[fqn] = weight.activation.spec.to_dict()
             tensors[f"{fqn}.input_scales"] = weight.activation.scales.to(torch.bfloat16)
             tensors[f"{fqn}.input_zero_points"] = weight.activation.zero_points
     tensors.update({fqn: tensor.detach() for fqn, tensor in store.others.items()})
@@ -222,26 +229,29 @@ def write_store(store: Store, directory: Path) -> None:
     path.parent.mkdir()
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors lets nobody but the owner read it
-    write_manifest(store, directory)
-
-
-def write_manifest(store: Store, directory: Path) -> None:
-    """Write the manifest of a directory in which everything else is; it replaces one that is."""
-    weights = sorted(store.weights.items())
-    grids = {f: w.activation.spec.to_dict() for f, w in weights if w.activation is not None}
-    experts = {f: asdict(w.experts) for f, w in weights if w.experts is not None}
     manifest = {
         "format_version": FORMAT_VERSION,
-        "files": hashes_of(directory, [name for name in files_in(directory) if name != MANIFEST]),
-        "weights": {fqn: weight.spec.to_dict() for fqn, weight in weights},
-        **({"activations": grids} if grids else {}),
+        "files": hashes_of(directory, files_in(directory)),
+        "weights": specs,
+        **({"activations": activations} if activations else {}),
         **({"adapters": dict(store.adapters)} if store.adapters else {}),
         **({"experts": experts} if experts else {}),
         **store.manifest,
     }
+    _write_manifest(manifest, directory)
+
+
+def change_manifest(directory: Path, **fields: Any) -> None:
+    """Put other values into the manifest of a directory, whose other files stay as they are."""
+    manifest = read_json_object(directory / MANIFEST)
+    del manifest[SEAL]
+    _write_manifest({**manifest, **fields}, directory)
+
+
+def _write_manifest(manifest: dict[str, Any], directory: Path) -> None:
     check_fields(Manifest, manifest, where=MANIFEST)
-    manifest[SEAL] = json_sha256(manifest)
-    text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False)
+    sealed = {**manifest, SEAL: json_sha256(manifest)}
+    text = json.dumps(sealed, indent=1, sort_keys=True, allow_nan=False)
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 

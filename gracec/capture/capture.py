@@ -24,11 +24,11 @@ from gracec.capture.canonical import (
     write_no_padding_as_a_number,
 )
 from gracec.capture.culprit import culprit
-from gracec.capture.eager import at_rest, eager_logits, no_fast_path
+from gracec.capture.eager import as_reference, eager_logits, no_fast_path
 from gracec.capture.families import GENERIC, Family, family_of
 from gracec.errors import GateError, GracecError
 from gracec.ir.program import Program, drop_assertions
-from gracec.models.experts import EAGER, GROUPED, expert_modules, experts_computed
+from gracec.models.experts import GROUPED, expert_modules, experts_computed
 from gracec.models.lora import adapters_of
 
 # (batch, images, text tokens): batch 1, several images in one prompt, and left padding among them.
@@ -196,7 +196,7 @@ def run_both(
     Args:
         run: what is computed with the model, and what is with the graph.
     """
-    with torch.no_grad(), at_rest(model), experts_computed(model, EAGER), no_fast_path():
+    with as_reference(model):
         pairs = run()
         threads = torch.get_num_threads()
         same = all(one.shape == other.shape and torch.equal(one, other) for one, other in pairs)

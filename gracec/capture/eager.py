@@ -16,10 +16,7 @@ from gracec.models.experts import EAGER, experts_computed
 
 
 def eager_logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """Logits [B, T, V] of the model's own forward, in eval mode; it is left in the mode it was in.
-
-    Routed experts are computed by the loop that every model has, and attention by the operators
-    that every model has: kernels that do all at once round otherwise, or as the memory lies.
+    """Logits [B, T, V] of the model's own forward, run `as_reference`.
 
     Args:
         model: a Hugging Face vision-language model, or a `PeftModel` of one.
@@ -31,12 +28,7 @@ def eager_logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     inputs = family_of(base).model_inputs(base, batch)
     try:
-        with (
-            torch.no_grad(),
-            at_rest(model),
-            experts_computed(base, EAGER),
-            no_fast_path(),
-        ):
+        with as_reference(model):
             logits: Tensor = model(**inputs, use_cache=False).logits
     except GracecError:
         raise
@@ -66,15 +58,20 @@ def no_fast_path() -> Iterator[None]:
 
 
 @contextmanager
-def at_rest(model: nn.Module) -> Iterator[None]:
-    """Have a model in eval mode and without gradients meanwhile, in place."""
+def as_reference(model: nn.Module) -> Iterator[None]:
+    """Have a model compute, in place, as one that others are held to; it is left as it was.
+
+    In eval mode and without gradients: of weights that could have one, operators may choose another
+    kernel. Routed experts by the loop, and attention by the operators, that every model has:
+    kernels that do all at once round otherwise, or as the memory lies.
+    """
     training = [module for module in model.modules() if module.training]
-    # Of weights that could have a gradient, operators may choose another kernel.
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
     model.requires_grad_(False)
     try:
-        yield
+        with torch.no_grad(), experts_computed(model, EAGER), no_fast_path():
+            yield
     finally:
         for module in training:
             module.training = True

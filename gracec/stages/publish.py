@@ -29,7 +29,7 @@ from gracec.recipe import Recipe
 from gracec.report import Report
 from gracec.report.card import model_card
 from gracec.report.saved import read_report
-from gracec.store import TENSORS, Store, read_store, write_manifest, write_store
+from gracec.store import TENSORS, Store, change_manifest, read_store, write_store
 
 
 def write_artifact(
@@ -77,28 +77,24 @@ def write_artifact(
                 (target / form.folder / "README.md").write_text(
                     card, encoding="utf-8", errors="backslashreplace"
                 )
-        write_store(_store(frozen, saved[0], formats), target)
+        manifest = {
+            "gracec": __version__,
+            "torch": torch.__version__,
+            "family": frozen.config.model_type,
+            "source": frozen.name,
+            "report": saved[0].to_dict(),
+            "formats": {form.name: form.folder for form in formats},
+            **({"passes": list(frozen.passes)} if frozen.passes else {}),
+        }
+        write_store(Store(frozen.weights, frozen.others, manifest, frozen.adapters), target)
         if check is not None:
             assert recipe is not None and journal is not None
             journal.figures["reloaded_equals_compiled"] = check(target)
             saved[0] = Report.of(recipe, journal)
-            write_manifest(_store(frozen, saved[0], formats), target)
+            change_manifest(target, report=saved[0].to_dict())
 
     write_directory(directory, fill, overwrite=overwrite)
     return saved[0], tuple(notes)
-
-
-def _store(frozen: Frozen, report: Report, formats: Sequence[Format]) -> Store:
-    manifest = {
-        "gracec": __version__,
-        "torch": torch.__version__,
-        "family": frozen.config.model_type,
-        "source": frozen.name,
-        "report": report.to_dict(),
-        "formats": {form.name: form.folder for form in formats},
-        **({"passes": list(frozen.passes)} if frozen.passes else {}),
-    }
-    return Store(frozen.weights, frozen.others, manifest, frozen.adapters)
 
 
 def write_formats(directory: Path, frozen: Frozen, formats: Sequence[Format]) -> tuple[Note, ...]:

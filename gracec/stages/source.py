@@ -89,8 +89,7 @@ def stand_in_source(directory: Path, recipe: Recipe) -> Source:
     Raises:
         GracecError: if there is no usable configuration.
     """
-    if not is_artifact(directory):  # which says what it became
-        check_full_precision(load_config(directory), str(directory))
+    _check_stored(directory)
     return _looked_at(model_without_weights(directory), directory, recipe)
 
 
@@ -103,7 +102,14 @@ def weights_source(directory: Path, recipe: Recipe | None = None) -> Source:
     Raises:
         GracecError: if it is no vision-language model, not whole, or not finite.
     """
+    _check_stored(directory)
     return _looked_at(load_model(directory), directory, recipe)
+
+
+def _check_stored(directory: Path) -> None:
+    """Refuse codes as weights, but for those of an artifact, which says what it was made of."""
+    if not is_artifact(directory):
+        check_full_precision(load_config(directory), str(directory))
 
 
 def _say_what_is_tied(model: PreTrainedModel, journal: Journal) -> None:

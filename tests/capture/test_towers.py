@@ -15,15 +15,12 @@ from transformers import (
 from gracec.capture import capture, captured_equals_eager, family_of
 from gracec.capture.eager import eager_logits
 from gracec.errors import GracecError
-from tests.tiny import IMAGE, IMAGE_SIZE, PATCH_SIZE, TEXT, tiny_config
+from tests.tiny import IMAGE, TEXT, tiny_config
 
+SHARED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": IMAGE_SIZE,
-    "patch_size": PATCH_SIZE,
+    name: getattr(tiny_config().vision_config, name)
+    for name in (*SHARED, "image_size", "patch_size")
 }
 
 

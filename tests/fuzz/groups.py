@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import math
 import os
 import random
 import shutil
 import socket
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,7 +24,6 @@ from typing import Any
 import torch
 import yaml
 
-from gracec import cli
 from gracec.backends.onnx.runner import OnnxModel
 from gracec.backends.onnx.session import SEAL
 from gracec.compiler import compile
@@ -39,6 +36,7 @@ from gracec.recipe import Recipe, built_in_recipes
 from gracec.serve import Server
 from gracec.stages.publish import read_artifact
 from tests.fuzz import mutations
+from tests.test_cli import gracec
 from tests.test_serve import write_app, write_model
 from tests.tiny import tiny_batch, tiny_image, tiny_llava, tiny_processor
 
@@ -293,21 +291,11 @@ def _arguments(rng: random.Random, folder: Path, known: dict[str, Any]) -> str:
     arguments += [rng.choice(odd)] if rng.random() < 0.9 else []
     for option in rng.sample(options, rng.randrange(5)):
         arguments += [option, rng.choice(odd)] if rng.random() < 0.9 else [option]
-    out, err = io.StringIO(), io.StringIO()
-    before, where, code = sys.argv, Path.cwd(), 0
-    sys.argv = ["gracec", *arguments]
-    os.chdir(folder)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            cli.main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        sys.argv = before
-        os.chdir(where)
-    assert code in (0, 1, 2), code
-    assert "Traceback" not in out.getvalue() + err.getvalue()
-    return REFUSED if code else OTHER
+    with contextlib.chdir(folder):
+        done = gracec(*arguments)
+    assert done.returncode in (0, 1, 2), done.returncode
+    assert "Traceback" not in done.stdout + done.stderr
+    return REFUSED if done.returncode else OTHER
 
 
 def _request(rng: random.Random, folder: Path, known: dict[str, Any]) -> str:

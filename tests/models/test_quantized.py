@@ -14,6 +14,7 @@ from gracec.doctor import BLOCKED, diagnose
 from gracec.errors import GracecError
 from gracec.models.loading import load_model
 from gracec.models.quantized import check_full_precision
+from gracec.stages.source import weights_source
 from tests.tiny import tiny_config, tiny_llava, tiny_processor
 
 BLOCK = 32
@@ -81,8 +82,11 @@ def test_codes_are_no_weights(method: str, tmp_path: Path) -> None:
         gracec.compile(directory, "w4a16-ptq")
     assert "\n" not in str(error.value)
     found = {check.name: check for check in diagnose(directory).checks}
-    assert found["vision-language model"].status == BLOCKED
-    assert message in found["vision-language model"].detail
+    for name in ("vision-language model", "weights"):  # neither advises to install a package
+        assert found[name].status == BLOCKED
+        assert message in found[name].detail
+    with pytest.raises(GracecError, match=message):
+        weights_source(directory)
 
 
 def test_a_model_in_memory_says_it_in_its_configuration() -> None:

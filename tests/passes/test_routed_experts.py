@@ -54,6 +54,14 @@ def test_golden(after: dict[str, Program], golden: Golden, number: int) -> None:
     golden(f"{name}/llava-mixtral.txt", found + "\n", made_by=made_by, after=before, model=MODEL)
 
 
+def test_golden_of_lowering_to_onnx(after: dict[str, Program], golden: Golden) -> None:
+    before = ",".join(PASSES[:-1])
+    (made_by,) = parse_pipeline("lower-qdq")
+    found = ir.diff(after[before], run_passes(after[before], [made_by]).program)
+    golden("lower-qdq/llava-mixtral.txt", found + "\n", made_by=made_by, after=before, model=MODEL)
+    check_contract(made_by, after[before])
+
+
 @pytest.mark.parametrize("number", range(len(PASSES)), ids=PASSES)
 def test_contract(after: dict[str, Program], number: int) -> None:
     (item,) = parse_pipeline(PASSES[number])

@@ -8,23 +8,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-import gracec
 from gracec.backends.onnx.logits import DONE, HARMLESS, settings_in_use, settings_not_done
 from gracec.backends.onnx.runner import OnnxModel
 from gracec.compiled import CompiledModel
-from tests.backends.artifacts import artifact_of, dense_model
 
 END = 2
-
-
-@pytest.fixture(scope="module")
-def model(exported: Path) -> OnnxModel:
-    return gracec.load(exported, backend="onnx")
-
-
-@pytest.fixture(scope="module")
-def reference(compiled: CompiledModel) -> Any:
-    return dense_model(artifact_of(compiled), torch.float32)
 
 
 def settings(free: Tensor) -> dict[str, dict[str, Any]]:

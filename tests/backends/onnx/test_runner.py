@@ -13,20 +13,9 @@ from gracec.compiled import CompiledModel
 from gracec.errors import GracecError
 from gracec.evaluate import answer
 from gracec.models.loading import load_config
-from tests.backends.artifacts import artifact_of, dense_model, tokens_of
+from tests.backends.artifacts import tokens_of
 from tests.test_cli import gracec as command
 from tests.tiny import tiny_batch, tiny_image, tiny_processor
-
-
-@pytest.fixture(scope="module")
-def model(exported: Path) -> OnnxModel:
-    return gracec.load(exported, backend="onnx")
-
-
-@pytest.fixture(scope="module")
-def reference(compiled: CompiledModel) -> Any:
-    """The plain float32 model whose weights are codes times scales."""
-    return dense_model(artifact_of(compiled), torch.float32)
 
 
 def test_logits_and_tokens_are_those_of_the_codes(
