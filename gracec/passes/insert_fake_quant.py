@@ -5,8 +5,9 @@
     expert_linear(x, w)    -> expert_linear(x, fake_quantize(reshape(w), w_scale))
 
 The scale parameter belongs to the module that owns the weight (`...q_proj.weight_scale`) and starts
-at the scale of least squared error. The node stands right before its linear, because nodes of one
-module must stay contiguous for `torch.export.unflatten`.
+at the scale of least squared error, weighed by second moments of the inputs where
+`observe-second-moments` has watched them. The node stands right before its linear, because nodes of
+one module must stay contiguous for `torch.export.unflatten`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ from gracec.ir.program import Program, annotate, annotation
 from gracec.ir.queries import seen_through, value, weight_of
 from gracec.passes.base import Pass, PassResult
 from gracec.passes.insert_observers import PREFIX, observer_nodes
+from gracec.passes.observe_second_moments import PREFIX as MOMENTS
+from gracec.passes.observe_second_moments import moment_observers
 from gracec.quant.observers import Observer, weight_scales
 from gracec.quant.ops import dtype_name
+from gracec.quant.second_moments import importance as importance_of
 
 FAKE_QUANTIZE = torch.ops.gracec.fake_quantize.default
 FAKE_QUANTIZE_ACTIVATION = torch.ops.gracec.fake_quantize_activation.default
@@ -89,12 +93,13 @@ class InsertFakeQuant(Pass):
 
     def apply(self, program: Program) -> PassResult:
         inserted = 0
+        importances = _importances(program)
         for node in list(_planned(program)):
             weight = node.args[1]
             assert isinstance(weight, fx.Node)
             if weight.target == FAKE_QUANTIZE:
                 continue
-            self._insert(program, node, weight)
+            self._insert(program, node, weight, importances.get(node))
             inserted += 1
         notes = [f"{inserted} weights fake-quantized"]
         observers = list(observer_nodes(program))
@@ -118,7 +123,9 @@ class InsertFakeQuant(Pass):
             if not isinstance(weight, fx.Node) or weight.target != FAKE_QUANTIZE:
                 raise self.refuse(f"{node.name} is planned but not fake-quantized")
 
-    def _insert(self, program: Program, linear: fx.Node, weight: fx.Node) -> None:
+    def _insert(
+        self, program: Program, linear: fx.Node, weight: fx.Node, importance: Tensor | None
+    ) -> None:
         spec, experts = planned_quant(linear), experts_of(linear)
         target = str(seen_through(weight).target)
         matrix = program.tensor(target)
@@ -127,14 +134,7 @@ class InsertFakeQuant(Pass):
         scale_target = f"{target}_scale"
         if scale_target not in program.fqns:  # a module that is called twice has one scale
             try:
-                scales = weight_scales(
-                    matrix,
-                    spec,
-                    annotation(linear).get("weight_observer", "mse"),
-                    candidates=self.candidates,
-                    lowest=self.lowest,
-                    highest=self.highest,
-                )
+                scales = self._scales(matrix, linear, importance)
             except GracecError as error:
                 raise self.refuse(error.what, where=fqn, fix=error.fix) from error
             param = nn.Parameter(quant.scale_to_param(scales, spec.parametrization))
@@ -171,6 +171,27 @@ class InsertFakeQuant(Pass):
             node.meta["nn_module_stack"] = stack
         linear.update_arg(1, fake)
 
+    def _scales(self, matrix: Tensor, linear: fx.Node, importance: Tensor | None) -> Tensor:
+        """Scales of a weight [P * N, K] of which each of P matrices has an importance [P, K]."""
+        spec = planned_quant(linear)
+        each: list[Tensor | None] = [None]
+        if importance is not None:
+            whole = spec.granularity == "per_tensor"
+            each = [importance.mean(0)] if whole else list(importance)
+        found = [
+            weight_scales(
+                part,
+                spec,
+                annotation(linear).get("weight_observer", "mse"),
+                candidates=self.candidates,
+                lowest=self.lowest,
+                highest=self.highest,
+                importance=counts,
+            )
+            for part, counts in zip(matrix.chunk(len(each)), each, strict=True)
+        ]
+        return torch.cat(found)
+
     def _insert_activation(self, program: Program, node: fx.Node) -> None:
         """observer(x) -> fake_quantize_activation(x, input_scale, input_zero_point)"""
         observer = program.graph_module.get_submodule(str(node.target))
@@ -206,6 +227,26 @@ class InsertFakeQuant(Pass):
         annotate(fake, observer=None, act=observer.spec.to_dict())
         node.replace_all_uses_with(fake)
         program.graph.erase_node(node)
+
+
+def _importances(program: Program) -> dict[fx.Node, Tensor]:
+    """Planned matmul -> what each input feature counts to each of its matrices, [P, K].
+
+    The observers that know are taken out.
+    """
+    found: dict[fx.Node, Tensor] = {}
+    observers = list(moment_observers(program))
+    for node, observer in observers:
+        for user in node.users:
+            if observer.moments.seen:
+                found[user] = importance_of(observer.moments.means())
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node.replace_all_uses_with(source)
+        program.graph.erase_node(node)
+    if observers:
+        program.graph_module.delete_submodule(MOMENTS)
+    return found
 
 
 def _planned(program: Program) -> Iterator[fx.Node]:

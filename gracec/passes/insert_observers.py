@@ -49,7 +49,7 @@ class InsertObservers(Pass):
         for linear in _observed_linears(program):
             source = linear.args[0]
             assert isinstance(source, fx.Node)
-            if source.op == "call_module" or "act" in annotation(source):
+            if source in observer_nodes(program) or "act" in annotation(source):
                 continue  # observed, or quantized already
             spec = planned_act(linear)
             if (source, spec) not in observers:
@@ -106,8 +106,9 @@ class InsertObservers(Pass):
 
 
 def observer_nodes(program: Program) -> Iterator[fx.Node]:
-    """The observers of a program, in order."""
-    return (node for node in program.graph.nodes if node.op == "call_module")
+    """The observers of activations of a program, in order."""
+    nodes = program.graph.find_nodes(op="call_module")
+    return (node for node in nodes if str(node.target).startswith(f"{PREFIX}."))
 
 
 def _observer(program: Program, node: fx.Node) -> Observer:

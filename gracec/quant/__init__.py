@@ -23,13 +23,13 @@ from gracec.quant.codes import (
     row_chunks,
     scale_from_param,
     scale_to_param,
-    search_scales,
     signal_to_noise_db,
     spread,
     store_codes,
     unpack_nibbles,
 )
 from gracec.quant.frozen import Experts, FrozenActivation, FrozenWeight
+from gracec.quant.scale_search import search_scales
 
 __all__ = [
     "CHUNK_ELEMENTS",

@@ -7,8 +7,7 @@ both bfloat16 and float16 hold exactly (an 8-bit significand between 2^-17 and 6
 codes and scales means the same weight in every format that gracec writes. Codes are always computed
 against the rounded scale.
 
-Initial scales follow the mean-squared-error grid search of the GRACE paper (arXiv 2601.22709):
-candidates between 0.3 and 1.2 times max|w| / q_max.
+Where scales come from: `gracec.quant.scale_search`.
 """
 
 from __future__ import annotations
@@ -255,57 +254,6 @@ def quantize_dequantize_activation(
     offset = spread(zero_points.to(torch.float32), x.shape[-1])
     codes = (torch.round(x.to(torch.float32) / s) + offset).clamp(lowest, highest)
     return ((codes - offset) * s).to(x.dtype)
-
-
-def search_scales(
-    weight: Tensor,
-    bits: int,
-    group_size: int,
-    *,
-    scale_grid: str = "bf16",
-    candidates: int = 64,
-    lowest: float = 0.3,
-    highest: float = 1.2,
-) -> Tensor:
-    """Scales of least squared error per group, by grid search.
-
-    Args:
-        weight: [N, K], any float dtype; K must be a multiple of `group_size`.
-        candidates: points of the grid between `lowest` and `highest` times max|w| / q_max.
-
-    Returns:
-        float32 [N, K / group_size] on the grid of `scale_grid`.
-
-    Raises:
-        GracecError: if the group does not divide K or the weight is not finite.
-    """
-    grouped(weight[:0], group_size)
-    factors = torch.linspace(lowest, highest, candidates, device=weight.device)
-    shape = len(weight), weight.shape[1] // group_size
-    scales = torch.empty(shape, dtype=torch.float32, device=weight.device)
-    for part, target in row_chunks(weight.detach(), scales):
-        groups = part.to(torch.float32).reshape(-1, group_size)
-        target.copy_(_best_scales(groups, factors, bits, scale_grid).reshape(target.shape))
-    return scales
-
-
-def _best_scales(groups: Tensor, factors: Tensor, bits: int, scale_grid: str) -> Tensor:
-    """[G] scales of least squared error for groups [G, group_size], float32."""
-    q_min, q_max = code_range(bits)
-    largest = groups.abs().amax(-1)
-    if not torch.isfinite(largest).all():
-        raise GracecError("the weight holds NaN or infinity", fix="check the checkpoint")
-    scales = round_scale(factors.unsqueeze(1) * (largest / q_max), scale_grid)  # [candidates, G]
-    inverse = scales.reciprocal()
-    errors = torch.empty_like(scales)
-    # |q - w / s| * s in two buffers that stay in the cache: this loop is all of the time.
-    ratio, code = torch.empty_like(groups), torch.empty_like(groups)
-    for candidate in range(len(scales)):
-        torch.mul(groups, inverse[candidate].unsqueeze(1), out=ratio)
-        torch.round(ratio, out=code).clamp_(q_min, q_max).sub_(ratio)
-        torch.linalg.vector_norm(code, dim=1, out=errors[candidate])
-    best = errors.mul_(scales).argmin(0, keepdim=True)
-    return scales.gather(0, best).squeeze(0)
 
 
 def signal_to_noise_db(reference: Tensor, approximation: Tensor) -> float:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gracec.errors import GracecError
 from gracec.quant import codes as quant
+from gracec.quant.scale_search import search_scales
 
 SAMPLE_VALUES = 1 << 18
 """Values that an observer keeps which needs more than the extremes."""
@@ -228,8 +229,13 @@ def weight_scales(
     lowest: float = 0.3,
     highest: float = 1.2,
     percentile: float = 99.9,
+    importance: Tensor | None = None,
 ) -> Tensor:
     """Symmetric scales of a weight [N, K] by one of the observers.
+
+    Args:
+        importance: float32 [K], what an error of each input feature counts to "mse"; the others
+            look at the weight alone.
 
     Returns:
         float32 [N, K / group_size], [N, 1] or [1, 1], on the grid of the spec.
@@ -241,7 +247,9 @@ def weight_scales(
     flat = weight.detach().reshape(1, -1) if spec.granularity == "per_tensor" else weight.detach()
     group = flat.shape[1] if spec.granularity == "per_tensor" else spec.group_of(columns)
     if observer == "mse":
-        return quant.search_scales(
+        if importance is not None and len(flat) < rows:
+            importance = importance.repeat(rows)
+        return search_scales(
             flat,
             spec.bits,
             group,
@@ -249,6 +257,7 @@ def weight_scales(
             candidates=candidates,
             lowest=lowest,
             highest=highest,
+            importance=importance,
         )
     magnitudes = quant.grouped(flat.to(torch.float32), group).abs()
     if not torch.isfinite(magnitudes).all():
