@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gracec.backends.base import Format, all_formats
+from gracec.backends.base import Format, all_formats, signed_refusal
 from gracec.capture import GENERIC, capture, captured_equals_eager, families, family_of
 from gracec.data.prompts import encode_questions
 from gracec.errors import GracecError
@@ -300,13 +300,14 @@ class _Patient:
         reason = target.refusal(frozen)
         if reason:
             raise GracecError(reason)
-        return target.summary(frozen)
+        return target.summary(frozen) + _unsigned(frozen, target)
 
     def check_format(self, form: Format) -> str:
-        reason = form.refusal(self.frozen())
+        frozen = self.frozen()
+        reason = form.refusal(frozen)
         if reason:
             raise GracecError(reason)
-        return "can hold all of it"
+        return f"can hold all of it{_unsigned(frozen, form)}"
 
     def frozen(self) -> Frozen:
         """What freezing would give, with stand-ins as codes and scales."""
@@ -315,6 +316,11 @@ class _Patient:
         source = Source(model, self.processor, self.directory.resolve().name, 0)
         dtype: torch.dtype = getattr(torch, self.recipe.deploy.dtype)
         return Prepared(source, model, program).planned(dtype)
+
+
+def _unsigned(frozen: Frozen, kind: Format | Target) -> str:
+    """What `compile` would plan instead of signed scales, for who takes no negative ones."""
+    return ", with unsigned scales" if signed_refusal(frozen, kind.holds_signed) else ""
 
 
 def _need(found: T | None, step: str) -> T:

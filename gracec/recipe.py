@@ -55,6 +55,7 @@ class WeightRule(_Strict):
     granularity: Granularity = "per_group"
     observer: Literal["mse", "min_max", "percentile"] = "mse"
     parametrization: Literal["log", "lsq"] = "log"
+    signed: bool = False
 
     def spec(self) -> QuantSpec:
         return QuantSpec(
@@ -62,6 +63,7 @@ class WeightRule(_Strict):
             group_size=self.group_size,
             parametrization=self.parametrization,
             granularity=self.granularity,
+            signed=self.signed,
         )
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from gracec.backends.base import MERGE_INSTEAD, NO_ADAPTERS, Format, parse_formats
+from gracec.backends.base import MERGE_INSTEAD, NO_ADAPTERS, UNSIGNED, Format, parse_formats
 from gracec.data.questions import SAMPLES_FILE, VqaSample, load_samples
 from gracec.errors import GracecError
 from gracec.journal import Note
@@ -78,11 +78,12 @@ class Request:
             data_name=data_name,
             **options,
         )
+        request, signs = request._with_scales_that_are_taken()
         request._check_output()
         request._check_adapters(not isinstance(model, (str, Path)) and has_adapters(model))
         notes = request._check_training()
         request._check_questions(model)
-        return replace(request, notes=tuple(notes))
+        return replace(request, notes=(*signs, *notes))
 
     @property
     def training(self) -> Training | None:
@@ -105,6 +106,21 @@ class Request:
     def further(self) -> tuple[Placed, ...]:
         """The passes that the recipe adds, with their places."""
         return tuple(parse_placed(text) for text in self.recipe.passes)
+
+    def _with_scales_that_are_taken(self) -> tuple[Request, list[Note]]:
+        """Without signed scales where the target, or a format, takes no negative ones."""
+        saved = self.formats if self.output_dir is not None else ()
+        without = [f"format {form.name}" for form in saved if not form.holds_signed]
+        without += [] if self.target.holds_signed else [f"target {self.target.name}"]
+        signed = {part: rule for part, rule in self.recipe.weights.items() if rule and rule.signed}
+        if not without or not signed:
+            return self, []
+        reason = f"{without[0]} takes no negative scales"
+        if self.strict:
+            raise GracecError(reason, where=f"recipe {self.recipe.name}", fix=UNSIGNED)
+        plain = {part: rule.model_copy(update={"signed": False}) for part, rule in signed.items()}
+        recipe = self.recipe.model_copy(update={"weights": {**self.recipe.weights, **plain}})
+        return replace(self, recipe=recipe), [Note("", f"{reason}: unsigned")]
 
     def _check_output(self) -> None:
         if self.output_dir is None:

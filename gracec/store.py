@@ -4,7 +4,8 @@
                                                   first (int8 [N, K] for 8-bit codes, odd widths);
                                                   of routed experts, one after the other, so that
                                                   N is experts times outputs
-                                    <fqn>.scales  bfloat16 [N, K / group_size]
+                                    <fqn>.scales  bfloat16 [N, K / group_size]; negative ones too,
+                                                  where the spec is signed
                                     <fqn>.input_scales, <fqn>.input_zero_points
                                                   bfloat16 and int32, of the input of the linear
                                                   where the recipe quantizes activations
@@ -77,7 +78,8 @@ TENSORS = "gracec/gracec.safetensors"
 FORMAT_VERSION = 5
 OLDEST_VERSION = 2
 """2: codes alone, 3: with grids of inputs, 4: with adapters, 5: with the hash of every file, and
-with experts. A version knows what those before it do, and an older gracec refuses it."""
+with experts and signed scales. A version knows what those before it do, and an older gracec
+refuses it."""
 SEAL = "manifest_sha256"
 
 
@@ -89,6 +91,7 @@ class WeightFields(JsonModel):
     parametrization: str
     scale_grid: str
     granularity: str = "per_group"
+    signed: bool = False
 
 
 class ActivationFields(JsonModel):

@@ -11,7 +11,7 @@ from gracec import quant, store
 from gracec.directories import files_in
 from gracec.errors import GracecError
 from gracec.file_hashes import hashes_of, json_sha256
-from gracec.quant.frozen import FrozenActivation, FrozenWeight
+from gracec.quant.frozen import FrozenActivation, FrozenWeight, code_hash
 from gracec.quant.observers import ActivationSpec
 from gracec.store import (
     MANIFEST,
@@ -235,6 +235,34 @@ def test_a_tensor_that_its_spec_cannot_mean_is_named(
     fqn = ".".join(name.split(".")[:2])
     with pytest.raises(GracecError, match=f"{TENSORS}: {name} .*{expected}"):
         read_store(saved).weights[fqn]
+
+
+def test_negative_scales_read_back_where_the_spec_is_signed(tmp_path: Path) -> None:
+    weights = {}
+    for fqn, weight in example().weights.items():
+        signs = torch.where(torch.arange(weight.scales.numel()) % 2 == 0, 1, -1)
+        scales = weight.scales * signs.view(weight.scales.shape)
+        weights[fqn] = replace(weight, scales=scales, spec=replace(weight.spec, signed=True))
+    whole = replace(example(), weights=weights)
+    write_directory(tmp_path / "a", lambda target: write_store(whole, target))
+    found = read_store(tmp_path / "a")
+    for fqn, weight in weights.items():
+        assert (weight.scales < 0).sum() == weight.scales.numel() // 2
+        assert torch.equal(found.weights[fqn].scales, weight.scales)
+        assert found.weights[fqn].spec == weight.spec
+        assert code_hash(found.weights[fqn]) == code_hash(weight)
+    assert found.manifest["weights"]["layer4.weight"]["signed"] is True
+    edited(tmp_path / "a", "layer4.weight.scales", lambda t: t * 0)
+    with pytest.raises(GracecError, match="have magnitudes between 0 and 0, which no scale does"):
+        read_store(tmp_path / "a").weights["layer4.weight"]
+
+
+def test_an_unsigned_spec_is_written_as_before(tmp_path: Path) -> None:
+    write_directory(tmp_path / "a", lambda target: write_store(example(), target))
+    manifest = json.loads((tmp_path / "a" / MANIFEST).read_text())
+    assert set(manifest["weights"]["layer4.weight"]) == {
+        *("bits", "group_size", "parametrization", "scale_grid", "granularity")
+    }
 
 
 def test_a_zero_point_of_a_symmetric_grid_is_zero(saved: Path) -> None:

@@ -20,11 +20,20 @@ from gracec.models.lora import MERGE
 from gracec.registry import Registry, lookup
 
 NO_ADAPTERS = "adapters are kept in float, which the format does not hold"
+UNSIGNED = "compile with `signed: false` in the rules for weights"
 MERGE_INSTEAD = f"compile with {MERGE}"
 NO_EXPERTS = (
     "the weights of routed experts are no linears, which is all that the format holds; "
     "--format none (formats=()) writes the gracec artifact alone"
 )
+
+
+def signed_refusal(frozen: Frozen, holds_signed: bool) -> str:
+    """Why a format or a target cannot hold the scales of a model (one line), or ""."""
+    signed = [fqn for fqn, weight in frozen.weights.items() if weight.spec.signed]
+    if holds_signed or not signed:
+        return ""
+    return f"{signed[0]} has signed scales, and it takes no negative ones"
 
 
 class CardFacts(NamedTuple):
@@ -50,6 +59,8 @@ class Format(ABC):
         holds_activations: whether it can say how the input of a linear is quantized.
         holds_adapters: whether it takes adapters in float beside the weights.
         holds_experts: whether it takes the weights of routed experts, which are no linears.
+        holds_signed: whether its readers take negative scales; where they do not, `compile` plans
+            positive ones and says so.
         passes: names of those that it lowers with, next to which further ones can be placed.
     """
 
@@ -58,6 +69,7 @@ class Format(ABC):
     holds_activations: ClassVar[bool] = False
     holds_adapters: ClassVar[bool] = False
     holds_experts: ClassVar[bool] = False
+    holds_signed: ClassVar[bool] = True
     passes: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
@@ -123,6 +135,8 @@ class Format(ABC):
         reason = self.refusal(frozen)
         if reason:
             raise GracecError(reason, where=f"format {self.name}", fix="choose other formats")
+        if reason := signed_refusal(frozen, self.holds_signed):
+            raise GracecError(reason, where=f"format {self.name}", fix=UNSIGNED)
 
     def check_stored_weights(self, frozen: Frozen, directory: Path) -> None:
         """The gate at the end of `write`: each quantized weight is read back, and is codes times

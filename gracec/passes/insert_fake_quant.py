@@ -1,13 +1,15 @@
 """insert-fake-quant: simulate the planned quantization inside the graph.
 
     linear(x, w)           -> linear(x, fake_quantize(w, w_scale))
+    linear(x, w)           -> linear(x, fake_quantize(w, w_scale, w_scale_sign))     signed scales
     linear(observer(x), w) -> linear(fake_quantize_activation(x, input_scale, zero_point), ...)
     expert_linear(x, w)    -> expert_linear(x, fake_quantize(reshape(w), w_scale))
 
 The scale parameter belongs to the module that owns the weight (`...q_proj.weight_scale`) and starts
 at the scale of least squared error, weighed by second moments of the inputs where
-`observe-second-moments` has watched them. The node stands right before its linear, because nodes of
-one module must stay contiguous for `torch.export.unflatten`.
+`observe-second-moments` has watched them; where scales are signed, their signs lie beside it in a
+buffer that is not trained (`...q_proj.weight_scale_sign`). The node stands right before its linear,
+because nodes of one module must stay contiguous for `torch.export.unflatten`.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ class FakeQuantized(NamedTuple):
 def fake_quantized(program: Program) -> Iterator[FakeQuantized]:
     """Every fake-quantized weight, in the order of the graph."""
     for node in list(program.nodes(FAKE_QUANTIZE)):
-        operand, scale, bits, group_size, parametrization, scale_grid, _ = node.args
+        operand, scale, bits, group_size, parametrization, scale_grid, _, *rest = node.args
         assert isinstance(operand, fx.Node) and isinstance(scale, fx.Node)
         weight, experts = seen_through(operand), experts_of(reader(node))
         assert isinstance(bits, int) and isinstance(group_size, int)
@@ -67,7 +69,9 @@ def fake_quantized(program: Program) -> Iterator[FakeQuantized]:
         tensors = (program.tensor(str(one.target)).detach() for one in (weight, scale))
         master, param = tensors
         master = master if experts is None else experts.matrix(master)
-        scales = quant.scale_from_param(param, str(parametrization), str(scale_grid))
+        (sign,) = rest or [None]
+        signs = program.tensor(str(sign.target)) if isinstance(sign, fx.Node) else None
+        scales = quant.scale_from_param(param, str(parametrization), str(scale_grid), signs)
         yield FakeQuantized(node, *names, master, scales, bits, group_size)
 
 
@@ -140,6 +144,9 @@ class InsertFakeQuant(Pass):
             param = nn.Parameter(quant.scale_to_param(scales, spec.parametrization))
             program.set_tensor(scale_target, param)
             program.fqns[scale_target] = (f"{fqn}_scale",)
+            if spec.signed:
+                program.set_tensor(f"{scale_target}_sign", quant.scale_signs(scales))
+                program.fqns[f"{scale_target}_sign"] = (f"{fqn}_scale_sign",)
         rows, columns = matrix.shape
         weight_value = value(weight)
         assert weight_value is not None
@@ -152,6 +159,7 @@ class InsertFakeQuant(Pass):
                 )
                 weight.meta = {"val": weight_value, "nn_module_stack": stack}
             scale = program.graph.get_attr(scale_target)
+            signs = [program.graph.get_attr(f"{scale_target}_sign")] if spec.signed else []
             fake = program.graph.call_function(
                 FAKE_QUANTIZE,
                 (
@@ -162,12 +170,15 @@ class InsertFakeQuant(Pass):
                     spec.parametrization,
                     spec.scale_grid,
                     dtype_name(program.dtype),
+                    *signs,
                 ),
             )
-        scale_value = weight_value.new_empty(spec.scale_shape(rows, columns), dtype=torch.float32)
-        scale.meta = {"val": scale_value}
+        shape = spec.scale_shape(rows, columns)
+        scale.meta = {"val": weight_value.new_empty(shape, dtype=torch.float32)}
+        for sign in signs:
+            sign.meta = {"val": weight_value.new_empty(shape, dtype=torch.int8)}
         fake.meta = {"val": torch.empty_like(weight_value)}
-        for node in (scale, fake):
+        for node in (scale, *signs, fake):
             node.meta["nn_module_stack"] = stack
         linear.update_arg(1, fake)
 

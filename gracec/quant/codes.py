@@ -7,6 +7,10 @@ both bfloat16 and float16 hold exactly (an 8-bit significand between 2^-17 and 6
 codes and scales means the same weight in every format that gracec writes. Codes are always computed
 against the rounded scale.
 
+Two's complement has one code more below zero than above. Where a spec is `signed` a scale may be
+negative, which gives that code to whichever side of a group needs it, and costs no bit. The sign
+is found with the scale and never trained; what is trained is the magnitude.
+
 Where scales come from: `gracec.quant.scale_search`.
 """
 
@@ -44,6 +48,7 @@ class QuantSpec:
         parametrization: what is trained: the logarithm of the scale ("log") or the scale with the
             LSQ gradient scale 1/sqrt(N_group * q_max) ("lsq").
         scale_grid: values a scale may take: "bf16" (exact in bfloat16 and float16) or "fp32".
+        signed: whether a scale may be negative; codes are in the same range either way.
     """
 
     bits: int = 4
@@ -51,6 +56,7 @@ class QuantSpec:
     parametrization: str = "log"
     scale_grid: str = "bf16"
     granularity: str = "per_group"
+    signed: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in SUPPORTED_BITS:
@@ -67,7 +73,12 @@ class QuantSpec:
         check_granularity(self.granularity)
 
     def __str__(self) -> str:
-        return f"int{self.bits}/{granularity_text(self.granularity, self.group_size)}"
+        sign = "/signed" if self.signed else ""
+        return f"int{self.bits}/{granularity_text(self.granularity, self.group_size)}{sign}"
+
+    def __repr__(self) -> str:
+        """Of the fields of `to_dict`: what is hashed of an unsigned spec is what always was."""
+        return f"QuantSpec({', '.join(f'{key}={one!r}' for key, one in self.to_dict().items())})"
 
     @property
     def storage_bits(self) -> int:
@@ -85,8 +96,8 @@ class QuantSpec:
         return rows, columns // self.group_of(columns)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able fields; `QuantSpec(**d)` reads them back."""
-        return asdict(self)
+        """JSON-able fields, `signed` only where it is; `QuantSpec(**d)` reads them back."""
+        return {key: one for key, one in asdict(self).items() if key != "signed" or one}
 
 
 def check_granularity(granularity: str) -> None:
@@ -106,22 +117,35 @@ def code_range(bits: int) -> tuple[int, int]:
 
 
 def round_scale(scale: Tensor, scale_grid: str) -> Tensor:
-    """Round positive float32 scales to the grid of the target. Shape and dtype are kept."""
+    """Round the magnitude of float32 scales to the grid of the target; what is below zero stays
+    below. Shape and dtype are kept."""
     if scale_grid == "bf16":
         scale = scale.to(torch.bfloat16).to(torch.float32)
-    return scale.clamp(SCALE_MIN, SCALE_MAX)
+    magnitude = scale.abs().clamp(SCALE_MIN, SCALE_MAX)
+    return torch.where(scale < 0, -magnitude, magnitude)
 
 
-def scale_from_param(scale_param: Tensor, parametrization: str, scale_grid: str) -> Tensor:
-    """The scale that a trained scale parameter stands for, on its grid (float32)."""
+def scale_from_param(
+    scale_param: Tensor, parametrization: str, scale_grid: str, signs: Tensor | None = None
+) -> Tensor:
+    """The scale that a trained scale parameter stands for, on its grid (float32).
+
+    Args:
+        signs: int8, of the shape of the parameter, 1 or -1; None where every scale is positive.
+    """
     scale_param = scale_param.to(torch.float32)
     scale = scale_param.exp() if parametrization == "log" else scale_param.abs()
-    return round_scale(scale, scale_grid)
+    return round_scale(scale if signs is None else scale * signs, scale_grid)
 
 
 def scale_to_param(scales: Tensor, parametrization: str) -> Tensor:
-    """Inverse of `scale_from_param` for scales that are on the grid."""
-    return scales.log() if parametrization == "log" else scales.clone()
+    """Inverse of `scale_from_param` for scales that are on the grid, whose sign is left out."""
+    return scales.abs().log() if parametrization == "log" else scales.abs()
+
+
+def scale_signs(scales: Tensor) -> Tensor:
+    """What `scale_to_param` leaves out: int8, 1 or -1, of the shape of the scales."""
+    return torch.where(scales < 0, -1, 1).to(torch.int8)
 
 
 def quantize(weight: Tensor, scales: Tensor, bits: int, group_size: int) -> Tensor:

@@ -75,7 +75,8 @@ class FrozenWeight:
             input have equal ones.
         stored: the codes as they lie in graphs and files: uint8 [N, K / 2], two a byte, low nibble
             first, or int8 [N, K] (wider codes, odd widths).
-        scales: float32 [N, K / group_size], on the grid of the spec.
+        scales: float32 [N, K / group_size], on the grid of the spec; negative ones only where it is
+            signed.
         experts: of the weight of routed experts, one after the other, how the model holds it.
     """
 
@@ -176,8 +177,9 @@ def by_matrix(fqn: str, weight: FrozenWeight) -> dict[str, FrozenWeight]:
 def check_frozen(weight: FrozenWeight, fqn: str, *, where: str) -> None:
     """Refuse codes and scales, read from a file, that their spec cannot mean.
 
-    Shape and dtype of the codes follow from the spec, those of the scales from both; scales are
-    positive and on the range of their grid; codes and zero points are in the range of their width.
+    Shape and dtype of the codes follow from the spec, those of the scales from both; the magnitude
+    of a scale is in the range of its grid, and only scales of a signed spec are negative; codes and
+    zero points are in the range of their width.
 
     Raises:
         GracecError: naming the first tensor that does not fit.
@@ -193,7 +195,9 @@ def check_frozen(weight: FrozenWeight, fqn: str, *, where: str) -> None:
         raise _bad(fqn, "codes", f"have {columns} columns, which {spec} does not divide", where)
     if weight.experts is not None and rows % weight.experts.count:
         raise _bad(fqn, "codes", f"have {rows} rows for {weight.experts.count} experts", where)
-    _check_scales(weight.scales, spec.scale_shape(rows, columns), fqn, "scales", where)
+    _check_scales(
+        weight.scales, spec.scale_shape(rows, columns), fqn, "scales", where, signed=spec.signed
+    )
     if spec.bits != spec.storage_bits:
         _check_range(weight.codes, spec.bits, fqn, "codes", where)
     if grid is not None:
@@ -207,12 +211,22 @@ def check_frozen(weight: FrozenWeight, fqn: str, *, where: str) -> None:
             raise _bad(fqn, "input_zero_points", "are not 0, and the grid is symmetric", where)
 
 
-def _check_scales(scales: Tensor, shape: tuple[int, ...], fqn: str, name: str, where: str) -> None:
+def _check_scales(
+    scales: Tensor,
+    shape: tuple[int, ...],
+    fqn: str,
+    name: str,
+    where: str,
+    *,
+    signed: bool = False,
+) -> None:
     if scales.shape != shape or not scales.is_floating_point():
         raise _bad(fqn, name, f"are {_described(scales)}, not {list(shape)}", where)
-    low, high = (value.item() for value in scales.float().aminmax())
+    scales = scales.float()
+    low, high = (value.item() for value in (scales.abs() if signed else scales).aminmax())
     if not quant.SCALE_MIN <= low <= high <= quant.SCALE_MAX:  # nor with NaN
-        raise _bad(fqn, name, f"lie between {low:g} and {high:g}, which no scale does", where)
+        lie = "have magnitudes" if signed else "lie"
+        raise _bad(fqn, name, f"{lie} between {low:g} and {high:g}, which no scale does", where)
 
 
 def _check_range(values: Tensor, bits: int, fqn: str, name: str, where: str) -> None:

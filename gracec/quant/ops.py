@@ -47,13 +47,16 @@ def fake_quantize(
     parametrization: str = "log",
     scale_grid: str = "bf16",
     output_dtype: str = "float32",
+    scale_signs: Tensor | None = None,
 ) -> Tensor:
     """Quantize and dequantize a weight [N, K] with trainable scales [N, K / group_size].
 
     Returns [N, K] in `output_dtype`. Gradients: straight-through for the rounding, none for weights
-    that were clipped, and for the scale the derivative of q(w/s)*s with respect to the parameter.
+    that were clipped, and for the scale the derivative of q(w/s)*s with respect to the parameter,
+    which stands for its magnitude. `scale_signs`, int8 [N, K / group_size], says which scales are
+    negative and has no gradient.
     """
-    scales = quant.scale_from_param(scale_param, parametrization, scale_grid)
+    scales = quant.scale_from_param(scale_param, parametrization, scale_grid, scale_signs)
     return quant.fake_quantize(weight, scales, bits, group_size, _DTYPES[output_dtype])
 
 
@@ -66,21 +69,22 @@ def _(
     parametrization: str = "log",
     scale_grid: str = "bf16",
     output_dtype: str = "float32",
+    scale_signs: Tensor | None = None,
 ) -> Tensor:
     return torch.empty_like(weight, dtype=_DTYPES[output_dtype])
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, scale_param, bits, group_size, parametrization, scale_grid, _ = inputs
-    ctx.save_for_backward(weight, scale_param)
+    weight, scale_param, bits, group_size, parametrization, scale_grid, _, scale_signs = inputs
+    ctx.save_for_backward(weight, scale_param, scale_signs)
     ctx.options = (bits, group_size, parametrization, scale_grid)
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    weight, scale_param = ctx.saved_tensors
+    weight, scale_param, scale_signs = ctx.saved_tensors
     bits, group_size, parametrization, scale_grid = ctx.options
     lowest, highest = quant.code_range(bits)
-    scales = quant.scale_from_param(scale_param, parametrization, scale_grid)
+    scales = quant.scale_from_param(scale_param, parametrization, scale_grid, scale_signs)
     grad_weight = torch.empty_like(weight)
     per_group = (len(weight), weight.shape[1] // group_size)
     grad_scale = torch.empty(per_group, dtype=torch.float32, device=weight.device)
@@ -96,7 +100,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         torch.sum(grad * step, -1, out=scale_target)
     grad_scale = grad_scale.sum_to_size(scales.shape)
     grad_param = _scale_gradient(grad_scale, scale_param, scales, parametrization, weight, highest)
-    return grad_weight, grad_param.to(scale_param.dtype), None, None, None, None, None
+    return grad_weight, grad_param.to(scale_param.dtype), None, None, None, None, None, None
 
 
 def _scale_gradient(
@@ -111,7 +115,7 @@ def _scale_gradient(
     if parametrization == "log":
         return grad_scale * scales
     per_scale = quantized.numel() / scales.numel()
-    return grad_scale * scale_param.sign() / math.sqrt(per_scale * highest)
+    return grad_scale * scales.sign() * scale_param.sign() / math.sqrt(per_scale * highest)
 
 
 fake_quantize.register_autograd(_backward, setup_context=_save_for_backward)

@@ -20,6 +20,7 @@ class _SavedSpec(JsonModel):
     parametrization: str
     scale_grid: str
     granularity: str = "per_group"
+    signed: bool = False
 
 
 class _SavedRow(JsonModel):

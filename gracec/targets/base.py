@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from gracec.backends.base import UNSIGNED, signed_refusal
 from gracec.errors import GracecError
 from gracec.frozen import Frozen
 from gracec.journal import Figure, Note
@@ -48,11 +49,14 @@ class Target(ABC):
     Attributes:
         name: what a user asks for.
         aliases: other words for it.
+        holds_signed: whether its kernels take negative scales; where they do not, `compile` plans
+            positive ones and says so.
         passes: names of those that it lowers with, next to which further ones can be placed.
     """
 
     name: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
+    holds_signed: ClassVar[bool] = True
     passes: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
@@ -99,6 +103,8 @@ class Target(ABC):
         reason = self.refusal(frozen)
         if reason:
             raise GracecError(reason, where=f"target {self.name}", fix="choose another target")
+        if reason := signed_refusal(frozen, self.holds_signed):
+            raise GracecError(reason, where=f"target {self.name}", fix=UNSIGNED)
         for fqn, reason in self.dense(frozen).items() if strict else ():
             raise GracecError(
                 f"no kernel of {self.name} takes it: {reason}",

@@ -34,12 +34,15 @@ def decoder_specs(spec: QuantSpec, layers: int = 2) -> dict[str, QuantSpec]:
 
 
 def random_weight(shape: tuple[int, int], spec: QuantSpec, seed: int) -> FrozenWeight:
-    """Codes in the whole range of the spec, scales on the grid, small enough to run a model."""
+    """Codes in the whole range of the spec, scales on the grid, small enough to run a model; half
+    of them are negative where the spec is signed."""
     generator = torch.Generator().manual_seed(seed)
     lowest, highest = quant.code_range(spec.bits)
     codes = torch.randint(lowest, highest + 1, shape, generator=generator).to(torch.int8)
     scales = torch.rand(spec.scale_shape(*shape), generator=generator) + 0.5
     scales = quant.round_scale(scales * 0.1 / highest, "bf16")
+    if spec.signed:
+        scales = torch.where(torch.rand(scales.shape, generator=generator) < 0.5, -scales, scales)
     return FrozenWeight.from_codes(codes, scales, spec)
 
 

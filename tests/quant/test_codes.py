@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from gracec import quant
 from gracec.errors import GracecError
-from gracec.quant import codes
+from gracec.quant import SCALE_MAX, SCALE_MIN, QuantSpec, codes
+from gracec.quant.frozen import FrozenWeight, code_hash
 
 
 def random_weight(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -47,6 +48,55 @@ def test_a_scale_survives_its_parametrization() -> None:
     for parametrization in ("log", "lsq"):
         param = quant.scale_to_param(scales, parametrization)
         assert torch.equal(quant.scale_from_param(param, parametrization, "bf16"), scales)
+
+
+def test_a_negative_scale_survives_as_its_magnitude_and_its_sign() -> None:
+    scales = torch.tensor([[-0.015625, 0.25], [3.0, -SCALE_MAX]])
+    assert quant.scale_signs(scales).tolist() == [[-1, 1], [1, -1]]
+    for parametrization in ("log", "lsq"):
+        param = quant.scale_to_param(scales, parametrization)
+        signs = quant.scale_signs(scales)
+        assert torch.equal(quant.scale_from_param(param, parametrization, "bf16", signs), scales)
+        assert torch.equal(quant.scale_from_param(param, parametrization, "bf16"), scales.abs())
+
+
+@pytest.mark.parametrize("scale_grid", ["bf16", "fp32"])
+def test_rounding_a_scale_keeps_its_sign(scale_grid: str) -> None:
+    scales = random_weight(64, 16) * torch.logspace(-9, 6, 64).unsqueeze(1)
+    found = quant.round_scale(scales, scale_grid)
+    assert torch.equal(found, quant.round_scale(scales.abs(), scale_grid) * scales.sign())
+    assert found.abs().min() == SCALE_MIN and found.abs().max() == SCALE_MAX
+    for zero in (0.0, -0.0):  # what has no sign is positive
+        assert quant.round_scale(torch.tensor(zero), scale_grid) == SCALE_MIN
+
+
+def test_a_negative_scale_gives_the_lowest_code_to_the_other_side() -> None:
+    weight = torch.tensor([[-7.0, 8.0] * 8, [-8.0, 7.0] * 8])
+    scales = torch.tensor([[-1.0], [1.0]])
+    codes = quant.quantize(weight, scales, 4, 16)
+    assert codes[0, :2].tolist() == [7, -8] and codes[1, :2].tolist() == [-8, 7]
+    assert torch.equal(quant.dequantize(codes, scales, 16), weight)
+    assert torch.equal(quant.fake_quantize(weight, scales, 4, 16), weight)
+
+
+def test_an_unsigned_spec_is_written_and_hashed_as_before_there_were_signed_ones() -> None:
+    spec, signed = QuantSpec(4, 32), QuantSpec(4, 32, signed=True)
+    assert spec.to_dict() == {
+        "bits": 4,
+        "group_size": 32,
+        "parametrization": "log",
+        "scale_grid": "bf16",
+        "granularity": "per_group",
+    }
+    assert signed.to_dict() == {**spec.to_dict(), "signed": True}
+    for one in (spec, signed):
+        assert QuantSpec(**one.to_dict()) == one
+    assert (str(spec), str(signed)) == ("int4/g32", "int4/g32/signed")
+    codes = (torch.arange(128).reshape(2, 64) % 16 - 8).to(torch.int8)
+    scales = torch.tensor([[2.0**-7, 2.0**-6], [2.0**-5, 2.0**-4]])
+    found = code_hash(FrozenWeight.from_codes(codes, scales, spec))
+    assert found == "5a5a9f3103266cfe4f2a2ff4573bb899cbe47bac205e9c6f7f38f0766b297ed8"
+    assert code_hash(FrozenWeight.from_codes(codes, scales, signed)) != found
 
 
 def test_searched_scales_beat_the_largest_weight_rule() -> None:

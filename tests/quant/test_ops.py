@@ -12,27 +12,43 @@ def example(parametrization: str = "log") -> tuple[torch.Tensor, torch.Tensor]:
     return weight, quant.scale_to_param(scales, parametrization)
 
 
+def half_negative(shape: torch.Size) -> torch.Tensor:
+    """Signs of scales, int8."""
+    signs = torch.ones(shape, dtype=torch.int8)
+    signs.view(-1)[::2] = -1
+    return signs
+
+
+@pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("parametrization", ["log", "lsq"])
-def test_fake_quantize_equals_quantize_then_dequantize(parametrization: str) -> None:
+def test_fake_quantize_equals_quantize_then_dequantize(parametrization: str, signed: bool) -> None:
     weight, param = example(parametrization)
-    scales = quant.scale_from_param(param, parametrization, "bf16")
+    signs = half_negative(param.shape) if signed else None
+    scales = quant.scale_from_param(param, parametrization, "bf16", signs)
+    assert (scales < 0).sum() == (8 if signed else 0)
     codes = quant.quantize(weight, scales, 4, 32)
     expected = dequantize(codes, scales, 32)
-    assert torch.equal(fake_quantize(weight, param, 4, 32, parametrization), expected)
+    found = fake_quantize(weight, param, 4, 32, parametrization, scale_signs=signs)
+    assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("parametrization", ["log", "lsq"])
-def test_gradients_are_those_of_the_straight_through_composition(parametrization: str) -> None:
+def test_gradients_are_those_of_the_straight_through_composition(
+    parametrization: str, signed: bool
+) -> None:
     weight, param = example(parametrization)
+    signs = half_negative(param.shape) if signed else None
     weight.requires_grad_()
     param.requires_grad_()
     upstream = torch.randn(8, 64, generator=torch.Generator().manual_seed(2))
-    fake_quantize(weight, param, 4, 32, parametrization).backward(upstream)
+    fake_quantize(weight, param, 4, 32, parametrization, scale_signs=signs).backward(upstream)
     found = weight.grad, param.grad
 
     w = weight.detach().clone().requires_grad_()
     p = param.detach().clone().requires_grad_()
     scale = p.exp() if parametrization == "log" else p.abs()
+    scale = scale if signs is None else scale * signs
     scale = scale + (quant.round_scale(scale, "bf16") - scale).detach()
     ratio = w.reshape(8, 2, 32) / scale.unsqueeze(-1)
     rounded = ratio + (ratio.round() - ratio).detach()
@@ -52,6 +68,10 @@ def test_output_dtype_and_registration() -> None:
     torch.library.opcheck(
         torch.ops.gracec.fake_quantize.default,
         (weight.requires_grad_(), param.requires_grad_(), 4, 32, "log", "bf16", "float32"),
+    )
+    torch.library.opcheck(
+        torch.ops.gracec.fake_quantize.default,
+        (weight, param, 4, 32, "log", "bf16", "float32", half_negative(param.shape)),
     )
     codes = quant.quantize(weight.detach(), torch.ones(8, 2), 4, 32)
     torch.library.opcheck(
