@@ -24,15 +24,15 @@ from tests.backends.artifacts import (
     random_weight,
     tokens_of,
 )
-from tests.backends.test_compressed_tensors import G32, PROJECTOR
+from tests.backends.test_compressed_tensors import G32, PROJECTOR, SIGNED
 
 MODULE = "language_model.model.layers.1.mlp.down_proj"
 PARTIAL = {k: v for k, v in decoder_specs(G32).items() if "1.mlp" not in k}
 
 
-@pytest.fixture(scope="module")
-def artifact() -> Frozen:
-    return random_artifact(decoder_specs(G32), tie=True)
+@pytest.fixture(scope="module", params=[G32, SIGNED], ids=str)
+def artifact(request: pytest.FixtureRequest) -> Frozen:
+    return random_artifact(decoder_specs(request.param), tie=True)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from tests.backends.artifacts import (
 from tests.tiny_families import tiny_model
 
 G32, CHANNEL = QuantSpec(4, 32), QuantSpec(8, granularity="per_channel")
+SIGNED = replace(G32, signed=True)
+"""Half of the scales of a random weight are negative then."""
 TOWER = "model.vision_tower.encoder.layers"
 PROJECTOR = "model.multi_modal_projector.linear_1.weight"
 CASES = {
@@ -37,6 +40,13 @@ CASES = {
         **decoder_specs(G32),
         PROJECTOR: CHANNEL,
         f"{TOWER}.0.self_attn.q_proj.weight": QuantSpec(2, 16),
+        "lm_head.weight": QuantSpec(8, 64),
+    },
+    "signed": decoder_specs(SIGNED),
+    "signed by role": {
+        **decoder_specs(SIGNED),
+        PROJECTOR: replace(CHANNEL, signed=True),
+        f"{TOWER}.0.self_attn.q_proj.weight": QuantSpec(2, 16, signed=True),
         "lm_head.weight": QuantSpec(8, 64),
     },
     "by layer": {
@@ -112,7 +122,9 @@ def test_narrow_codes_are_named_in_the_notes(tmp_path: Path) -> None:
     assert notes == ("codes narrower than 4 bits are stored in 4 (14 weights)",)
 
 
-@pytest.mark.parametrize(("case", "exact"), [("eight bits", True), ("by layer", False)])
+@pytest.mark.parametrize(
+    ("case", "exact"), [("eight bits", True), ("signed", True), ("by layer", False)]
+)
 def test_dequantizing_at_load_is_exact_for_one_scheme_only(
     case: str, exact: bool, batch: dict[str, Tensor], tmp_path: Path
 ) -> None:

@@ -50,7 +50,10 @@ def weights(
 ) -> FrozenWeight:
     group = draw(st.sampled_from(groups))
     spec = QuantSpec(
-        draw(st.sampled_from(bits)), group, granularity=draw(st.sampled_from(granularities))
+        draw(st.sampled_from(bits)),
+        group,
+        granularity=draw(st.sampled_from(granularities)),
+        signed=draw(st.booleans()),
     )
     shape = rows_of * draw(st.integers(1, most_rows)), group * draw(st.integers(1, 4))
     return random_weight(shape, spec, draw(SEEDS))
@@ -153,6 +156,7 @@ SPECS = st.builds(
     bits=st.sampled_from(SUPPORTED_BITS),
     group_size=st.sampled_from((16, 32, 64)),
     granularity=st.sampled_from(GRANULARITIES),
+    signed=st.booleans(),
 )
 LINEAR = sorted(
     {
@@ -170,9 +174,8 @@ def artifacts(draw: st.DrawFn, uniform: bool = False) -> Frozen:
     if uniform:
         group = draw(st.sampled_from((32, 64)))
         chosen = draw(st.sets(st.sampled_from(sorted(decoder_specs(QuantSpec()))), min_size=1))
-        return random_artifact(
-            dict.fromkeys(sorted(chosen), QuantSpec(4, group)), tie=tie, seed=seed
-        )
+        spec = QuantSpec(4, group, signed=draw(st.booleans()))
+        return random_artifact(dict.fromkeys(sorted(chosen), spec), tie=tie, seed=seed)
     names = [name for name in LINEAR if not (tie and name == "lm_head.weight")]
     chosen = draw(st.sets(st.sampled_from(names), min_size=1))
     fitting = {

@@ -24,7 +24,7 @@ def test_transformers_computes_the_same_bits(
     check_loaded(artifact, tmp_path, batch)
 
 
-@pytest.mark.parametrize("case", ["narrow", "per tensor", "by role", "by layer"])
+@pytest.mark.parametrize("case", ["narrow", "per tensor", "by role", "by layer", "signed by role"])
 def test_every_mixture_of_schemes_loads(
     case: str, batch: dict[str, Tensor], tmp_path: Path
 ) -> None:

@@ -17,6 +17,8 @@ from tests.backends.artifacts import random_weight
         *(QuantSpec(4, size) for size in (16, 64, 128)),
         QuantSpec(4, granularity="per_channel"),
         QuantSpec(8, granularity="per_tensor"),
+        *(QuantSpec(bits, 32, signed=True) for bits in (2, 3, 4, 8)),
+        QuantSpec(4, granularity="per_channel", signed=True),
     ],
     ids=str,
 )

@@ -12,9 +12,11 @@ CPU = torch.device("cpu")
 
 
 def random_codes(rows: int, columns: int, group_size: int, seed: int) -> tuple[torch.Tensor, ...]:
+    """Codes int8 [rows, columns] and scales on the grid, half of which are negative."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(-8, 8, (rows, columns), generator=generator).to(torch.int8)
     scales = torch.rand(rows, columns // group_size, generator=generator) + 0.01
+    scales = torch.where(torch.rand(scales.shape, generator=generator) < 0.5, -scales, scales)
     return codes, quant.round_scale(scales, "bf16")
 
 

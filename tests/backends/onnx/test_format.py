@@ -151,7 +151,7 @@ def test_other_operators_and_modes(
 def test_other_widths_and_other_parts(tmp_path: Path, bits: int) -> None:
     specs = {
         **decoder_specs(QuantSpec(bits, 32)),
-        "model.multi_modal_projector.linear_1.weight": QuantSpec(4, 32),
+        "model.multi_modal_projector.linear_1.weight": QuantSpec(4, 32, signed=True),
         "lm_head.weight": QuantSpec(8, 64),
     }
     artifact = random_artifact(specs)
@@ -161,6 +161,22 @@ def test_other_widths_and_other_parts(tmp_path: Path, bits: int) -> None:
     assert session["kernels"] == {"vision_encoder": 1, "embed_tokens": 0, "decoder": 15}
     assert session["minimum_runtime"] == ("1.31" if ops == "qdq" else "1.24")
     assert session["graphs"]["vision_encoder"] == "vision_encoder_q4.onnx"
+
+
+@pytest.mark.parametrize(
+    ("ops", "mode"), [("matmulnbits", "faithful"), ("qdq", "faithful"), ("matmulnbits", "fast")]
+)
+def test_negative_scales(tmp_path: Path, ops: str, mode: str) -> None:
+    """Half of them: every gate holds, the weights read back, and the greedy tokens are those of
+    the codes in torch."""
+    artifact = random_artifact(decoder_specs(QuantSpec(4, 32, signed=True)))
+    assert all((one.scales < 0).double().mean() > 0.3 for one in artifact.weights.values())
+    Onnx(ops, mode).write(artifact, tmp_path)
+    figures = json.loads((tmp_path / "session.json").read_text())["gates"]
+    assert figures["int4_kernels"] == 14
+    if mode == "faithful":
+        assert figures["matmul_error"] <= 1e-6 and figures["logits"]["kl"] <= 1e-9
+        assert figures["greedy"]["same"] == 2
 
 
 @pytest.mark.slow

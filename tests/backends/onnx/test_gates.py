@@ -37,6 +37,9 @@ def lowered(spec: QuantSpec, ops: str, rows: int = 32, columns: int = 256) -> Lo
         *(QuantSpec(bits, 32) for bits in (2, 3, 4, 8)),
         *(QuantSpec(4, size) for size in (16, 64, 128, 256)),
         QuantSpec(4, granularity="per_channel"),
+        *(QuantSpec(bits, 32, signed=True) for bits in (2, 3, 4, 8)),
+        *(QuantSpec(4, size, signed=True) for size in (16, 128)),
+        QuantSpec(4, granularity="per_channel", signed=True),
     ],
     ids=str,
 )
@@ -77,9 +80,11 @@ def test_shared_scales_fail_the_count(copied: Copied) -> None:
         gates.kernels_in_session(path, "qdq", "faithful", {kernel.MATMUL_NBITS: 14})
 
 
+@pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("bits", [7, 8])
-def test_the_int8_kernel_does_not_saturate_as_it_is_written(bits: int) -> None:
-    weight = random_weight((32, 256), QuantSpec(bits, granularity="per_channel"), 0)
+def test_the_int8_kernel_does_not_saturate_as_it_is_written(bits: int, signed: bool) -> None:
+    spec = QuantSpec(bits, granularity="per_channel", signed=signed)
+    weight = random_weight((32, 256), spec, 0)
     codes, scales = kernel.int8_operands(weight)
     lowered = LoweredWeight(codes, scales, 8, 0, 32, 256)
     assert gates.matmul_error({"w": lowered}, "qdq", "faithful") <= 1e-6

@@ -28,9 +28,10 @@ from tests.tiny_families import tiny_model, tiny_processor, tokenizer
 
 @pytest.fixture(scope="module")
 def artifact() -> Frozen:
-    """Not to be changed by a test. Its tower takes pictures of 1,024 to 2,304 pixels."""
+    """Not to be changed by a test. Its tower takes pictures of 1,024 to 2,304 pixels; half of its
+    scales are negative."""
     return random_artifact(
-        decoder_specs(QuantSpec(group_size=32)),
+        decoder_specs(QuantSpec(group_size=32, signed=True)),
         model=tiny_model("qwen2_vl"),
         processor=tiny_processor("qwen2_vl"),
         dtype=torch.float32,
