@@ -75,6 +75,13 @@ def fake_quantized(program: Program) -> Iterator[FakeQuantized]:
         yield FakeQuantized(node, *names, master, scales, bits, group_size)
 
 
+def signs_of_scales(program: Program) -> dict[str, Tensor]:
+    """FQN -> signs of the scales of every weight whose scales are signed; they are not trained."""
+    signs = [node.args[7] for node in program.nodes(FAKE_QUANTIZE) if len(node.args) > 7]
+    targets = [str(sign.target) for sign in signs if isinstance(sign, fx.Node)]
+    return {program.fqn(target): program.tensor(target) for target in targets}
+
+
 def reader(node: fx.Node) -> fx.Node:
     """The planned matmul whose weight a node is."""
     return next(user for user in node.users if "quant" in annotation(user))

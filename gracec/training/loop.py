@@ -27,6 +27,7 @@ from gracec.data.collate import EmptyBatch
 from gracec.data.conversations import epoch_order
 from gracec.errors import GracecError
 from gracec.objective import Outputs, means
+from gracec.passes.insert_fake_quant import signs_of_scales
 from gracec.recipe import Training
 from gracec.training.checkpoints.directory import latest_checkpoint, save_checkpoint
 from gracec.training.checkpoints.fingerprint import Fingerprint
@@ -113,6 +114,7 @@ class Run:
         self.objective = objective_of(rule, self.steps)
         self.controller = controller_of(rule, self.steps)
         self.parameters = trainable(student.program, rule.frozen)
+        self.signs = signs_of_scales(student.program)
         for parameter in student.program.graph_module.parameters():
             parameter.requires_grad_(False)
         for parameter in self.parameters.values():
@@ -298,7 +300,7 @@ class Run:
             step=self.step,
             epoch=self.step // self.steps_an_epoch,
             sample=self.step % self.steps_an_epoch * self.rule.batch_size,
-            tensors={name: p.detach() for name, p in self.parameters.items()},
+            tensors={n: p.detach() for n, p in {**self.parameters, **self.signs}.items()},
             best=self.best,
             best_score=self.best_score,
             optimizer=optimizer_state(self.optimizer, self.parameters),
@@ -323,7 +325,7 @@ class Run:
         if path is None:
             return
         found = load_checkpoint(path, self.fingerprint)
-        load_tensors(found.tensors, self.parameters)
+        load_tensors(found.tensors, {**self.parameters, **self.signs})
         load_optimizer_state(self.optimizer, self.parameters, found.optimizer)
         self.controller.load_state_dict(dict(found.controller))
         set_rng_state(found.rng)

@@ -9,9 +9,13 @@ from gracec.capture import capture
 from gracec.errors import PassError
 from gracec.ir.program import Program
 from gracec.passes import PassResult, parse_pipeline, run_passes
+from gracec.passes.apply_codes import ApplyCodes
 from gracec.passes.freeze import Freeze, frozen_weights
+from gracec.passes.insert_fake_quant import fake_quantized
 from gracec.passes.plan_quantization import plan_of
+from gracec.quant.frozen import code_hash
 from tests.goldens import ONE_BLOCK
+from tests.signed import fake_quantized_by_halves
 from tests.tiny import tiny_batch, tiny_llava
 
 Golden = Callable[..., None]
@@ -27,6 +31,25 @@ def test_golden(after_block: After, golden: Golden) -> None:
 
 def test_frozen_equals_fake_quantized_bit_for_bit(after: After, batch: dict[str, Tensor]) -> None:
     assert torch.equal(after(PIPELINE)(**batch)[0], after(FAKE)(**batch)[0])
+
+
+def test_negative_scales_are_frozen_with_their_codes(
+    after: After, batch: dict[str, Tensor]
+) -> None:
+    fake = fake_quantized_by_halves(after("analyze-modality"))
+    scales = {one.fqn: one.scales for one in fake_quantized(fake)}
+    frozen = Freeze().run(fake).program
+    assert torch.equal(frozen(**batch)[0], fake(**batch)[0])
+    weights = frozen_weights(frozen)
+    assert weights.keys() == scales.keys()
+    for fqn, weight in weights.items():
+        assert weight.spec.signed and torch.equal(weight.scales, scales[fqn])
+        assert (weight.scales < 0).sum() == weight.scales.numel() // 2
+    assert not [name for name in frozen.fqns if "scale_sign" in name]
+    again = ApplyCodes(weights).run(after("")).program
+    assert torch.equal(again(**batch)[0], frozen(**batch)[0])
+    for fqn, weight in frozen_weights(again).items():
+        assert code_hash(weight) == code_hash(weights[fqn])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +10,16 @@ from gracec.capture import capture
 from gracec.errors import PassError
 from gracec.ir.program import Program
 from gracec.passes import PassResult, parse_pipeline, run_passes
-from gracec.passes.insert_fake_quant import FAKE_QUANTIZE, InsertFakeQuant
-from gracec.passes.plan_quantization import plan_of
+from gracec.passes.insert_fake_quant import (
+    FAKE_QUANTIZE,
+    InsertFakeQuant,
+    fake_quantized,
+    signs_of_scales,
+)
+from gracec.passes.plan_quantization import PlanQuantization, plan_of
+from gracec.training.setup import trainable
 from tests.goldens import ONE_BLOCK
+from tests.signed import fake_quantized_by_halves, signed_recipe
 from tests.tiny import tiny_llava
 
 Golden = Callable[..., None]
@@ -24,6 +32,53 @@ def test_golden(after_block: After, golden: Golden) -> None:
     text = ir.diff(after_block(PLAN), after_block(PIPELINE)) + "\n"
     made_by = InsertFakeQuant()
     golden("insert-fake-quant/llava.txt", text, made_by=made_by, after=PLAN, model=ONE_BLOCK)
+
+
+def test_golden_of_signed_scales(after_block: After, golden: Golden) -> None:
+    plan = PlanQuantization(recipe=signed_recipe())
+    planned = plan.run(after_block("analyze-modality")).program
+    made_by = InsertFakeQuant()
+    golden(
+        "insert-fake-quant/llava-signed.txt",
+        ir.diff(planned, made_by.run(planned).program) + "\n",
+        made_by=made_by,
+        after="analyze-modality,plan-quantization with int4/g32/signed weights",
+        model=ONE_BLOCK,
+    )
+
+
+def test_signs_are_buffers_that_are_not_trained(after: After, batch: dict[str, Tensor]) -> None:
+    program = fake_quantized_by_halves(after("analyze-modality"))
+    signs = signs_of_scales(program)
+    assert signs.keys() == {f"{fqn}_scale_sign" for fqn in plan_of(program).quantized}
+    assert signs_of_scales(after(PIPELINE)) == {}
+    for fake in fake_quantized(program):
+        sign = signs[f"{fake.scale_fqn}_sign"]
+        assert sign.dtype == torch.int8 and not isinstance(sign, nn.Parameter)
+        assert torch.equal(fake.scales.sign(), sign)
+        assert (sign < 0).sum() == sign.numel() // 2
+    learnt = trainable(program, frozen=[])
+    assert not [name for name in learnt if name.endswith("_sign")]
+    assert {name for name in learnt if name.endswith("_scale")} == {
+        name.removesuffix("_sign") for name in signs
+    }
+    program(**batch)[0].square().mean().backward()
+    for fake in fake_quantized(program):
+        gradient = learnt[fake.scale_fqn].grad
+        assert gradient is not None and gradient.abs().sum() > 0
+        learnt[fake.scale_fqn].grad = None
+
+
+@pytest.mark.parametrize("parametrization", ["log", "lsq"])
+def test_a_program_with_signed_scales_is_saved_and_read(
+    after: After, batch: dict[str, Tensor], tmp_path: Path, parametrization: str
+) -> None:
+    program = fake_quantized_by_halves(after("analyze-modality"), parametrization=parametrization)
+    program.save(tmp_path / "program.pt2")
+    found = Program.load(tmp_path / "program.pt2")
+    assert torch.equal(found(**batch)[0], program(**batch)[0])
+    for one, other in zip(fake_quantized(program), fake_quantized(found), strict=True):
+        assert one.fqn == other.fqn and torch.equal(one.scales, other.scales)
 
 
 def test_the_graph_computes_with_the_quantized_weights(

@@ -20,6 +20,7 @@ from gracec.data.conversations import epoch_order
 from gracec.errors import GracecError
 from gracec.ir.program import Program
 from gracec.passes import parse_pipeline, run_passes
+from gracec.passes.insert_fake_quant import fake_quantized, signs_of_scales
 from gracec.recipe import Training
 from gracec.training import micro_batch
 from gracec.training.checkpoints.directory import latest_checkpoint
@@ -29,6 +30,7 @@ from gracec.training.learner import Learner, score
 from gracec.training.loop import Run, train
 from gracec.training.micro_batch import Batch
 from tests.children import in_a_child, start, wait
+from tests.signed import fake_quantized_by_halves
 from tests.tiny import IMAGE, IMAGE_TOKENS, PAD, tiny_image, tiny_llava, tiny_processor
 
 FAKE = "analyze-modality,plan-quantization,insert-fake-quant{candidates=8}"
@@ -305,6 +307,27 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
             assert torch.equal(tensor, weights(again)[name]), name
         files = [d / "metrics.jsonl" for d in (directory, tmp_path / "whole")]
         assert files[0].read_text() == files[1].read_text()
+
+
+def test_signs_of_scales_are_not_trained_and_are_part_of_a_checkpoint(
+    after: After, llava: LlavaForConditionalGeneration, tmp_path: Path
+) -> None:
+    fake = fake_quantized_by_halves(after("analyze-modality"))
+    student = run_passes(fake, parse_pipeline("select-supervised")).program
+    options: dict[str, Any] = {"fingerprint": FINGERPRINT, "directory": tmp_path}
+    one = Learner(with_own_tensors(student), llava)
+    before = {fake.fqn: fake.scales for fake in fake_quantized(one.program)}
+    go(one, None, TEXTS_ONLY, **options)
+    trained = {fake.fqn: fake.scales for fake in fake_quantized(one.program)}
+    for fqn, scales in trained.items():
+        assert not torch.equal(scales, before[fqn]), fqn
+        assert torch.equal(scales.sign(), before[fqn].sign()) and (scales < 0).any()
+    other = Learner(with_own_tensors(student), llava)
+    for sign in signs_of_scales(other.program).values():
+        sign.fill_(1)  # whatever a search says when it is done again
+    go(other, None, TEXTS_ONLY, resume=True, **options)
+    for found in fake_quantized(other.program):
+        assert torch.equal(found.scales, trained[found.fqn])
 
 
 def test_a_loss_that_is_not_finite_is_skipped_counted_and_stops_the_run(
