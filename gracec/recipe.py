@@ -97,6 +97,31 @@ class ScaleSearch(_Strict):
         return self
 
 
+class Calibration(_Strict):
+    """How weights are given scales and codes; see `docs/recipes.md`.
+
+    Attributes:
+        method: "weights" looks at the weights alone; "moments" weighs the error of each weight by
+            the second moment of what it multiplies, and rounds; "gptq" also hands the error of one
+            weight on to those after it, and needs data. "auto" is gptq with data, else moments.
+        samples: most samples that are looked at.
+        tokens: most tokens of all of them together; the first sample is taken whatever its length.
+        damping: share of the mean of the diagonal that is added to it, before it is inverted.
+        order: columns are rounded by falling second moment of their inputs, or as they stand.
+        asymmetric: share of the correction for what quantization before a linear did to its inputs;
+            "auto" tries some at 3 bits and below, and keeps what is best on held-out samples.
+        seed: draws the samples, or makes the synthetic ones.
+    """
+
+    method: Literal["auto", "weights", "moments", "gptq"] = "auto"
+    samples: int = Field(128, ge=1, le=65_536)
+    tokens: int = Field(16_384, ge=16, le=1 << 24)
+    damping: float = Field(0.01, gt=0, le=1)
+    order: Literal["activation", "natural"] = "activation"
+    asymmetric: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
+    seed: int = Field(0, ge=0, le=(1 << 32) - 1)
+
+
 class Deploy(_Strict):
     """What the compiled model runs in."""
 
@@ -232,6 +257,8 @@ class Recipe(_Strict):
         weights: part of the model -> rule; parts that are missing or null keep their precision.
         activations: part -> rule for the inputs of its quantized linears, calibrated on the
             training data; missing or null means that they stay floating point.
+        calibration: how weights are given scales and codes; one written before there was such a
+            section reads with the default.
         training: how to train weights and scales; null means post-training quantization.
         expect: the accuracy gate; null means none.
         passes: further passes with their places, such as "my-pass{depth=2} after
@@ -243,6 +270,7 @@ class Recipe(_Strict):
     weights: dict[Part, WeightRule | None]
     activations: dict[Part, ActivationRule | None] = {}
     scale_search: ScaleSearch = ScaleSearch()
+    calibration: Calibration = Calibration()
     training: Training | None = None
     expect: Expectation | None = None
     passes: tuple[Annotated[str, Field(max_length=1000)], ...] = Field((), max_length=100)
@@ -358,7 +386,7 @@ def _is_key(location: tuple[int | str, ...]) -> bool:
 
 def _all_keys() -> list[str]:
     models: tuple[type[BaseModel], ...] = (
-        *(Recipe, WeightRule, ActivationRule, ScaleSearch, Deploy),
+        *(Recipe, WeightRule, ActivationRule, ScaleSearch, Calibration, Deploy),
         *(Training, Distillation, Expectation),
     )
     keys = [name for model in models for name in model.model_fields]

@@ -7,7 +7,7 @@ import pytest
 from pydantic import BaseModel
 
 from gracec.errors import GracecError
-from gracec.recipe import Recipe, built_in_recipes
+from gracec.recipe import Calibration, Recipe, built_in_recipes
 
 
 def test_every_built_in_recipe_loads_and_says_what_it_does() -> None:
@@ -23,6 +23,25 @@ def test_a_resolved_recipe_reads_back_equal() -> None:
     assert Recipe.from_dict(recipe.to_dict()) == recipe
 
 
+def test_calibration_is_a_section_with_defaults_that_older_recipes_lack() -> None:
+    fields = Recipe.load("w4a16-ptq").to_dict()
+    found = fields.pop("calibration")
+    assert found == {
+        "method": "auto",
+        "samples": 128,
+        "tokens": 16384,
+        "damping": 0.01,
+        "order": "activation",
+        "asymmetric": "auto",
+        "seed": 0,
+    }
+    assert Recipe.from_dict(fields).calibration == Calibration()
+    own = {"method": "gptq", "asymmetric": 0.25, "tokens": 512, "seed": 3, "order": "natural"}
+    recipe = Recipe.from_dict({**fields, "calibration": own})
+    assert recipe.to_dict()["calibration"] == {**found, **own}
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -34,6 +53,15 @@ def test_a_resolved_recipe_reads_back_equal() -> None:
         ("weights: {decodr: {bits: 4}}", "did you mean 'decoder'"),
         ("weights: {decoder: {bits: 5}}", "weights.decoder.bits"),
         ("description: nothing", "weights: Field required"),
+        (
+            "weights: {}\ncalibration: {metod: gptq}",
+            "unknown key 'calibration.metod'; did you mean 'method'",
+        ),
+        (
+            "weights: {}\ncalibration: {method: awq}",
+            "calibration.method: Input should be 'auto', 'weights', 'moments' or 'gptq'",
+        ),
+        ("weights: {}\ncalibration: {damping: 0}", "calibration.damping: Input should be greater"),
         ("- 1", "not a mapping of fields"),
         ("weights: {", "not readable as YAML"),
     ],
@@ -101,7 +129,8 @@ def test_every_number_is_finite_and_in_its_range(place: tuple[str, ...], value: 
 def test_the_places_of_numbers_are_found() -> None:
     assert {("training", "lr"), ("training", "distillation", "tau")} <= set(PLACES)
     assert {("weights", "decoder", "bits"), ("expect", "at_least")} <= set(PLACES)
-    assert len(PLACES) == 38
+    assert {("calibration", "damping"), ("calibration", "asymmetric")} <= set(PLACES)
+    assert len(PLACES) == 43
 
 
 @pytest.mark.parametrize(
