@@ -1,10 +1,11 @@
-"""Samples to watch activations on, from the data that a model is trained or calibrated with."""
+"""Samples that a model is calibrated on: synthetic ones, and those of the user's data."""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,6 +16,51 @@ from gracec.errors import GracecError
 from gracec.recipe import Recipe
 
 CALIBRATION_SAMPLES = 128
+SYNTHETIC_TEXT = 384
+"""Most text tokens of a synthetic sample."""
+SYNTHETIC_VISUAL = 64
+"""Visual tokens that the pictures of a synthetic sample come to, where one of them has fewer."""
+MOST_PICTURES = 8
+
+
+def synthetic_samples(
+    model: PreTrainedModel, *, tokens: int = 3072, seed: int = 0
+) -> list[dict[str, Tensor]]:
+    """Inputs of the graph from nothing but the configuration: random words and noise for pictures.
+
+    Each sample is one prompt without padding: at most `SYNTHETIC_TEXT` text tokens, fewer if the
+    model has fewer positions, around pictures that come to about `SYNTHETIC_VISUAL` visual tokens.
+
+    Args:
+        tokens: text tokens of all samples together; visual ones come on top.
+        seed: of words and pixels.
+    """
+    family = family_of(model)
+    generator = torch.Generator().manual_seed(seed)
+    positions = _positions(model)
+    images = min(MOST_PICTURES, max(1, SYNTHETIC_VISUAL // _visual_tokens(model, 1)))
+    if 2 * _visual_tokens(model, images) > positions:
+        images = 1
+    longest = min(SYNTHETIC_TEXT, positions - _visual_tokens(model, images))
+    found = []
+    while tokens > 0:
+        text = max(images + 1, min(longest, tokens))  # a word beside each picture
+        batch = family.example_batch(model, batch=1, images=images, text=text, generator=generator)
+        found.append(family.prepare(model, batch))
+        tokens -= text
+    return found
+
+
+def _visual_tokens(model: PreTrainedModel, images: int) -> int:
+    family = family_of(model)
+    pictures = family.example_images(model, images, torch.Generator().manual_seed(0))
+    return max(1, sum(family.image_tokens(model, pictures)))
+
+
+def _positions(model: PreTrainedModel) -> int:
+    """Tokens that a model has positions for; without a number, as many as anybody asks for."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(found) if found else 1 << 30
 
 
 def calibration_samples(

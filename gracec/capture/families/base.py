@@ -232,7 +232,13 @@ class Family(ABC):
         return {name: dict.fromkeys(axes, Dim.DYNAMIC) for name, axes in dims.items()}
 
     def example_batch(
-        self, model: PreTrainedModel, *, batch: int = 2, images: int = 3, text: int = 7
+        self,
+        model: PreTrainedModel,
+        *,
+        batch: int = 2,
+        images: int = 3,
+        text: int = 7,
+        generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
         """A left-padded batch built from the config alone, as a processor would return it.
 
@@ -241,8 +247,10 @@ class Family(ABC):
             images: images in the whole batch.
             text: text tokens of the longest prompt; each further prompt has one fewer, but enough
                 to keep its images apart.
+            generator: of the words and the pixels; by default one of seed 0, so that it is the same
+                batch each time.
         """
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
         pictures = self.example_images(model, images, generator)
         sizes = self.image_tokens(model, pictures)
         prompts = example_prompts(model.config, sizes, generator, batch=batch, text=text)
