@@ -79,12 +79,7 @@ class Answers:
             GracecError: if the template has no places for the pictures, marks the answers wrongly
                 or writes them otherwise than after their prompts; if a part of a picture is cut.
         """
-        if (self.prompts.image_id in ids) != bool(sample.images):
-            raise GracecError(
-                "the text has no place for its pictures, or one without a picture",
-                where=sample.where,
-                fix="use the model's own chat template",
-            )
+        self._check_places(sample, ids)
         spans = self._spans(sample, ids)
         if self.prompts.marks_answers:
             spans = _marked(sample, spans, marks)
@@ -94,6 +89,23 @@ class Answers:
         if not row.spans:
             raise Broken("no answer", f"max_length {self.max_length} leaves no token of an answer")
         return row
+
+    def unlabelled(self, sample: Sample, ids: list[int]) -> Row:
+        """A sample of which nothing is to be learned, limited to `max_length`.
+
+        Raises:
+            GracecError: if the template has no places for the pictures; if a part of one is cut.
+        """
+        self._check_places(sample, ids)
+        return self._limited(Row(ids, []), sample)
+
+    def _check_places(self, sample: Sample, ids: list[int]) -> None:
+        if (self.prompts.image_id in ids) != bool(sample.images):
+            raise GracecError(
+                "the text has no place for its pictures, or one without a picture",
+                where=sample.where,
+                fix="use the model's own chat template",
+            )
 
     def _spans(self, sample: Sample, ids: list[int]) -> Spans:
         """The turns of the assistant in `ids`: from the prompt for each to its end.

@@ -99,19 +99,47 @@ class Collator:
                 return self._batch(encoded, [row for row in rows if row is not None])
             # Which pixels belong to a sample is known to the processor only: once more, without.
             usable = [sample for sample, row in zip(usable, rows, strict=True) if row is not None]
+        raise self._empty(samples[0])
+
+    def unlabelled(self, sample: Sample | BrokenSample) -> Batch:
+        """A sample by itself of which nothing is learned; it may end with a question.
+
+        Returns:
+            As for a batch of one; the labels are all -100. After a question follows what asks for
+            its answer.
+
+        Raises:
+            EmptyBatch: if it is broken, or the processor refuses it.
+            GracecError: as for a batch.
+        """
+        if isinstance(sample, Sample) and self._is_usable(sample):
+            asks = sample.turns[-1].role != "assistant"
+            try:
+                encoded = self._encode([sample], generation_prompt=asks)
+            except GracecError as error:
+                self._report(sample, error.what)
+            else:
+                ids: list[int] = encoded["input_ids"][0].tolist()
+                return self._batch(encoded, [self._answers.unlabelled(sample, ids)])
+        raise self._empty(sample)
+
+    def _empty(self, first: Sample | BrokenSample) -> EmptyBatch:
         last = f", the last being {self.problems[-1]}" if self.problems else ""
-        raise EmptyBatch(
+        return EmptyBatch(
             f"broken samples leave nothing to train on{last}",
-            where=samples[0].where or "batch",
+            where=first.where or "batch",
             fix="mend the data, or make batches larger",
         )
 
-    def _encode(self, samples: Sequence[Sample]) -> dict[str, Any]:
+    def _encode(
+        self, samples: Sequence[Sample], *, generation_prompt: bool = False
+    ) -> dict[str, Any]:
         prompts = self._answers.prompts
         return prompts.encode(
             [messages(sample.turns, sample.images) for sample in samples],
             [sample.name for sample in samples],
             padding_side="right",
+            generation_prompt=generation_prompt,
             answer_masks=prompts.marks_answers,
         )
 

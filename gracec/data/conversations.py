@@ -33,6 +33,7 @@ from gracec.data.records import (
     Embedded,
     ImageRef,
     Turn,
+    holds_text,
     read_record,
     short,
 )
@@ -45,8 +46,8 @@ MOST_KEYS = 10
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation that ends with an answer, its RGB pictures in the order of their placeholders,
-    and the record it comes from, which errors name."""
+    """A conversation, its RGB pictures in the order of their placeholders, and the record it comes
+    from, which errors name. It ends with an answer, unless it may end with a question."""
 
     turns: tuple[Turn, ...]
     images: tuple[Image.Image, ...]
@@ -90,15 +91,44 @@ def open_train_data(
         GracecError: if the source cannot be read or is empty, if more than half of its records are
             broken, or, in strict mode, if one is.
     """
-    opened = open_source(source)
+    return read_conversations(open_source(source), image_root=image_root, strict=strict)
+
+
+def read_conversations(
+    opened: Source,
+    *,
+    image_root: str | os.PathLike[str] | None = None,
+    strict: bool = False,
+    answered: bool = True,
+) -> TrainData:
+    """What `open_train_data` makes of a source.
+
+    Args:
+        answered: whether each conversation has to end with an answer, or may end with a question,
+            which there is nothing to learn from.
+    """
     root = opened.folder if image_root is None else Path(image_root)
     if root is not None and not root.is_dir():
         raise GracecError("the image root is not a folder", where=str(root))
     if len(opened) == 0:
         raise GracecError("no records", where=opened.name)
-    ledger = _Ledger(opened.name, len(opened), strict)
-    reader = _Reader(opened, None if root is None else root.resolve(), ledger)
+    if is_plain_text(opened):
+        raise GracecError(
+            "plain text has no answers to learn",
+            where=opened.name,
+            fix="give conversations; text calibrates a recipe that does not train: w4a16-ptq",
+        )
+    ledger = Ledger(opened.name, len(opened), strict)
+    reader = _Reader(opened, None if root is None else root.resolve(), ledger, answered)
     return reader.scan()
+
+
+def is_plain_text(opened: Source) -> bool:
+    """Whether the records of a source, going by the first, are texts and no conversations."""
+    try:
+        return len(opened) > 0 and holds_text(opened.record(0))
+    except Broken:
+        return False
 
 
 def open_with_held_out(
@@ -123,7 +153,8 @@ class _Reader:
 
     source: Source
     root: Path | None
-    ledger: _Ledger
+    ledger: Ledger
+    answered: bool
 
     def scan(self) -> TrainData:
         """Look at every record once: what is broken, the pictures of each, and the fingerprint."""
@@ -134,7 +165,7 @@ class _Reader:
         for number in range(len(self.source)):
             own: list[int] = []
             try:
-                said = self._parse(number)
+                said = self.read(number)
                 unread |= said.unread
                 for image in said.images:
                     identity = self._identity(image, sizes)
@@ -155,7 +186,7 @@ class _Reader:
         if known is not None:
             return known
         try:
-            said = self._parse(number)
+            said = self.read(number)
             decoded = tuple(self._decode(image) for image in said.images)
         except Broken as broken:
             found = self._broken(number, broken)
@@ -166,8 +197,13 @@ class _Reader:
     def _broken(self, number: int, broken: Broken) -> BrokenSample:
         return BrokenSample(self.source.where(number), broken.kind, broken.reason)
 
-    def _parse(self, number: int) -> Conversation:
-        return read_record(self.source.record(number))
+    def read(self, number: int) -> Conversation:
+        """What a record says.
+
+        Raises:
+            Broken: if it cannot be used.
+        """
+        return read_record(self.source.record(number), answered=self.answered)
 
     def _identity(self, image: ImageRef, sizes: dict[str, int | Broken]) -> bytes:
         """What tells one picture from another without decoding it: its name and size in bytes."""
@@ -186,6 +222,14 @@ class _Reader:
             raise size
         return json.dumps([image, size]).encode() + b"\n"
 
+    def content(self, image: ImageRef) -> bytes:
+        """A digest of a picture as it is stored, or of its pixels if it is in memory."""
+        if isinstance(image, Image.Image):
+            return pixel_digest(image)
+        if isinstance(image, Embedded):
+            return hashlib.sha256(image.bytes()).digest()
+        return hashlib.sha256(self._confined(image)[0].read_bytes()).digest()
+
     def _confined(self, name: str) -> tuple[Path, int]:
         """The file of a picture below the image root, and its size in bytes."""
         if self.root is None:
@@ -202,7 +246,7 @@ class _Reader:
 
 
 @dataclass(frozen=True)
-class _Ledger:
+class Ledger:
     """The broken records of a source, and what becomes of them."""
 
     name: str
@@ -304,15 +348,8 @@ class TrainData:
         """
         if not 0 < share < 1:
             raise GracecError(f"the share to hold out must be between 0 and 1, not {share}")
-        groups = _connected([self._keys[number] for number in self._numbers])
-        drawn = sorted(groups, key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest())
         target = min(max(1, round(share * len(self))), len(self) - 1)
-        held: list[int] = []
-        for key in drawn:
-            if len(held) + len(groups[key]) <= target:
-                held += groups[key]
-        if not held:  # every group is larger than the share
-            held = groups[min(drawn, key=lambda key: len(groups[key]))]
+        held = draw_apart([self._keys[number] for number in self._numbers], target, seed)
         if len(held) == len(self):
             raise GracecError(
                 "cannot be split: the samples share their pictures, or there is one only",
@@ -320,7 +357,48 @@ class TrainData:
             )
         chosen = set(held)
         rest = [index for index in range(len(self)) if index not in chosen]
-        return self._part(rest, self._left_out, self._notes), self._part(sorted(held), (), ())
+        return self._part(rest, self._left_out, self._notes), self._part(held, (), ())
+
+    def pictures(self, index: int) -> tuple[int, ...]:
+        """What tells the pictures of sample `index` from others: their names and sizes, hashed."""
+        return self._keys[self._numbers[index]]
+
+    def without(self, other: TrainData) -> TrainData:
+        """The samples that have no picture in common with another data, and ask no text of it.
+
+        A picture is in common if its file has the name and the content that it has there. One in
+        memory is compared by its pixels, and never with a file.
+        """
+        known = {key for number in other._numbers for key in other._keys[number]}
+        known &= {key for number in self._numbers for key in self._keys[number]}
+        contents = {one for index in range(len(other)) for one in other._contents(index, known)}
+        asked = {other._asked(index) for index in range(len(other)) if not other.pictures(index)}
+        kept = [
+            index
+            for index in range(len(self))
+            if (
+                not contents.intersection(self._contents(index, known))
+                if self.pictures(index)
+                else not asked or self._asked(index) not in asked
+            )
+        ]
+        return self if len(kept) == len(self) else self._part(kept, self._left_out, self._notes)
+
+    def _contents(self, index: int, keys: set[int]) -> list[bytes]:
+        """Digests of the pictures of a sample that have one of these keys."""
+        if not keys.intersection(self.pictures(index)):
+            return []
+        try:
+            images = self._reader.read(self._numbers[index]).images
+            pairs = zip(images, self.pictures(index), strict=True)
+            return [self._reader.content(image) for image, key in pairs if key in keys]
+        except (Broken, OSError):  # it is no longer there, which shows when it is asked for
+            return []
+
+    def _asked(self, index: int) -> tuple[str, ...]:
+        """What is said in a sample, but for the answers."""
+        turns = self._reader.read(self._numbers[index]).turns
+        return tuple(turn.text for turn in turns if turn.role != "assistant")
 
     def _part(
         self, indices: Sequence[int], left_out: tuple[int, ...], notes: tuple[str, ...]
@@ -337,6 +415,22 @@ def _unread(name: str, keys: set[str]) -> tuple[str, ...]:
     named = sorted(short(repr(key)) for key in keys)
     more = f" and {len(named) - MOST_KEYS} more" if len(named) > MOST_KEYS else ""
     return (f"{name}: nothing reads the keys {', '.join(named[:MOST_KEYS])}{more}",)
+
+
+def draw_apart(keys: Sequence[tuple[int, ...]], count: int, seed: int) -> list[int]:
+    """About `count` positions, sorted, that have no key in common with those that are not drawn.
+
+    They are all positions, if these cannot be told apart so.
+    """
+    groups = _connected(keys)
+    drawn = sorted(groups, key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest())
+    held: list[int] = []
+    for key in drawn:
+        if len(held) + len(groups[key]) <= count:
+            held += groups[key]
+    if not held:  # every group is larger
+        held = groups[min(drawn, key=lambda key: len(groups[key]))]
+    return sorted(held)
 
 
 def _connected(keys: Sequence[tuple[int, ...]]) -> dict[str, list[int]]:

@@ -98,8 +98,35 @@ class Conversation:
     unread: frozenset[str]
 
 
-def read_record(record: Mapping[str, Any]) -> Conversation:
+def holds_text(record: Mapping[str, Any]) -> bool:
+    """Whether a record is plain text: it has a "text", and no conversation."""
+    others = ("conversations", "messages", "question")
+    said = any(record.get(key) is not None for key in others)
+    return isinstance(record.get("text"), str) and not said
+
+
+def read_text(record: Mapping[str, Any]) -> str:
+    """The text of a record of plain text; it may be empty.
+
+    Raises:
+        Broken: if there is none, or a picture beside it.
+    """
+    if not holds_text(record):
+        raise Broken("no text", 'there is no "text", or a conversation beside it')
+    for key in ("image", "images", *_UNTAUGHT):
+        if _holds(record.get(key)):
+            raise Broken(key, f'it has "{key}" beside "text": write it as a conversation about it')
+    text: str = record["text"]
+    if not is_text(text):
+        raise Broken("no text", "it has half of a character (a surrogate)")
+    return text
+
+
+def read_record(record: Mapping[str, Any], *, answered: bool = True) -> Conversation:
     """The conversation of a record; none of its pictures is looked at.
+
+    Args:
+        answered: whether it has to end with an answer, or may end with a question.
 
     Raises:
         Broken: naming the first fault.
@@ -111,9 +138,9 @@ def read_record(record: Mapping[str, Any]) -> Conversation:
     key, items = _messages(record)
     turns = tuple(_turn(item, own) for item in items)
     if key is None:
-        turns = _question_and_answer(record, len(images))
+        turns = _question_and_answer(record, len(images), answered)
     turns = _after_system(record, _masked(record, turns))
-    check_turns(turns)
+    check_turns(turns, answered=answered)
     refs = _agreed(images, own)
     check_images(turns, len(refs))
     read = _RECORD_KEYS | ({"question", "answer"} if key is None else {key})
@@ -221,16 +248,20 @@ def _rows(columns: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
     return [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
 
 
-def _question_and_answer(record: Mapping[str, Any], images: int) -> tuple[Turn, ...]:
+def _question_and_answer(
+    record: Mapping[str, Any], images: int, answered: bool
+) -> tuple[Turn, ...]:
     """A question without placeholders gets one for each image."""
-    if "question" not in record or "answer" not in record:
+    question, answer = record.get("question"), record.get("answer")
+    if "question" not in record or (answered and "answer" not in record):
         raise Broken("no conversation", 'there are neither "conversations" nor "messages"')
-    question, answer = record["question"], record["answer"]
-    if not isinstance(question, str) or not isinstance(answer, str):
+    unanswered = not answered and answer is None
+    if not isinstance(question, str) or not (unanswered or isinstance(answer, str)):
         raise Broken("no conversation", '"question" and "answer" must be texts')
     if IMAGE_PLACEHOLDER not in question:
         question = "\n".join([*[IMAGE_PLACEHOLDER] * images, question])
-    return (Turn("user", question.strip()), Turn("assistant", answer.strip()))
+    asked = Turn("user", question.strip())
+    return (asked,) if answer is None else (asked, Turn("assistant", answer.strip()))
 
 
 def _turn(item: Mapping[str, Any], own: list[ImageRef | None]) -> Turn:
@@ -318,14 +349,18 @@ def _after_system(record: Mapping[str, Any], turns: tuple[Turn, ...]) -> tuple[T
     return turns
 
 
-def check_turns(turns: Sequence[Turn]) -> None:
+def check_turns(turns: Sequence[Turn], *, answered: bool = True) -> None:
     """Refuse a conversation that is no alternation of questions and answers in text.
+
+    Args:
+        answered: whether the last one has to be an answer.
 
     Raises:
         Broken: naming the first fault.
     """
     spoken = turns[1:] if turns[0].role == "system" else turns
     expected = ["user", "assistant"] * ((len(spoken) + 1) // 2)
+    expected = expected if answered else expected[: len(spoken)]
     if not spoken or [turn.role for turn in spoken] != expected:
         raise Broken("order of turns", "the turns must be questions and answers in alternation")
     for turn in turns:

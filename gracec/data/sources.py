@@ -1,4 +1,4 @@
-"""Where records come from: JSON, saved datasets, parquet, memory. Each is read when asked for."""
+"""Where records come from: JSON, saved datasets, parquet, text, memory; read when asked for."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ from gracec.errors import GracecError, first_line
 LINES = "a file with one record a line ends in .jsonl"
 FOLDER_FILES = ("train.jsonl", "train.json", "data.jsonl", "data.json", SAMPLES_FILE)
 """What is looked for in a folder, in this order."""
+TEXT_FILES = (".txt", ".md")
+"""How the names of files of plain text end."""
+MOST_CHARACTERS = 1 << 24
+"""Of plain text that is read: some four million tokens."""
 
 
 class Source(Protocol):
@@ -57,8 +61,10 @@ def open_source(source: Any) -> Source:
         return _open_json(path)
     if not path.exists():
         raise GracecError("does not exist", where=str(path), fix="give training data")
+    if path.suffix in TEXT_FILES:
+        return _TextFiles.of(path, [path])
     raise GracecError(
-        "not training data", where=str(path), fix="give a .json or .jsonl file, or a folder"
+        "not training data", where=str(path), fix="give a .json, .jsonl or text file, or a folder"
     )
 
 
@@ -75,10 +81,13 @@ def _open_folder(path: Path) -> Source:
     shards = [shard for shard in shards if shard.name.startswith("train")] or shards
     if shards:
         return _Arrow.parquet(shards, path)
+    texts = sorted(file for file in path.iterdir() if file.suffix in TEXT_FILES and file.is_file())
+    if texts:
+        return _TextFiles.of(path, texts)
     raise GracecError(
         "no training data in this folder",
         where=str(path),
-        fix=f"put one of {', '.join(FOLDER_FILES)}, a saved dataset or parquet files there",
+        fix=f"put one of {', '.join(FOLDER_FILES)}, a saved dataset, parquet or text files there",
     )
 
 
@@ -119,7 +128,7 @@ class _JsonLines:
                     offset += len(line)
                     content.update(line)
         except OSError as error:
-            raise GracecError(f"cannot be read ({error.strerror})", where=str(file)) from error
+            raise _unreadable(file, error) from error
         return cls(file, offsets, lines, content.digest(), stamp)
 
     @property
@@ -145,7 +154,7 @@ class _JsonLines:
                 stream.seek(self.offsets[number])
                 line = stream.readline()
         except OSError as error:
-            raise GracecError(f"cannot be read ({error.strerror})", where=str(self.file)) from error
+            raise _unreadable(self.file, error) from error
         try:
             parsed = json.loads(line)
         except json.JSONDecodeError as error:
@@ -155,6 +164,44 @@ class _JsonLines:
             reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not valid JSON"
             raise Broken("not a record", reason) from error
         return as_record(parsed)
+
+
+@dataclass(frozen=True)
+class _TextFiles:
+    """Files of plain text, each a record with a "text"."""
+
+    name: str
+    folder: Path | None
+    files: tuple[Path, ...]
+    content: bytes
+
+    @classmethod
+    def of(cls, path: Path, files: Sequence[Path]) -> _TextFiles:
+        content = hashlib.sha256()
+        for file in files:
+            try:
+                with file.open("rb") as stream:
+                    content.update(hashlib.file_digest(stream, "sha256").digest())
+            except OSError as error:
+                raise _unreadable(file, error) from error
+        folder = path if path.is_dir() else path.parent
+        return cls(str(path), folder, tuple(files), content.digest())
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def where(self, number: int) -> str:
+        return str(self.files[number])
+
+    def record(self, number: int) -> Mapping[str, Any]:
+        file = self.files[number]
+        try:
+            with file.open(encoding="utf-8-sig") as stream:
+                return {"text": stream.read(MOST_CHARACTERS + 1)}
+        except UnicodeDecodeError as error:
+            raise GracecError("not UTF-8", where=str(file), fix="save it so") from error
+        except OSError as error:
+            raise _unreadable(file, error) from error
 
 
 @dataclass(frozen=True)
@@ -181,7 +228,7 @@ def _open_json(file: Path) -> _Records:
         content = file.read_bytes()
         parsed = json.loads(content)
     except OSError as error:
-        raise GracecError(f"cannot be read ({error.strerror})", where=str(file)) from error
+        raise _unreadable(file, error) from error
     except (ValueError, RecursionError) as error:
         raise GracecError(
             f"not valid JSON ({first_line(error)})",
@@ -314,6 +361,10 @@ def _tail_digest(file: Path) -> str:
     with file.open("rb") as stream:
         stream.seek(max(0, file.stat().st_size - (1 << 16)))
         return hashlib.sha256(stream.read()).hexdigest()
+
+
+def _unreadable(file: Path, error: OSError) -> GracecError:
+    return GracecError(f"cannot be read ({error.strerror})", where=str(file))
 
 
 def _stamp(descriptor: int) -> tuple[int, int]:

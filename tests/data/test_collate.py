@@ -170,3 +170,37 @@ def test_from_file_to_batch(tmp_path: Path) -> None:
         ["red </s>"],
         ["yes </s>"],
     ]
+
+
+QUESTION = sample("<image>\nwhat is this ?")
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, ENDLESS, None])
+def test_a_question_alone_is_what_evaluation_asks(template: str | None) -> None:
+    collate = collator(template)
+    batch = collate.unlabelled(QUESTION)
+    asked = encode_questions(collate.processor, ["what is this ?"], list(QUESTION.images))
+    assert batch["input_ids"].tolist() == asked["input_ids"].tolist()
+    assert torch.equal(batch["pixel_values"], asked["pixel_values"])
+    assert (batch["labels"] == -100).all() and batch["attention_mask"].all()
+
+
+def test_an_answered_sample_may_be_read_without_labels() -> None:
+    batch, labelled = collator().unlabelled(ONE), collator()([ONE])
+    length = batch["input_ids"].shape[1]
+    assert torch.equal(batch["input_ids"], labelled["input_ids"][:, :length])
+    assert (batch["labels"] == -100).all()
+
+
+def test_what_cannot_be_read_without_labels_either() -> None:
+    collate = collator()
+    bad = sample("<image>\nwhat is </s> ?", where="a.jsonl:3")
+    with pytest.warns(GracecWarning, match="a.jsonl:3: the text has '</s>', a control token"):
+        pytest.raises(EmptyBatch, collate.unlabelled, bad)
+    with pytest.raises(EmptyBatch):
+        collate.unlabelled(BrokenSample("a.jsonl:4", "kind", "reason"))
+    with pytest.raises(GracecError, match="a.jsonl:3: the text has"):
+        collator(strict=True).unlabelled(bad)
+    assert collator(max_length=24).unlabelled(QUESTION)["input_ids"].shape == (1, 24)
+    with pytest.raises(GracecError, match="max_length 8 cuts off a part of a picture"):
+        collator(max_length=8).unlabelled(QUESTION)

@@ -20,10 +20,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from gracec.data.conversations import BrokenSample, Sample, TrainData, epoch_order, open_train_data
+from gracec.data.conversations import (
+    BrokenSample,
+    Sample,
+    TrainData,
+    draw_apart,
+    epoch_order,
+    open_train_data,
+    read_conversations,
+)
 from gracec.data.pictures import FORMATS, MAX_PIXELS
 from gracec.data.records import Turn
-from gracec.data.sources import FOLDER_FILES
+from gracec.data.sources import FOLDER_FILES, open_source
 from gracec.errors import GracecError, GracecWarning
 from tests.data.conversations import png, record, said, talk, write
 from tests.docs.fences import DOCS, fences
@@ -364,6 +372,16 @@ def test_more_than_half_is_an_error_and_half_is_not(tmp_path: Path) -> None:
         open_train_data(write(tmp_path, record(), record("x.png"), record(answer="")))
 
 
+def test_questions_may_be_read_that_nobody_answered(tmp_path: Path) -> None:
+    asked = [{"image": "0.png", "question": "what is it ?"}, record()]
+    file = write(tmp_path, *asked)
+    data = read_conversations(open_source(file), answered=False, strict=True)
+    assert whole(data, 0).turns == said("<image>\nwhat is it ?")
+    assert whole(data, 1).turns == said("<image>\nwhat is it ?", "red")
+    with pytest.warns(GracecWarning, match="1 of 2 samples are broken"):
+        assert len(open_train_data(file)) == 1
+
+
 def header(width: int, height: int) -> bytes:
     """A PNG that says how large it is, and holds next to nothing."""
 
@@ -438,7 +456,10 @@ def test_a_large_picture_in_memory_is_refused_too() -> None:
         ("a.json", b"[]", "no records"),
         ("a.jsonl", b"\n\n", "no records"),
         ("a.csv", b"image", "not training data; give a .json"),
-        ("a/readme.txt", b"", "no training data in this folder; put one of train.jsonl"),
+        ("a/readme", b"", "no training data in this folder; put one of train.jsonl"),
+        ("a/readme.txt", b"", "plain text has no answers to learn; give conversations"),
+        ("a.md", b"# Cats", "plain text has no answers to learn; give conversations"),
+        ("a.jsonl", b'{"text": "a cat"}', "plain text has no answers to learn"),
         ("a/dataset_dict.json", b"{}", r"no split is called train \(found none\)"),
         ("a/x.parquet", b"no", "the parquet files cannot be read"),
         ("a/state.json", b"{", "the saved dataset cannot be read"),
@@ -523,3 +544,49 @@ def test_every_epoch_and_seed_has_its_own_order() -> None:
 def test_an_order_has_no_negative_length() -> None:
     with pytest.raises(GracecError, match="at least 0"):
         epoch_order(-1, 0, 0)
+
+
+# --- What is kept apart ---
+
+
+def test_data_without_what_other_data_is_about(tmp_path: Path) -> None:
+    """A picture is known by its name, its size and what it holds; a text by what is asked."""
+    for name, seeds in (("train", (0, 1, 2)), ("test", (1, 5))):
+        (tmp_path / name).mkdir()
+        png(tmp_path / name, *seeds)
+    other = tiny_image(7, (34, 32))  # by the name and with the size of one that it is not
+    size = (tmp_path / "train" / "2.png").stat().st_size
+    other.save(tmp_path / "test" / "2.png")
+    content = (tmp_path / "test" / "2.png").read_bytes()[:size]
+    (tmp_path / "test" / "2.png").write_bytes(content + b" " * (size - len(content)))
+    text, asked = {"conversations": talk("yes ?", "no")}, {"question": "why ?", "answer": "no"}
+    ours = [record(), record("1.png"), record("1.png", "where ?"), record("2.png"), text, asked]
+    theirs = [record("1.png", "how many ?"), record("2.png"), {**asked, "answer": "never"}]
+    (tmp_path / "train" / "a.jsonl").write_text("\n".join(map(json.dumps, ours)))
+    (tmp_path / "test" / "a.jsonl").write_text("\n".join(map(json.dumps, theirs)))
+    data, held = (open_train_data(tmp_path / name / "a.jsonl") for name in ("train", "test"))
+    rest = data.without(held)
+    assert [whole(rest, n).where.rpartition(":")[2] for n in range(len(rest))] == ["1", "4", "5"]
+    assert rest.fingerprint != data.fingerprint
+    assert data.without(rest.without(data)) is data  # nothing is without itself
+    assert len(data.without(data)) == 0
+
+
+def test_pictures_in_memory_are_compared_by_their_pixels() -> None:
+    records_ = [{"image": tiny_image(n), "question": "a", "answer": "b"} for n in range(4)]
+    data = open_train_data(records_)
+    held = open_train_data([{**records_[2], "image": tiny_image(2), "question": "other"}])
+    assert len(data.without(held)) == 3
+    assert data.pictures(2) == held.pictures(0) != data.pictures(1)
+
+
+def test_what_is_drawn_has_no_key_in_common_with_the_rest() -> None:
+    keys = [(1,), (2,), (1, 3), (), (4,), (3,), (5,), ()]
+    for seed in range(20):
+        drawn = draw_apart(keys, 2, seed)
+        assert 1 <= len(drawn) <= 2 and drawn == sorted(drawn)
+        inside = {key for place in drawn for key in keys[place]}
+        outside = {key for place in range(8) if place not in drawn for key in keys[place]}
+        assert not inside & outside
+    assert draw_apart([(1,)] * 3, 1, 0) == [0, 1, 2]
+    assert len({tuple(draw_apart([()] * 9, 2, seed)) for seed in range(20)}) > 5

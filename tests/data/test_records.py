@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import gracec
 from gracec.data.conversations import Sample, open_train_data
-from gracec.data.records import Broken, Conversation, Embedded, read_record, short
+from gracec.data.records import Broken, Conversation, Embedded, Turn, read_record, short
 from gracec.errors import GracecWarning
 from tests.data.collators import answers, collator
 from tests.data.conversations import png, record, talk, write
@@ -227,3 +227,24 @@ def test_no_record_stops_the_others(whole: dict[str, Any], turn: dict[str, Any])
 def test_what_a_message_shows_can_be_written() -> None:
     assert short("a\n b \ud83d") == "a b \\ud83d"
     short("\ud83d" * 300).encode()
+
+
+def test_a_question_without_an_answer_is_read_where_nothing_is_learned() -> None:
+    asked = {"image": "0.png", "question": "what ?"}
+    for record_ in (asked, {**asked, "answer": None}):
+        found = read_record(record_, answered=False)
+        assert found.turns == (Turn("user", "<image>\nwhat ?"),) and found.images == ("0.png",)
+        with pytest.raises(Broken):
+            read_record(record_)
+    turns = [*talk("<image> what ?", "red", "where ?")]
+    found = read_record({"image": "0.png", "conversations": turns}, answered=False)
+    assert [turn.role for turn in found.turns] == ["user", "assistant", "user"]
+    with pytest.raises(Broken, match="must be questions and answers in alternation"):
+        read_record({"image": "0.png", "conversations": turns})
+    for wrong in ([], [{"role": "system", "content": "be brief"}], [*turns, *turns]):
+        with pytest.raises(Broken):
+            read_record({"image": "0.png", "conversations": wrong}, answered=False)
+    for answer in ("", 3):
+        with pytest.raises(Broken):
+            read_record({**asked, "answer": answer}, answered=False)
+    assert read_record(chat(), answered=False) == read_record(chat())
