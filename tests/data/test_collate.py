@@ -195,8 +195,9 @@ def test_an_answered_sample_may_be_read_without_labels() -> None:
 def test_what_cannot_be_read_without_labels_either() -> None:
     collate = collator()
     bad = sample("<image>\nwhat is </s> ?", where="a.jsonl:3")
-    with pytest.warns(GracecWarning, match="a.jsonl:3: the text has '</s>', a control token"):
-        pytest.raises(EmptyBatch, collate.unlabelled, bad)
+    reason = "a.jsonl:3: the text has '</s>', a control token"
+    with pytest.warns(GracecWarning, match=reason), pytest.raises(EmptyBatch, match=reason):
+        collate.unlabelled(bad)
     with pytest.raises(EmptyBatch):
         collate.unlabelled(BrokenSample("a.jsonl:4", "kind", "reason"))
     with pytest.raises(GracecError, match="a.jsonl:3: the text has"):
