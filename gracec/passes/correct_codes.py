@@ -367,7 +367,7 @@ class _Run:
                 candidates=item.candidates,
                 lowest=item.lowest,
                 highest=item.highest,
-                signed=getattr(spec, "signed", False),
+                signed=spec.signed,
                 importance=None if by_block else importance(inputs.moments.diagonal()),
                 blocks=blocks_of(inputs.moments, group) if by_block else None,
             )

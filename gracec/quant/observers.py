@@ -257,6 +257,7 @@ def weight_scales(
             candidates=candidates,
             lowest=lowest,
             highest=highest,
+            signed=spec.signed,
             importance=importance,
         )
     magnitudes = quant.grouped(flat.to(torch.float32), group).abs()
