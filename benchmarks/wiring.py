@@ -228,7 +228,7 @@ WIRING: tuple[Mutation, ...] = (
     Mutation(
         "notes of calibration",
         PREPARE,
-        '        journal.note("calibration", *problems)\n',
+        '        journal.note("calibration", *data.notes)\n',
         "",
         ("tests/test_activations.py::test_a_sample_that_does_not_calibrate_is_reported",),
     ),

@@ -31,7 +31,7 @@ from gracec.recipe import Recipe
 from gracec.request import Request
 from gracec.stages.pipelines import ANALYSIS, lowering_passes, planning, preparing
 from gracec.stages.source import Source
-from gracec.training.calibration import calibration_samples
+from gracec.training.calibration import calibration_data
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def prepare(source: Source, request: Request, journal: Journal) -> Prepared:
     journal.figures["blocks_equal_hidden_states"] = Equal(blocks, "blocks")
     samples: Sequence[Mapping[str, Tensor]] = ()
     if request.recipe.quantizes_activations:
-        samples, problems = calibration_samples(
+        data = calibration_data(
             model,
             request.recipe,
             source.processor,
@@ -115,7 +115,8 @@ def prepare(source: Source, request: Request, journal: Journal) -> Prepared:
             request.held_out,
             request.strict,
         )
-        journal.note("calibration", *problems)
+        samples = data.spaced()
+        journal.note("calibration", *data.notes)
     pipeline = preparing(request.recipe, samples, strict=request.strict)
     result = run_passes(program, pipeline.placed(request.further)[0])
     journal.extend(result.notes)

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from gracec.capture import family_of
-from gracec.data.collate import Collator, EmptyBatch
-from gracec.data.conversations import open_train_data, open_with_held_out
+from gracec.data.collate import Batch, Collator, EmptyBatch
+from gracec.data.conversations import (
+    Sample,
+    TrainData,
+    draw_apart,
+    epoch_order,
+    is_plain_text,
+    open_train_data,
+    read_conversations,
+)
+from gracec.data.sources import open_source
+from gracec.data.text import WINDOW, TextWindows, read_text_windows
 from gracec.errors import GracecError
-from gracec.recipe import Recipe
+from gracec.recipe import Calibration, Recipe
 
-CALIBRATION_SAMPLES = 128
+Inputs: TypeAlias = dict[str, Tensor]
+
+HELD_OUT = 8
+"""One sample in so many is held out of the second moments."""
 SYNTHETIC_TEXT = 384
 """Most text tokens of a synthetic sample."""
 SYNTHETIC_VISUAL = 64
@@ -23,9 +37,7 @@ SYNTHETIC_VISUAL = 64
 MOST_PICTURES = 8
 
 
-def synthetic_samples(
-    model: PreTrainedModel, *, tokens: int = 3072, seed: int = 0
-) -> list[dict[str, Tensor]]:
+def synthetic_samples(model: PreTrainedModel, *, tokens: int = 3072, seed: int = 0) -> list[Inputs]:
     """Inputs of the graph from nothing but the configuration: random words and noise for pictures.
 
     Each sample is one prompt without padding: at most `SYNTHETIC_TEXT` text tokens, fewer if the
@@ -63,44 +75,160 @@ def _positions(model: PreTrainedModel) -> int:
     return int(found) if found else 1 << 30
 
 
-def calibration_samples(
+@dataclass(frozen=True)
+class Drawn:
+    """Samples to calibrate weights on.
+
+    Attributes:
+        samples: what second moments are of; never empty.
+        held_out: about an eighth of what was drawn, for gates and choices. No picture is on both
+            sides, unless all samples are about one. Empty if only one sample was drawn.
+    """
+
+    samples: tuple[Inputs, ...]
+    held_out: tuple[Inputs, ...]
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """What a model is calibrated on, opened once: inputs of the graph by number.
+
+    Every sample is one prompt, so that nothing is padding. Conversations are whole, however long,
+    unless `training.max_length` of the recipe says otherwise. One without pictures has no inputs
+    about them: nothing of an image is to be looked at.
+    """
+
+    model: PreTrainedModel
+    rule: Calibration
+    data: TrainData | TextWindows
+    collate: Collator
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def spaced(self) -> list[Inputs]:
+        """Up to `calibration.samples` of them, evenly spaced: activations are observed on these.
+
+        Raises:
+            GracecError: if none can be used.
+        """
+        count = min(self.rule.samples, len(self))
+        found = [self.inputs(number * len(self) // count) for number in range(count)]
+        return self._usable([inputs for inputs in found if inputs is not None])
+
+    def drawn(self) -> Drawn:
+        """Samples that the seed draws without replacement, in the order of the data.
+
+        The drawing ends with `calibration.samples` of them, or before the first that would exceed
+        `calibration.tokens`; one is always drawn.
+
+        Raises:
+            GracecError: if none can be used.
+        """
+        found: dict[int, Inputs] = {}
+        tokens = 0
+        for number in epoch_order(len(self), 0, self.rule.seed):
+            inputs = self.inputs(number)
+            if inputs is None:
+                continue
+            tokens += inputs["input_ids"].numel()
+            if found and tokens > self.rule.tokens:
+                break
+            found[number] = inputs
+            if len(found) == self.rule.samples:
+                break
+        chosen = sorted(self._usable(list(found)))
+        held = self._held_out(chosen)
+        return Drawn(
+            tuple(found[number] for number in chosen if number not in held),
+            tuple(found[number] for number in chosen if number in held),
+        )
+
+    def inputs(self, number: int) -> Inputs | None:
+        """Sample `number` as the graph takes it, on the model's device; None if it is broken."""
+        try:
+            batch = self._batch(number)
+        except EmptyBatch:
+            return None
+        family = family_of(self.model)
+        inputs = family.prepare(self.model, batch)
+        if family.without_images(self.model, batch):
+            inputs = {name: inputs[name] for name in family.text}
+        return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+
+    @property
+    def notes(self) -> list[str]:
+        """A line for each sample that could not be used, and for what is to be known of the data.
+
+        Some show only when the samples are read.
+        """
+        return [*self.data.problems, *self.data.notes, *self.collate.problems]
+
+    def _batch(self, number: int) -> Batch:
+        if isinstance(self.data, TextWindows):
+            return self.data.batch([number])
+        sample = self.data.sample(number)
+        asks = isinstance(sample, Sample) and sample.turns[-1].role != "assistant"
+        return self.collate.unlabelled(sample) if asks else self.collate([sample])
+
+    def _usable(self, found: list[Any]) -> list[Any]:
+        if not found:
+            raise GracecError("no sample can be used to calibrate on", where="train_data")
+        return found
+
+    def _held_out(self, numbers: Sequence[int]) -> set[int]:
+        if len(numbers) < 2:
+            return set()
+        count = max(1, len(numbers) // HELD_OUT)
+        if isinstance(self.data, TextWindows):
+            keys: list[tuple[int, ...]] = [()] * len(numbers)
+        else:
+            keys = [self.data.pictures(number) for number in numbers]
+        places = draw_apart(keys, count, self.rule.seed)
+        if len(places) == len(numbers):  # all about one picture
+            places = list(range(len(numbers) - count, len(numbers)))
+        return {numbers[place] for place in places}
+
+
+def calibration_data(
     model: PreTrainedModel,
     recipe: Recipe,
     processor: Any,
     train_data: Any,
     eval_data: Any = None,
     strict: bool = False,
-) -> tuple[list[dict[str, Tensor]], list[str]]:
-    """Inputs of the graph to watch activations on, one sample each, so that nothing is padding.
+) -> CalibrationData:
+    """Open what a model is calibrated on.
 
-    They are evenly spaced in what is trained on, or in all of `train_data` where nothing is.
+    A recipe that trains calibrates on what it trains on, without what it holds out. Any other may
+    be given plain text and questions without answers as well.
 
-    Returns:
-        The inputs, without those about images for a text alone, and a line for each sample that
-        could not be used and for what is to be known of the data.
+    Args:
+        eval_data: conversations or questions that are held out: what has a picture in common with
+            them, and texts that are among them, are not calibrated on.
 
     Raises:
-        GracecError: if the data cannot be read or none of it can be used.
+        GracecError: if there is no processor, or if the data cannot be read or is all held out.
     """
     if processor is None:
         raise GracecError("calibration needs the model's processor", fix="pass processor=")
-    if recipe.training is not None:
-        rule = recipe.training
-        data, _ = open_with_held_out(train_data, eval_data, rule.held_out, rule.seed, strict=strict)
-    else:
-        data = open_train_data(train_data, strict=strict)
-    length = recipe.training.max_length if recipe.training is not None else None
-    collate = Collator(processor, model, length, strict)
-    count = min(CALIBRATION_SAMPLES, len(data))
-    found = []
-    for number in range(count):
-        with suppress(EmptyBatch):
-            batch = collate([data.sample(number * len(data) // count)])
-            family = family_of(model)
-            inputs = family.prepare(model, batch)
-            if family.without_images(model, batch):  # nothing of an image is to be watched
-                inputs = {name: inputs[name] for name in family.text}
-            found.append({name: tensor.to(model.device) for name, tensor in inputs.items()})
-    if not found:
-        raise GracecError("no sample can be used to calibrate on", where="train_data")
-    return found, [*data.problems, *data.notes, *collate.problems]
+    rule = recipe.training
+    collate = Collator(processor, model, None if rule is None else rule.max_length, strict)
+    opened = open_source(train_data)
+    if rule is None and is_plain_text(opened):
+        length = min(WINDOW, _positions(model))
+        texts = read_text_windows(opened, processor, length, strict=strict)
+        return CalibrationData(model, recipe.calibration, texts, collate)
+    data = read_conversations(opened, strict=strict, answered=rule is not None)
+    if eval_data is not None:
+        held = open_train_data(eval_data, strict=strict)
+        data = data.without(held)
+        if not len(data):
+            raise GracecError(
+                "everything in train_data is in eval_data as well",
+                where=opened.name,
+                fix="give other data to calibrate on",
+            )
+    elif rule is not None:
+        data, _ = data.split(rule.held_out, rule.seed)
+    return CalibrationData(model, recipe.calibration, data, collate)
