@@ -167,6 +167,29 @@ def logit_agreement(reference: Tensor, logits: Tensor, mask: Tensor) -> LogitAgr
     return LogitAgreement(kl, same.double().mean().item(), top1_clear)
 
 
+@torch.no_grad()
+def agreement_on(
+    reference: Program, program: Program, samples: Sequence[Mapping[str, Tensor]]
+) -> LogitAgreement:
+    """How far the logits of a program are from those of another, over all positions of samples.
+
+    Args:
+        samples: inputs, without padding; those that are missing are the example's.
+    """
+    found, positions = [], []
+    for sample in samples:
+        inputs = {**reference.example_inputs, **sample}
+        expected, logits = reference(**inputs)[0], program(**inputs)[0]
+        found.append(logit_agreement(expected, logits, torch.ones(logits.shape[:-1])))
+        positions.append(logits[..., 0].numel())
+    weights = [count / sum(positions) for count in positions]
+    kl, top1, clear = (
+        sum(weight * getattr(one, name) for weight, one in zip(weights, found, strict=True))
+        for name in ("kl", "top1", "top1_clear")
+    )
+    return LogitAgreement(kl, top1, clear)
+
+
 def accuracy_is_as_expected(accuracy: Mapping[str, Any], expect: Expectation) -> None:
     """A compiled model answers as well as its recipe expects.
 

@@ -39,7 +39,7 @@ from gracec.ir.program import Program, annotate, annotation
 from gracec.ir.queries import EXPERT_LINEAR, seen_through
 from gracec.ir.stream import Stream
 from gracec.passes.base import Pass, PassResult
-from gracec.passes.freeze import drop_dead_tensors, replace_by_codes
+from gracec.passes.freeze import drop_dead_tensors, frozen_nodes, replace_by_codes
 from gracec.passes.insert_fake_quant import FAKE_QUANTIZE, FakeQuantized, fake_quantized, reader
 from gracec.quant import FrozenWeight
 from gracec.quant.gptq import Factor, compensated, corrected_codes, factor
@@ -75,13 +75,11 @@ class Corrected:
     Attributes:
         errors: shares of the energy of the output: of plain rounding, of rounding on the searched
             scales, and of what was taken.
-        noise: of the weight, as a share of its energy.
         how: "corrected", or "rounded" where that was not better.
     """
 
     weight: FrozenWeight
     errors: tuple[float, float, float]
-    noise: float
     how: str
 
 
@@ -183,8 +181,7 @@ class CorrectCodes(Pass):
         operand, linear = fake.node.args[0], reader(fake.node)
         assert isinstance(operand, fx.Node)
         errors = [float(f"{error:.4g}") for error in corrected.errors]
-        noise = float(f"{corrected.noise:.6g}")
-        annotate(linear, output_error=errors, weight_noise=noise, codes=corrected.how)
+        annotate(linear, output_error=errors, codes=corrected.how)
         replace_by_codes(program, fake.node, seen_through(operand), corrected.weight)
 
 
@@ -393,11 +390,9 @@ class _Run:
         plain, searched, taken = (
             sum(one.errors[place] for one in matrices) / energy for place in range(3)
         )
-        noise = sum(one.noise for one in matrices) / (sum(one.signal for one in matrices) or 1.0)
         return Corrected(
             FrozenWeight.from_codes(codes, scales, spec, experts_of(linear)),
             (plain, searched, taken),
-            noise,
             "corrected" if all(one.corrected for one in matrices) else "rounded",
         )
 
@@ -427,7 +422,6 @@ class Candidates:
         errors: squares of the error of the output on held-out rows: of plain rounding, of rounding
             on the searched scales, and of what was taken.
         energy: squares of the output itself.
-        signal, noise: squares of the matrix, and of what was taken from it.
         corrected: whether the corrected codes were taken.
     """
 
@@ -435,8 +429,6 @@ class Candidates:
     scales: Tensor
     errors: tuple[float, float, float]
     energy: float
-    signal: float
-    noise: float
     corrected: bool
 
     @classmethod
@@ -446,11 +438,10 @@ class Candidates:
         """Plain rounding, rounding on the searched scales and, last, what is taken if it is no
         worse than the first: of what is left then, the better."""
         target = inputs.wanted @ matrix.t()
-        errors, noises = [], []
-        for codes, scales in tried:
-            found = quant.dequantize(codes, scales, group)
-            errors.append(float((target - inputs.rows @ found.t()).square().sum()))
-            noises.append(float((matrix - found).square().sum()))
+        errors = [
+            float((target - inputs.rows @ quant.dequantize(*one, group).t()).square().sum())
+            for one in tried
+        ]
         chosen = len(tried) - 1
         if errors[chosen] > errors[0]:
             chosen = 1 if errors[1] <= errors[0] else 0
@@ -458,10 +449,18 @@ class Candidates:
             *tried[chosen],
             (errors[0], errors[1], errors[chosen]),
             float(target.square().sum()),
-            float(matrix.square().sum()),
-            noises[chosen],
             chosen == 2,
         )
+
+
+def output_errors(program: Program) -> dict[str, tuple[float, float, float]]:
+    """FQN -> `Corrected.errors` of every weight whose codes were corrected."""
+    found = {}
+    for frozen in frozen_nodes(program):
+        errors = annotation(reader(frozen.node)).get("output_error")
+        if errors is not None:
+            found[frozen.fqn] = (errors[0], errors[1], errors[2])
+    return found
 
 
 def fused_sets(program: Program) -> list[FusedSet]:

@@ -1,6 +1,7 @@
 """The default pipelines of a compilation, as data, and where further passes go in them.
 
-preparing    analyze-modality, plan-quantization, [insert-observers,] insert-fake-quant
+preparing    analyze-modality, plan-quantization, [insert-observers,] [observe-second-moments,]
+             insert-fake-quant, [correct-codes]
 learning     [insert-taps,] select-supervised
 freezing     freeze
 lowering     what the target and each format run: `Target.passes`, `Format.passes`
@@ -9,16 +10,19 @@ lowering     what the target and each format run: `Target.passes`, `Format.passe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from gracec.errors import GracecError
 from gracec.passes.analyze_modality import AnalyzeModality
 from gracec.passes.base import Pass
+from gracec.passes.correct_codes import CorrectCodes, Progress
 from gracec.passes.freeze import Freeze
 from gracec.passes.insert_fake_quant import InsertFakeQuant
 from gracec.passes.insert_observers import InsertObservers
 from gracec.passes.insert_taps import InsertTaps
+from gracec.passes.observe_second_moments import ObserveSecondMoments
 from gracec.passes.pipeline import Pipeline
 from gracec.passes.plan_quantization import PlanQuantization
 from gracec.passes.select_supervised import SelectSupervised
@@ -37,28 +41,73 @@ def planning(
     return Pipeline((*analysis, PlanQuantization(recipe=recipe, strict=strict)))
 
 
+@dataclass(frozen=True)
+class Observed:
+    """Prepared inputs of a graph that it is calibrated on, without padding.
+
+    Attributes:
+        activations: that the ranges of activations are of, where the recipe quantizes any.
+        moments: that decide on what an error of a weight counts.
+        samples, held_out: that codes are corrected on, and compared on.
+        progress: of that, and what is kept of it.
+    """
+
+    activations: Sequence[Mapping[str, Tensor]] = ()
+    moments: Sequence[Mapping[str, Tensor]] = ()
+    samples: Sequence[Mapping[str, Tensor]] = ()
+    held_out: Sequence[Mapping[str, Tensor]] = ()
+    progress: Progress | None = None
+
+
 def preparing(
     recipe: Recipe,
-    samples: Sequence[Mapping[str, Tensor]] = (),
+    observed: Observed | None = None,
     *,
     strict: bool = False,
     analysis: Sequence[Pass] = ANALYSIS,
 ) -> Pipeline:
-    """From a captured graph to a fake-quantized one.
+    """From a captured graph to a fake-quantized one, whose weights have codes where they were
+    corrected.
 
     Args:
-        samples: what to calibrate activations on, where the recipe quantizes any.
+        observed: what to calibrate on; without it scales are those of the weights alone.
         analysis: what finds the parts of the model.
     """
-    search = recipe.scale_search
-    observers = [InsertObservers(samples)] if recipe.quantizes_activations else []
-    return Pipeline(
-        (
-            *planning(recipe, strict=strict, analysis=analysis),
-            *observers,
-            InsertFakeQuant(search.candidates, search.lowest, search.highest),
-        )
+    observed = observed or Observed()
+    search, rule = recipe.scale_search, recipe.calibration
+    grid = (search.candidates, search.lowest, search.highest)
+    passes: list[Pass] = [*planning(recipe, strict=strict, analysis=analysis)]
+    if recipe.quantizes_activations:
+        passes.append(InsertObservers(observed.activations))
+    if observed.moments:
+        passes.append(ObserveSecondMoments(observed.moments))
+    if not observed.samples:
+        return Pipeline((*passes, InsertFakeQuant(*grid)))
+    correct = CorrectCodes(
+        observed.samples,
+        observed.held_out,
+        rule.damping,
+        rule.order,
+        None if rule.asymmetric == "auto" else rule.asymmetric,
+        *grid,
+        progress=observed.progress,
     )
+    # What is corrected is searched again: one candidate will do where all of it is.
+    insert = InsertFakeQuant(*grid) if observed.moments else InsertFakeQuant(1, 1.0, 1.0)
+    return Pipeline((*passes, insert, correct))
+
+
+def rounding(
+    recipe: Recipe, *, strict: bool = False, analysis: Sequence[Pass] = ANALYSIS
+) -> Pipeline:
+    """From a captured graph to one whose weights are rounded to nearest, with the scale of the
+    largest of each group: what everything else is compared with."""
+    rules = {
+        part: rule and rule.model_copy(update={"observer": "min_max", "signed": False})
+        for part, rule in recipe.weights.items()
+    }
+    plain = recipe.model_copy(update={"weights": rules, "activations": {}})
+    return Pipeline((*planning(plain, strict=strict, analysis=analysis), InsertFakeQuant()))
 
 
 def learning(rule: Training) -> Pipeline:

@@ -1,37 +1,53 @@
 """prepare: a model becomes a fake-quantized graph.
 
-    capture -> analyze-modality, plan-quantization, [insert-observers,] insert-fake-quant
+    capture -> analyze-modality, plan-quantization, [insert-observers,] [observe-second-moments,]
+               insert-fake-quant, [correct-codes]
+
+Where training follows, it starts from the original weights on the scales that were found, and the
+corrected codes are kept beside them: as what training has to be better than.
 
 Whoever only looks at a model runs the same prefix on a model of stand-ins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
+from gracec import gates, quant
 from gracec.backends.base import check_formats
 from gracec.capture import capture, captured_equals_eager
 from gracec.capture.hidden import blocks_equal_hidden_states
+from gracec.errors import GateError
 from gracec.frozen import Frozen
 from gracec.ir.annotations import act_of
 from gracec.ir.program import Program
 from gracec.ir.queries import weight_of
-from gracec.journal import Equal, Journal
+from gracec.journal import Agreement, Equal, Error, Journal
 from gracec.models.surgery import own_tensors, own_weights
-from gracec.passes.base import PipelineResult, run_passes
+from gracec.passes.base import Pass, PassResult, PipelineResult, run_passes
+from gracec.passes.correct_codes import CorrectCodes, output_errors
+from gracec.passes.freeze import frozen_weights
+from gracec.passes.insert_fake_quant import fake_quantized
 from gracec.passes.plan_quantization import Plan, plan_of
 from gracec.quant.frozen import FrozenWeight
 from gracec.quant.observers import ActivationSpec
 from gracec.recipe import Recipe
 from gracec.request import Request
-from gracec.stages.pipelines import ANALYSIS, lowering_passes, planning, preparing
+from gracec.stages.pipelines import (
+    ANALYSIS,
+    Observed,
+    lowering_passes,
+    planning,
+    preparing,
+    rounding,
+)
 from gracec.stages.source import Source
-from gracec.training.calibration import calibration_data
+from gracec.training.calibration import calibration_data, synthetic_samples
 
 
 @dataclass(frozen=True)
@@ -43,11 +59,14 @@ class Prepared:
         model: whose parameters are those of the graph; the source's own, or a copy in float32
             where they will be trained.
         program: the graph.
+        candidate: FQN -> codes and scales of a post-training quantization with corrected weights,
+            to be compared with what training reaches; the graph keeps the original weights.
     """
 
     source: Source
     model: PreTrainedModel
     program: Program
+    candidate: Mapping[str, FrozenWeight] | None = None
 
     @property
     def plan(self) -> Plan:
@@ -105,22 +124,119 @@ def prepare(source: Source, request: Request, journal: Journal) -> Prepared:
     journal.figures["captured_equals_eager"] = Equal(equal, "batches")
     blocks = blocks_equal_hidden_states(run_passes(program, ANALYSIS).program, model)
     journal.figures["blocks_equal_hidden_states"] = Equal(blocks, "blocks")
-    samples: Sequence[Mapping[str, Tensor]] = ()
-    if request.recipe.quantizes_activations:
+    observed, notes = observe(model, source, request)
+    pipeline, _ = preparing(request.recipe, observed, strict=request.strict).placed(request.further)
+    before_correction: list[Program] = []
+
+    def watch(item: Pass, before: Program, result: PassResult) -> None:
+        if item.name == CorrectCodes.name:
+            before_correction.append(before)
+
+    result = run_passes(program, pipeline, watch)
+    journal.note("calibration", *notes())
+    journal.extend(result.notes)
+    if not before_correction:
+        return Prepared(source, model, result.program)
+    _compare(program, result.program, observed, request, journal)
+    if request.training is None:
+        return Prepared(source, model, result.program)
+    codes = frozen_weights(result.program)
+    return Prepared(source, model, with_scales(before_correction[0], codes), codes)
+
+
+def observe(
+    model: PreTrainedModel, source: Source, request: Request
+) -> tuple[Observed, Callable[[], list[str]]]:
+    """What a model is calibrated on: the user's data, and synthetic samples.
+
+    Returns:
+        The inputs, and what gives a line for each thing to be known of the data once it was read.
+
+    Raises:
+        GracecError: if the data cannot be read or none of it can be used.
+    """
+    recipe, found = request.recipe, Observed()
+    notes: Callable[[], list[str]] = list
+    if recipe.quantizes_activations or request.calibrates_weights:
         data = calibration_data(
             model,
-            request.recipe,
+            recipe,
             source.processor,
             request.train_data,
             request.held_out,
             request.strict,
         )
-        samples = data.spaced()
-        journal.note("calibration", *data.notes)
-    pipeline = preparing(request.recipe, samples, strict=request.strict)
-    result = run_passes(program, pipeline.placed(request.further)[0])
-    journal.extend(result.notes)
-    return Prepared(source, model, result.program)
+        notes = lambda: data.notes  # noqa: E731  (some show only when samples are read)
+        if recipe.quantizes_activations:
+            found = replace(found, activations=data.spaced())
+        if request.calibrates_weights:
+            drawn = data.drawn()
+            if recipe.calibration.method == "moments":
+                found = replace(found, moments=(*drawn.samples, *drawn.held_out))
+            else:
+                found = replace(found, samples=drawn.samples, held_out=drawn.held_out)
+    needed = recipe.calibration.method != "weights" and not found.moments
+    if needed and any(recipe.weights.values()) and not _reaches_all(recipe, found.samples):
+        synthetic = synthetic_samples(model, seed=recipe.calibration.seed)
+        found = replace(found, moments=synthetic)
+    return found, notes
+
+
+def _reaches_all(recipe: Recipe, samples: Sequence[Mapping[str, Tensor]]) -> bool:
+    """Whether every scale will be searched for when codes are corrected on these samples."""
+    rules = {part: rule for part, rule in recipe.weights.items() if rule is not None}
+    pictures = any("pixel_values" in sample for sample in samples)
+    seen = pictures or rules.keys() <= {"decoder", "head"}
+    whole = any(rule.granularity == "per_tensor" for rule in rules.values())
+    return bool(samples) and seen and not whole
+
+
+def with_scales(program: Program, weights: Mapping[str, FrozenWeight]) -> Program:
+    """The program with the scales of these weights, by FQN, and its own floats."""
+    program = program.copy()
+    for fake in fake_quantized(program):
+        if fake.fqn in weights:
+            scales, scale = weights[fake.fqn].scales, fake.node.args[1]
+            spec = weights[fake.fqn].spec
+            assert isinstance(scale, fx.Node)
+            param = nn.Parameter(quant.scale_to_param(scales, spec.parametrization))
+            program.set_tensor(str(scale.target), param)
+            if spec.signed:
+                program.set_tensor(f"{scale.target}_sign", quant.scale_signs(scales))
+    return program
+
+
+def _compare(
+    program: Program,
+    corrected: Program,
+    observed: Observed,
+    request: Request,
+    journal: Journal,
+) -> None:
+    """Hold corrected codes beside plain rounding on samples that they were not corrected on.
+
+    Raises:
+        GateError: in strict mode, if the logits are further from the original's.
+    """
+    worst = max((errors[2] / errors[0] for errors in output_errors(corrected).values()), default=0)
+    journal.figures["output_error"] = Error(worst, 1.0, "of plain rounding's, on held-out inputs")
+    if not observed.held_out:
+        journal.note("correct-codes", "one sample alone was given: nothing is compared on others")
+        return
+    plain = run_passes(program, rounding(request.recipe)).program
+    agreement = {
+        name: gates.agreement_on(program, other, observed.held_out)
+        for name, other in (("rounded", plain), ("corrected", corrected))
+    }
+    rounded, found = agreement["rounded"], agreement["corrected"]
+    journal.figures["rounded_logits"] = Agreement(rounded.kl, rounded.top1, rounded.top1_clear)
+    figure = Agreement(found.kl, found.top1, found.top1_clear, rounded.kl)
+    journal.figures["corrected_logits"] = figure
+    if not found.kl <= rounded.kl:
+        what = f"corrected codes are off by KL {found.kl:.4g}, plain rounding by {rounded.kl:.4g}"
+        if request.strict:
+            raise GateError(what, fix="give more samples, or drop strict")
+        journal.note("correct-codes", what)
 
 
 def plan(program: Program, recipe: Recipe, *, strict: bool = False) -> PipelineResult:
