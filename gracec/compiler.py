@@ -67,10 +67,13 @@ def compile(
             any width. Without one, a frozen copy of the original teaches.
         train_data: LLaVA conversations, a `datasets` folder or a folder of questions; see
             `gracec.data.conversations`. Without it a training recipe falls back to post-training
-            quantization and says so; in strict mode that is an error. A recipe that quantizes
-            activations calibrates on it, whether it trains or not, and needs it.
-        eval_data: chooses the best state of a training, instead of a part of `train_data`. A folder
-            of questions is also answered before and after, and the accuracies go into the report.
+            quantization and says so; in strict mode that is an error. Codes and scales are
+            calibrated on it, whether the recipe trains or not, unless `calibration.method` says
+            otherwise; without training it may be plain text, or questions without answers. A recipe
+            that quantizes activations needs it.
+        eval_data: chooses the best state of a training, instead of a part of `train_data`, and is
+            not calibrated on. A folder of questions is also answered before and after, and the
+            accuracies go into the report.
         processor: saved with the result; loaded from the directory when `model` is one.
         output_dir: where to save the result. A training keeps its checkpoints beside it, in
             `<output_dir>.training`, and the frozen model in `<output_dir>.training/frozen`, until
@@ -79,7 +82,7 @@ def compile(
         target: what runs the result: "torchao" (the default), "onnxruntime", or one of another
             package.
         passes: further passes, each with its place: "my-pass{depth=2} after plan-quantization".
-        resume: go on with a training that was interrupted.
+        resume: go on with a training, or a calibration on data, that was interrupted.
         overwrite: let `output_dir` be an artifact already, which is replaced when all is done.
         strict: refuse what would otherwise be reported and left in the original precision.
         inplace: take the caller's model apart, so that its float weights give their memory back.

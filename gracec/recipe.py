@@ -344,6 +344,16 @@ class Recipe(_Strict):
         """Whether the input of any linear is put on an integer grid, which has to be calibrated."""
         return any(self.activations.values())
 
+    @property
+    def calibrates_weights(self) -> bool:
+        """Whether scales and codes of weights depend on what the model sees."""
+        return any(self.weights.values()) and self.calibration.method != "weights"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether weights cannot be given codes without data."""
+        return any(self.weights.values()) and self.calibration.method == "gptq"
+
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe as plain data; without `passes` where there are none."""
         fields = self.model_dump(mode="json")

@@ -90,11 +90,17 @@ class Request:
         """The training that will be done: that of the recipe, if there is something to train on."""
         return self.recipe.training if self.train_data is not None else None
 
+    @property
+    def calibrates_weights(self) -> bool:
+        """Whether scales and codes of weights are calibrated on `train_data`."""
+        return self.train_data is not None and self.recipe.calibrates_weights
+
     @cached_property
     def held_out(self) -> Any:
-        """What chooses the best state of a training; questions as conversations."""
-        if self.training is None or isinstance(self.eval_data, (str, Path)) or not self.eval_data:
-            return self.eval_data if self.training is not None else None
+        """What chooses the best state of a training, and is not calibrated on; questions as
+        conversations."""
+        if isinstance(self.eval_data, (str, Path)) or not self.eval_data:
+            return self.eval_data
         return [_as_record(one) if isinstance(one, VqaSample) else one for one in self.eval_data]
 
     @property
@@ -171,25 +177,44 @@ class Request:
                 where=where,
                 fix="give train_data (--data): questions or conversations as the model will see",
             )
+        if recipe.needs_data and self.train_data is None:
+            raise GracecError(
+                "calibration.method gptq needs data, and there is no train_data",
+                where=where,
+                fix="give train_data (--data), or use method: moments, which needs none",
+            )
         if recipe.training is None:
-            calibrates = recipe.quantizes_activations
-            given = {"train_data": not calibrates and self.train_data is not None}
-            given |= {"teacher": self.teacher is not None, "resume": self.resume}
-            for name in (name for name, value in given.items() if value):
-                raise GracecError(
-                    f"the recipe does not train, so {name} would be ignored",
-                    where=where,
-                    fix="use a training recipe: w4a16",
-                )
-            return []
+            self._check_untrained(where)
         if self.resume and self.output_dir is None:
             raise GracecError("there is nothing to resume without output_dir")
+        if recipe.training is None:
+            return []
         distils = recipe.training.distillation.needs_teacher
         if self.train_data is not None:
             if self.teacher is None and distils:
                 return [Note("", "no teacher was given: a frozen copy of the original teaches")]
             return []
         return self._untrained(where)
+
+    def _check_untrained(self, where: str) -> None:
+        """Refuse what a recipe that does not train would ignore."""
+        recipe = self.recipe
+        weighs = recipe.calibrates_weights or recipe.quantizes_activations
+        if self.train_data is not None and not weighs and any(recipe.weights.values()):
+            raise GracecError(
+                "the recipe looks at the weights alone, so train_data would be ignored",
+                where=where,
+                fix="leave it out, or set calibration.method: auto",
+            )
+        given = {"train_data": self.train_data is not None and not weighs}
+        given |= {"teacher": self.teacher is not None}
+        given |= {"resume": self.resume and not self.calibrates_weights}
+        for name in (name for name, value in given.items() if value):
+            raise GracecError(
+                f"the recipe does not train, so {name} would be ignored",
+                where=where,
+                fix="use a training recipe: w4a16",
+            )
 
     def _untrained(self, where: str) -> list[Note]:
         """Without data a training recipe quantizes after training, which strict mode refuses."""

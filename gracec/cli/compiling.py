@@ -32,12 +32,17 @@ def compile(
     teacher: Annotated[Path | None, typer.Option(help="Model directory to distil from.")] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="To train or calibrate on: conversations, a dataset or questions."),
+        typer.Option(
+            help="Conversations, questions or a dataset: what a training recipe learns, and what "
+            "any other calibrates codes and scales on. These take plain text (.txt, .md) as well."
+        ),
     ] = None,
     eval_data: Annotated[
         Path | None, typer.Option(help="Chooses the best state; questions are scored as well.")
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on with an interrupted training.")] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with an interrupted training or calibration.")
+    ] = False,
     formats: Annotated[
         str,
         typer.Option("--format", help="For other libraries: {formats}; hf,onnx; all; none."),

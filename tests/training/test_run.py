@@ -225,8 +225,11 @@ def test_an_expectation_that_cannot_be_measured_is_refused_before_the_work(
 def test_nothing_that_is_given_is_ignored(
     argument: str, llava: LlavaForConditionalGeneration
 ) -> None:
+    rounded = gracec.Recipe.from_dict(
+        {"name": "rounded", "weights": {"decoder": {}}, "calibration": {"method": "weights"}}
+    )
     with pytest.raises(GracecError, match=f"so {argument} would be ignored"):
-        gracec.compile(llava, "w4a16-ptq", **{argument: True})
+        gracec.compile(llava, rounded, **{argument: True})
 
 
 def test_a_control_is_trained_and_not_quantized(
