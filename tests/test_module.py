@@ -24,6 +24,7 @@ from gracec.passes.insert_fake_quant import fake_quantized
 from gracec.recipe import Recipe
 from tests.frozen_graphs import linear_graph
 from tests.nets import conv_net
+from tests.signed import with_halves_negative
 
 DYNAMIC = {"x": {0: "batch_size"}}
 
@@ -114,20 +115,20 @@ def train(student: Program, name: str, steps: int) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_convolutional_net(bits: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bits", "signed"), [(8, False), (4, False), (8, True), (4, True)])
+def test_a_convolutional_net(bits: int, signed: bool, tmp_path: Path) -> None:
     net, (images, labels) = conv_net(), textures(256)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     student = prepare_module(
         net,
         {"x": images[:2]},
-        recipe(bits=bits, granularity="per_channel"),
+        recipe(bits=bits, granularity="per_channel", signed=signed),
         dynamic_shapes=DYNAMIC,
     )
     assert {fake.fqn for fake in fake_quantized(student)} == {
         *("first.weight", "depthwise.weight", "second.weight", "head.weight")
     }
-    losses = train(student, "x", 60)
+    losses = train(with_halves_negative(student), "x", 60)
     for fake in fake_quantized(student):
         for part in (fake.fqn, fake.scale_fqn):
             gradient = student.tensor(part).grad
@@ -142,6 +143,7 @@ def test_a_convolutional_net(bits: int, tmp_path: Path) -> None:
     weights = frozen_weights(frozen)
     assert weights["depthwise.weight"].shape == (16, 9)
     assert weights["second.weight"].scales.shape == (32, 1)
+    assert all((weight.scales < 0).any() == signed for weight in weights.values())
     figures = export_module(frozen, tmp_path / "net.onnx")
     assert figures["equal_weights"] == 4 and figures["kernels"] == 1
     (found,) = run(tmp_path / "net.onnx", figures, x=images)

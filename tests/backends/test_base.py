@@ -12,19 +12,21 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from gracec.backends import huggingface
-from gracec.backends.base import Format, all_formats, parse_formats
+from gracec.backends.base import Format, all_formats, check_formats, parse_formats
 from gracec.backends.compressed_tensors import HuggingFace
 from gracec.backends.huggingface import largest_modules, module_patterns
 from gracec.backends.onnx.format import Onnx
 from gracec.errors import GateError, GracecError
 from gracec.frozen import Frozen
-from gracec.journal import Equal
+from gracec.journal import Equal, Note
 from gracec.quant import QuantSpec
 from gracec.quant.frozen import FrozenWeight
 from gracec.quant.observers import ActivationSpec
 from gracec.report import Report
+from gracec.request import Request
 from gracec.stages.publish import write_artifact
 from tests.backends.artifacts import decoder_specs, random_artifact, random_weight
+from tests.signed import signed_recipe
 from tests.tiny import (
     CHAT_TEMPLATE,
     IMAGE_SIZE,
@@ -52,6 +54,39 @@ def test_formats_are_found_by_name_and_folder() -> None:
     assert [form.name for form in parse_formats(("hf",))] == ["hf"]
     for text in ("all", "hf,all"):
         assert {form.name for form in parse_formats(text)} == set(known)
+
+
+def test_a_format_without_negative_scales_gets_positive_ones(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(HuggingFace, "holds_signed", False)
+    signed, out = signed_recipe(), tmp_path / "out"
+    request = Request.checked(None, signed, formats="hf,torchao", output_dir=out)
+    assert request.notes == (Note("", "format hf takes no negative scales: unsigned"),)
+    assert request.recipe.weights == signed_recipe(signed=False).weights
+    with pytest.raises(GracecError, match="recipe signed: format hf takes no negative scales"):
+        Request.checked(None, signed, formats="hf", output_dir=out, strict=True)
+    for formats, place in (("torchao", out), ("hf", None)):  # which nothing is written in
+        assert Request.checked(None, signed, formats=formats, output_dir=place).recipe == signed
+
+
+def test_a_format_refuses_signed_scales_that_it_does_not_take(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    signed = random_artifact(decoder_specs(replace(G32, signed=True)))
+    built_in = [one for one in all_formats().values() if type(one).__module__[:7] == "gracec."]
+    assert len(built_in) == 4
+    check_formats(built_in, signed)
+    for kind in (HuggingFace, Onnx):
+        monkeypatch.setattr(kind, "holds_signed", False)
+        message = (
+            f"format {kind.name}: .* has signed scales, and it takes no negative ones; compile"
+        )
+        with pytest.raises(GracecError, match=message):
+            check_formats([kind()], signed)
+        with pytest.raises(GracecError, match=message):
+            kind().write(signed, tmp_path / kind.name)
+        check_formats([kind()], random_artifact(decoder_specs(G32)))
 
 
 def test_no_format_is_asked_for_by_name_too() -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 import gracec
+from gracec.compiled import CompiledModel
 from gracec.data.prompts import encode_questions
 from gracec.demo import write_questions
 from gracec.evaluate import load_image, load_samples
+from tests.signed import negated_by_halves
 from tests.tiny import IMAGE_SIZE, tiny_image
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +57,16 @@ def tiny(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Tried:
         tiny_image(seed, (IMAGE_SIZE, IMAGE_SIZE)).save(image)
         questions.append((image, question))
     return answered(bundle, questions)
+
+
+@pytest.fixture(scope="session")
+def signed(tiny: Tried, compiled: CompiledModel, tmp_path_factory: pytest.TempPathFactory) -> Tried:
+    """The questions of `tiny` for weights half of whose scales are negative."""
+    weights = {fqn: negated_by_halves(weight) for fqn, weight in compiled.weights.items()}
+    frozen = replace(compiled.frozen, weights=weights, reference=None)
+    place = tmp_path_factory.mktemp("signed") / "model"
+    CompiledModel(frozen, compiled.runtime, compiled.report).save_pretrained(place, "hf,onnx")
+    return answered(place, [(one.image, one.question) for one in tiny.asked])
 
 
 @pytest.fixture(scope="session")

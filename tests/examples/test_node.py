@@ -43,6 +43,12 @@ def test_the_tokens_are_those_of_python(tiny: Tried) -> None:
     check_tokens(tiny)
 
 
+def test_negative_scales(signed: Tried) -> None:
+    weights = gracec.load(signed.directory).weights.values()
+    assert all(2 * (one.scales < 0).sum() == one.scales.numel() for one in weights)
+    check_tokens(signed)
+
+
 def test_tensors_in_files_of_their_own(exported: Path, tiny: Tried) -> None:
     """The same weights as `tiny`, in standard operators: the options of the session count."""
     check_tokens(Tried(exported, tiny.asked))

@@ -14,9 +14,11 @@ from gracec.errors import GracecError
 from gracec.frozen import Frozen, dense_twin
 from gracec.journal import Note
 from gracec.quant import QuantSpec
+from gracec.request import Request
 from gracec.targets import TARGETS, Runtime, Target, target_named
 from gracec.targets.torchao import Torchao
 from tests.backends.artifacts import decoder_specs, random_artifact
+from tests.signed import signed_recipe
 
 
 class Odd(Target):
@@ -74,6 +76,36 @@ def test_a_target_that_refuses_the_plan_is_asked_before_anything_is_frozen(
     recipe = {"name": "narrow", "weights": {"decoder": {"bits": 3, "group_size": 32}}}
     with pytest.raises(GracecError, match="target odd: three bits; choose another target"):
         gracec.compile(llava, gracec.Recipe.from_dict(recipe), target="odd")
+
+
+def test_a_target_without_negative_scales_gets_positive_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Odd, "holds_signed", False)
+    signed = signed_recipe()
+    request = Request.checked(None, signed, target="odd")
+    assert request.notes == (Note("", "target odd takes no negative scales: unsigned"),)
+    rule = request.recipe.weights["decoder"]
+    assert rule is not None and rule.spec() == QuantSpec(4, 32)
+    with pytest.raises(
+        GracecError, match="recipe signed: target odd takes no negative scales; compile with `sig"
+    ):
+        Request.checked(None, signed, target="odd", strict=True)
+    kept = Request.checked(None, signed, target="torchao", strict=True)
+    assert kept.recipe == signed and kept.notes == ()
+
+
+def test_a_target_refuses_signed_scales_that_it_does_not_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    signed = random_artifact(decoder_specs(QuantSpec(4, 32, signed=True)))
+    for kind in TARGETS.all().values():
+        if kind.__module__.startswith("gracec."):
+            assert kind.holds_signed
+            kind().check(signed, strict=True)
+    monkeypatch.setattr(Torchao, "holds_signed", False)
+    with pytest.raises(GracecError, match="target torchao: .* has signed scales, and it takes no"):
+        Torchao().check(signed)
 
 
 def test_stand_ins_get_the_answers_of_the_codes(compiled: CompiledModel) -> None:
