@@ -1,6 +1,7 @@
 """Recipes that quantize activations, from samples to graphs that ONNX Runtime runs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 import gracec
+from gracec.backends.onnx.format import Onnx
 from gracec.compiled import CompiledModel
 from gracec.errors import GracecError, GracecWarning
 from gracec.evaluate import evaluate_vqa, load_samples
 from gracec.passes.freeze import QUANTIZE_DEQUANTIZE
+from tests.signed import negated_by_halves
 from tests.tiny import tiny_image, tiny_processor
 
 STUDENT = Path(__file__).parents[1] / "examples/emojivqa/student"
@@ -124,6 +127,18 @@ def test_onnx_runtime_runs_it_in_integers(
         assert session["gates"].get(gate) == figures.get(gate)
     other = gracec.load(tmp_path / "other", backend="onnx").generate(**batch, max_new_tokens=4)
     assert torch.equal(other, found)
+
+
+@pytest.mark.slow
+def test_the_int8_kernel_multiplies_with_negative_scales(
+    quantized: CompiledModel, tmp_path: Path
+) -> None:
+    weights = {fqn: negated_by_halves(weight) for fqn, weight in quantized.weights.items()}
+    Onnx().write(replace(quantized.frozen, weights=weights, reference=None), tmp_path)
+    figures = json.loads((tmp_path / "session.json").read_text())["gates"]
+    vision = quantized.report.recipe["name"] == "w8a8"
+    assert figures["int8_kernels" if vision else "int4_kernels"] == len(weights)
+    assert figures["matmul_error"] <= 1e-5 and figures["greedy"]["different"] == 0
 
 
 @pytest.mark.slow

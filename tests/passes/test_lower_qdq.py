@@ -13,7 +13,7 @@ from gracec.kernels import onnxruntime as kernel
 from gracec.module import freeze_module, prepare_module
 from gracec.passes import PassResult, parse_pipeline, run_passes
 from gracec.passes.flatten_convolutions import FLAT_CONVOLUTION
-from gracec.passes.freeze import DEQUANTIZE, QUANTIZE_DEQUANTIZE, frozen_weights
+from gracec.passes.freeze import DEQUANTIZE, QUANTIZE_DEQUANTIZE, Freeze, frozen_weights
 from gracec.passes.lower_qdq import DEQUANTIZE_LINEAR, LowerQdq, lowered_weights
 from gracec.passes.plan_quantization import PlanQuantization
 from gracec.recipe import Recipe
@@ -29,6 +29,7 @@ from tests.frozen_graphs import (
 )
 from tests.goldens import ONE_BLOCK, TWO_BLOCKS
 from tests.nets import conv_net
+from tests.signed import fake_quantized_by_halves
 from tests.tiny import tiny_llava
 
 Golden = Callable[..., None]
@@ -77,6 +78,16 @@ def test_the_lowered_graph_computes_what_the_frozen_one_does(
     expected, found = after(FROZEN)(**batch)[0], after(pipeline(ops))(**batch)[0]
     torch.testing.assert_close(found, expected)
     assert set(lowered_weights(after(pipeline(ops)))) == set(frozen_weights(after(FROZEN)))
+
+
+@pytest.mark.parametrize("ops", OPS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_negative_scales(after: After, batch: dict[str, Tensor], ops: str, bits: int) -> None:
+    frozen = Freeze().run(fake_quantized_by_halves(after("analyze-modality"), bits=bits)).program
+    lowered = LowerQdq(ops, strict=True).run(frozen).program
+    assert lowered_weights(lowered).keys() == frozen_weights(frozen).keys()
+    assert all((weight.scales < 0).any() for weight in lowered_weights(lowered).values())
+    torch.testing.assert_close(lowered(**batch)[0], frozen(**batch)[0])
 
 
 @pytest.mark.parametrize("ops", OPS)

@@ -13,7 +13,7 @@ from gracec.ir.program import Program
 from gracec.kernels import torchao
 from gracec.kernels.torchao import CountInt4Kernels
 from gracec.passes import PassResult, parse_pipeline, run_passes
-from gracec.passes.freeze import frozen_weights
+from gracec.passes.freeze import Freeze, frozen_weights
 from gracec.passes.lower_torchao import LowerTorchao, lowered_weights
 from gracec.passes.plan_quantization import PlanQuantization
 from gracec.recipe import Recipe
@@ -27,6 +27,7 @@ from tests.frozen_graphs import (
     linear_graph,
 )
 from tests.goldens import ONE_BLOCK
+from tests.signed import fake_quantized_by_halves
 from tests.tiny import tiny_llava
 
 Golden = Callable[..., None]
@@ -45,6 +46,14 @@ def test_float32_kernels_agree_with_the_frozen_graph(
     after: After, batch: dict[str, Tensor]
 ) -> None:
     expected, found = after(FROZEN)(**batch)[0], after(PIPELINE)(**batch)[0]
+    assert (expected - found).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_kernels_multiply_with_negative_scales(after: After, batch: dict[str, Tensor]) -> None:
+    frozen = Freeze().run(fake_quantized_by_halves(after("analyze-modality"))).program
+    lowered = LowerTorchao(strict=True).run(frozen).program
+    assert set(lowered_weights(lowered)) == set(frozen_weights(frozen))
+    expected, found = frozen(**batch)[0], lowered(**batch)[0]
     assert (expected - found).abs().max() <= 1e-5 * expected.abs().max()
 
 
