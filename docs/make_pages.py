@@ -53,6 +53,8 @@ MEANING = {
     "weights.PART.observer": "how the first scales are found",
     "weights.PART.parametrization": "what is trained: the logarithm of a scale, or the scale with "
     "the gradient scale of LSQ, which takes a smaller `scale_lr`",
+    "weights.PART.signed": "whether a scale may be negative, so that either side of a group can "
+    "have the one code more; a format or a target that takes no negative scales gets positive ones",
     "activations.PART.bits": "width of the signed codes",
     "activations.PART.group_size": "consecutive features that share one scale, if per_group",
     "activations.PART.granularity": "what has a scale of its own",
