@@ -26,6 +26,7 @@ from gracec.passes import Pass, all_passes
 from gracec.passes.options import options_of
 from gracec.recipe import (
     ActivationRule,
+    Calibration,
     Deploy,
     Distillation,
     Expectation,
@@ -64,6 +65,16 @@ MEANING = {
     "scale_search.candidates": "points of the grid that `mse` tries for each scale",
     "scale_search.lowest": "first point, in multiples of max abs(w) / q_max",
     "scale_search.highest": "last point, likewise",
+    "calibration.method": "`weights`: scales from the weights alone; `moments`: weighed by what "
+    "they multiply, and rounded; `gptq`: errors are handed on as well; `auto`: gptq with data, "
+    "moments without",
+    "calibration.samples": "most samples that are looked at",
+    "calibration.tokens": "most tokens of all of them together; the first sample is taken in any case",
+    "calibration.damping": "share of the mean second moment that is added before inverting",
+    "calibration.order": "columns are rounded by falling second moment, or as they stand",
+    "calibration.asymmetric": "share of the correction for a quantized prefix; `auto` tries some "
+    "at 3 bits and below, and keeps the best on held-out samples",
+    "calibration.seed": "draws the samples, or makes the synthetic ones",
     "passes": "further passes with their places: `my-pass{depth=2} after plan-quantization`",
     "expect": "the accuracy gate; null: none",
     "expect.metric": "share of exact answers on `eval_data`, or that less the original model's",
@@ -254,6 +265,7 @@ def fields_table() -> str:
         "weights.PART.": WeightRule,
         "activations.PART.": ActivationRule,
         "scale_search.": ScaleSearch,
+        "calibration.": Calibration,
         "training.": Training,
         "training.distillation.": Distillation,
         "expect.": Expectation,

@@ -107,6 +107,7 @@ def test_a_condition_is_a_built_in_recipe_with_what_it_varies() -> None:
     for condition, seed in conditions.jobs():
         recipe = condition.resolved(seed)
         assert (recipe.training is None) == (condition.scenes == 0)
+        assert recipe.calibration.method == "weights"
         if recipe.training is not None:
             assert recipe.training.seed == seed
             assert recipe.training.lr == condition.training.get("lr", 1e-4)

@@ -2,7 +2,7 @@
 
 A condition is a built-in recipe with the learning rates of a small model and with what is being
 varied. It is run once for each seed; a seed decides the training scenes, their order and the part
-of them that is held out.
+of them that is held out. All begin with scales from the weights alone.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Condition:
     def resolved(self, seed: int) -> Recipe:
         """The recipe of one run."""
         fields = Recipe.load(self.recipe).to_dict()
-        fields["name"] = self.name
+        fields |= {"name": self.name, "calibration": {"method": "weights"}}
         if self.weights is not None:
             fields["weights"] = self.weights
         if fields["training"] is not None:

@@ -33,8 +33,8 @@ def compile(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Conversations, questions or a dataset: what a training recipe learns, and what "
-            "any other calibrates codes and scales on. These take plain text (.txt, .md) as well."
+            help="What to learn: conversations, questions or a dataset. With a recipe that does "
+            "not train: what to calibrate on, which may be plain text (.txt, .md) as well."
         ),
     ] = None,
     eval_data: Annotated[
