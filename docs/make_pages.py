@@ -69,7 +69,7 @@ MEANING = {
     "they multiply, and rounded; `gptq`: errors are handed on as well; `auto`: gptq with data, "
     "moments without",
     "calibration.samples": "most samples that are looked at",
-    "calibration.tokens": "most tokens of all of them together; the first sample is taken in any case",
+    "calibration.tokens": "most tokens of all of them; the first sample is taken in any case",
     "calibration.damping": "share of the mean second moment that is added before inverting",
     "calibration.order": "columns are rounded by falling second moment, or as they stand",
     "calibration.asymmetric": "share of the correction for a quantized prefix; `auto` tries some "

@@ -31,11 +31,12 @@ from gracec.data.conversations import (
 )
 from gracec.data.pictures import FORMATS, MAX_PIXELS
 from gracec.data.records import Turn
-from gracec.data.sources import FOLDER_FILES, open_source
+from gracec.data.sources import FOLDER_FILES, MOST_CHARACTERS, open_source
+from gracec.data.text import open_text
 from gracec.errors import GracecError, GracecWarning
 from tests.data.conversations import png, record, said, talk, write
 from tests.docs.fences import DOCS, fences
-from tests.tiny import tiny_image
+from tests.tiny import tiny_image, tiny_processor
 
 
 def whole(data: TrainData, index: int = 0) -> Sample:
@@ -509,15 +510,19 @@ def test_the_records_of_the_page_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for name in ("7.png", "images/7.png"):
         tiny_image().save(tmp_path / name)
-    records = [json.loads(block.text) for block in blocks]
+    *records, asked, text = [json.loads(block.text) for block in blocks]
     data = open_train_data(records, image_root=tmp_path, strict=True)
     assert [len(whole(data, index).turns) for index in range(len(data))] == [4, 2]
+    opened = open_source([asked])
+    data = read_conversations(opened, image_root=tmp_path, strict=True, answered=False)
+    assert [turn.role for turn in whole(data).turns] == ["user"]
+    assert len(open_text([text], tiny_processor(), strict=True)) == 1
 
 
 def test_the_page_names_files_and_limits() -> None:
     page = (DOCS / "training-data.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in page for name in FOLDER_FILES)
-    assert f"{MAX_PIXELS:,}" in page
+    assert f"{MAX_PIXELS:,}" in page and f"{MOST_CHARACTERS:,}" in page
     assert set(re.findall("PNG|JPEG|WEBP|GIF|BMP|TIFF", page.upper())) == set(FORMATS)
 
 

@@ -1,5 +1,7 @@
 import hashlib
 import json
+import random
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from gracec.data import text
 from gracec.data.text import WINDOW, open_text
 from gracec.errors import GracecError, GracecWarning
 from tests.data.collators import CHATML, subwords
+from tests.fuzz import mutations
 from tests.tiny import IMAGE, UNK, WORDS, tiny_image, tiny_processor
 from tests.tiny_families import PROCESSORS
 from tests.tiny_families import tiny_processor as processor_of
@@ -193,3 +196,26 @@ def test_what_the_tokenizer_does_not_do(tmp_path: Path) -> None:
     processor = subwords(CHATML, "adds bos")
     with pytest.raises(GracecError, match="windows of 1 tokens have no place for text"):
         open_text(corpus(tmp_path), processor, 1)
+
+
+def test_a_mutated_record_harms_no_other(tmp_path: Path) -> None:
+    """It is read, or refused in one line; the texts beside it are what they were."""
+    good = open_text([GOOD], PROCESSOR).sample(0)
+    file, refused = tmp_path / "train.jsonl", 0
+    for number in range(200):
+        rng = random.Random(number)
+        record = mutations.changed(rng, {"text": "the red circle", "url": "a", "id": 3})
+        lines = [
+            json.dumps(GOOD).encode(),
+            mutations.dumped(rng, record),
+            json.dumps(GOOD).encode(),
+        ]
+        file.write_bytes(b"\n".join(lines))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", GracecWarning)
+            windows = open_text(file, PROCESSOR, len(good))
+        refused += bool(windows.problems)
+        tokens = windows.tokens.flatten().tolist()
+        assert tokens[: len(good)] == good, number
+        assert all("\n" not in problem for problem in windows.problems)
+    assert refused > 20
