@@ -1,4 +1,4 @@
-"""The operators of `gracec.quant.ops`, `ops_experts` and `ops_onnx`, under their public name."""
+"""The operators of `gracec.quant.ops` and its `ops_*`, under their public name."""
 
 from gracec.quant.ops import (
     conv2d,
@@ -22,6 +22,7 @@ from gracec.quant.ops_onnx import (
     rms_norm,
     rotary_embedding,
 )
+from gracec.quant.ops_scales import scale_codes
 
 __all__ = [
     "attention",
@@ -41,5 +42,6 @@ __all__ = [
     "quantize_dequantize",
     "rms_norm",
     "rotary_embedding",
+    "scale_codes",
     "segment_attention",
 ]

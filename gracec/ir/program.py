@@ -26,7 +26,8 @@ from torch.utils import _pytree as pytree
 
 import gracec.quant.ops
 import gracec.quant.ops_experts
-import gracec.quant.ops_onnx  # noqa: F401  (registers the ops that a saved program may hold)
+import gracec.quant.ops_onnx
+import gracec.quant.ops_scales  # noqa: F401  (registers the ops that a saved program may hold)
 from gracec.directories import cannot_write, replace_file, room_beside
 from gracec.errors import GracecError, first_line
 from gracec.journal import Note

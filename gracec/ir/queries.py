@@ -60,7 +60,11 @@ VIEWS = {
 }
 
 
-STAND_INS = {torch.ops.gracec.fake_quantize.default, torch.ops.gracec.dequantize.default}
+STAND_INS = {
+    torch.ops.gracec.fake_quantize.default,
+    torch.ops.gracec.scale_codes.default,
+    torch.ops.gracec.dequantize.default,
+}
 """What stands for a weight that is quantized."""
 
 

@@ -1,10 +1,12 @@
 """freeze: turn trained weights and scales into integer codes.
 
     fake_quantize(w, w_scale)                      -> dequantize(codes, scales)
+    scale_codes(codes, w_scale)                    -> dequantize(codes, scales)
     fake_quantize_activation(x, input_scale, z)    -> quantize_dequantize(x, input_scales, z)
 
 with codes = clip(round(w / s)) against the scale on its grid, so that the frozen graph computes
 exactly what the fake-quantized one did. The float weights and scale parameters leave the program.
+Codes that are there already, whose scales were free to learn (`free-scales`), are kept.
 """
 
 from __future__ import annotations
@@ -31,8 +33,7 @@ from gracec.quant.frozen import FrozenActivation, FrozenWeight
 from gracec.quant.ops import dtype_name
 
 DEQUANTIZE = torch.ops.gracec.dequantize.default
-
-
+SCALE_CODES = torch.ops.gracec.scale_codes.default
 QUANTIZE_DEQUANTIZE = torch.ops.gracec.quantize_dequantize.default
 
 
@@ -44,19 +45,13 @@ class Freeze(Pass):
     keeps_numerics: ClassVar[bool] = True
 
     def requires(self, program: Program) -> None:
-        if not any(program.nodes(FAKE_QUANTIZE)) and not any(program.nodes(DEQUANTIZE)):
+        if not any(any(program.nodes(op)) for op in (FAKE_QUANTIZE, SCALE_CODES, DEQUANTIZE)):
             raise self.refuse("nothing is fake-quantized", fix="run insert-fake-quant first")
 
     def apply(self, program: Program) -> PassResult:
-        count = 0
-        for fake in fake_quantized(program):
-            operand, linear = fake.node.args[0], reader(fake.node)
-            assert isinstance(operand, fx.Node)
-            codes = quant.quantize(fake.weight, fake.scales, fake.bits, fake.group_size)
-            frozen = FrozenWeight.from_codes(
-                codes, fake.scales, planned_quant(linear), experts_of(linear)
-            )
-            replace_by_codes(program, fake.node, seen_through(operand), frozen)
+        count = freeze_weights(program)
+        for node in list(program.nodes(SCALE_CODES)):
+            _fix_scales(program, node)
             count += 1
         activations = list(program.nodes(FAKE_QUANTIZE_ACTIVATION))
         for node in activations:
@@ -70,6 +65,50 @@ class Freeze(Pass):
     def ensures(self, before: Program, after: Program) -> None:
         if any(after.nodes(FAKE_QUANTIZE)) or any(after.nodes(FAKE_QUANTIZE_ACTIVATION)):
             raise self.refuse("a fake_quantize node is left")
+        if any(after.nodes(SCALE_CODES)):
+            raise self.refuse("a scale_codes node is left")
+
+
+def freeze_weights(program: Program) -> int:
+    """Put codes in the place of every fake-quantized weight, and say how many there were."""
+    count = 0
+    for fake in fake_quantized(program):
+        operand, linear = fake.node.args[0], reader(fake.node)
+        assert isinstance(operand, fx.Node)
+        codes = quant.quantize(fake.weight, fake.scales, fake.bits, fake.group_size)
+        frozen = FrozenWeight.from_codes(
+            codes, fake.scales, planned_quant(linear), experts_of(linear)
+        )
+        replace_by_codes(program, fake.node, seen_through(operand), frozen)
+        count += 1
+    return count
+
+
+def learnt_scales(program: Program, node: fx.Node) -> Tensor:
+    """The scales float32 [N, K / group_size] that a scale_codes node multiplies its codes with."""
+    _, param, signs, _, parametrization, scale_grid, _ = node.args
+    assert isinstance(param, fx.Node)
+    sign = program.tensor(str(signs.target)) if isinstance(signs, fx.Node) else None
+    learnt = program.tensor(str(param.target)).detach()
+    return quant.scale_from_param(learnt, str(parametrization), str(scale_grid), sign)
+
+
+def _fix_scales(program: Program, node: fx.Node) -> None:
+    """scale_codes(codes, w_scale, signs) -> dequantize(codes, scales)"""
+    codes, param, _, group_size, _, _, dtype = node.args
+    assert isinstance(codes, fx.Node) and isinstance(param, fx.Node)
+    target = f"{str(codes.target).removesuffix('_codes')}_scales"
+    if target not in program.fqns:  # a module that is called twice has one weight
+        program.set_tensor(target, learnt_scales(program, node))
+        fqn = program.fqn(str(codes.target)).removesuffix(".codes")
+        program.fqns[target] = (f"{fqn}.scales",)
+    with program.graph.inserting_before(node):
+        scales = program.graph.get_attr(target)
+        scales.meta = dict(param.meta)
+        fixed = program.graph.call_function(DEQUANTIZE, (codes, scales, group_size, dtype))
+    fixed.meta = dict(node.meta)
+    node.replace_all_uses_with(fixed)
+    program.graph.erase_node(node)
 
 
 def _freeze_activation(program: Program, node: fx.Node) -> None:

@@ -33,7 +33,7 @@ from gracec.ir.annotations import (
 from gracec.ir.program import Program, annotate, annotation
 from gracec.ir.queries import EXPERT_LINEAR, MATMULS, STAND_INS, value, weight_of
 from gracec.passes.base import Pass, PassResult
-from gracec.quant import SUPPORTED_GROUP_SIZES, Experts, QuantSpec
+from gracec.quant import SUPPORTED_GROUP_SIZES, Experts, QuantSpec, codes_shape
 from gracec.quant.observers import ActivationSpec
 from gracec.recipe import ActivationRule, Recipe
 
@@ -119,12 +119,18 @@ def plan_of(program: Program) -> Plan:
         assert weight is not None
         tensor = program.tensor(str(weight.target))
         spec, experts = quant_of(node), experts_of(node)
-        shape = tuple(tensor.shape if experts is None else experts.matrix(tensor.to("meta")).shape)
+        fqns = program.fqns.get(str(weight.target), (str(weight.target),))
+        if tensor.is_floating_point():
+            matrix = tensor if experts is None else experts.matrix(tensor.to("meta"))
+            shape, element_size = tuple(matrix.shape), tensor.element_size()
+        else:  # codes, in the place of a weight in the dtype of the program
+            fqns = tuple(fqn.removesuffix(".codes") for fqn in fqns)
+            shape, element_size = tuple(codes_shape(tensor)), program.dtype.itemsize
         entry = PlanEntry(
-            fqns=program.fqns.get(str(weight.target), (str(weight.target),)),
+            fqns=fqns,
             part=part_of(node) or (Part.EMBEDDING if node.target == EMBEDDING else Part.OTHER),
             shape=shape,
-            element_size=tensor.element_size(),
+            element_size=element_size,
             spec=spec,
             reason=notes.get("kept", ""),
             experts=experts,
