@@ -191,6 +191,11 @@ class Training(_Strict):
         clip: largest norm of the gradient.
         precision: of the matmuls; weights, scales and their optimizer stay in float32.
         frozen: parts that are not trained.
+        learns: "all", weights and scales; or "scales": codes stay as they were before training, and
+            every weight that is not quantized as it was.
+        labels: which positions count: "answers", the tokens of answers; or "all": every position
+            of text, which needs no answers. With a teacher the best state is then the one that is
+            nearest to it, as nothing is known of what is right.
         held_out: share of the data that chooses the best checkpoint, where no eval_data is given.
         keep: which state is kept: the best on the held-out part, or the last.
         evaluate_every: optimizer steps between two looks at the held-out part.
@@ -214,6 +219,8 @@ class Training(_Strict):
     frozen: list[Literal["vision", "projector", "decoder", "head"]] = Field(
         ["vision"], max_length=4
     )
+    learns: Literal["all", "scales"] = "all"
+    labels: Literal["answers", "all"] = "answers"
     seed: int = Field(0, ge=0, le=(1 << 32) - 1)
     max_length: int | None = Field(None, ge=8, le=1 << 20)
     held_out: float = Field(0.1, gt=0, lt=1)
@@ -225,6 +232,11 @@ class Training(_Strict):
     activation_checkpointing: float | None = Field(None, gt=0, le=1)
     cross_entropy: float = Field(1.0, ge=0, le=MOST_WEIGHT)
     distillation: Distillation = Distillation()
+
+    @property
+    def chooses_by_teacher(self) -> bool:
+        """Whether the best state is the one nearest to the teacher, not to the labels."""
+        return self.labels == "all" and self.distillation.needs_teacher
 
     @model_validator(mode="after")
     def _check(self) -> Training:
@@ -331,6 +343,9 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
+        scales_learn = self.training is not None and self.training.learns == "scales"
+        if scales_learn and not any(self.weights.values()):
+            raise ValueError("training.learns: scales needs weights that are quantized")
         for part, rule in self.activations.items():
             if rule is not None and self.weights.get(part) is None:
                 raise ValueError(

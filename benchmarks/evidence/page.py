@@ -369,7 +369,10 @@ def curves(evidence: Evidence) -> Any:
     _below(control)
     at = [row["step"] for row in held]
     scores.plot(at, [row["held_out_loss"] for row in held], "o-", color=BLUE)
-    scores.axvline(run["best_step"], color=QUIET, lw=1, ls=":")
+    if run["best_step"] is not None:
+        scores.axvline(run["best_step"], color=QUIET, lw=1, ls=":")
+    if run.get("candidate") is not None:
+        scores.axhline(run["candidate"]["held_out_loss"], color=ORANGE, lw=1, ls="--")
     scores.set(xlabel="optimizer step", title="cross-entropy on validation questions")
     return figure
 
@@ -577,7 +580,8 @@ def _held_out_loss(evidence: Evidence, name: str) -> str:
     if name not in evidence.runs:
         return "-"
     run = evidence.runs[name].found[0]
-    (found,) = (row for row in run["held_out"] if row["step"] == run["best_step"])
+    rows = [{**(run.get("candidate") or {}), "step": None}, *run["held_out"]]
+    (found,) = (row for row in rows if row["step"] == run["best_step"])
     return f"{found['held_out_loss']:.3f}"
 
 

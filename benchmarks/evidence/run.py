@@ -97,6 +97,7 @@ def run(condition: Condition, seed: int) -> dict[str, Any]:
             if row["spec"]
         },
         "held_out": training.get("held_out", []),
+        "candidate": training.get("candidate"),
         "best_step": training.get("best_step", 0),
         "curve": [thin(row) for row in training.get("rows", [])[::5]],
         "answers": examine(task.state_of(compiled, original("student"))),

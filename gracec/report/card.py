@@ -71,10 +71,11 @@ def _accuracy(report: Report) -> str:
     """What it was made with, and how many questions it answers like the expected answer."""
     made = "No data was used to quantize it."
     if report.training:
-        made = (
-            f"Trained for {report.training['steps']} optimizer steps, of which the state after "
-            f"step {report.training['best_step']} was kept."
-        )
+        best = report.training["best_step"]
+        kept = f"of which the state after step {best} was kept."
+        if best is None:
+            kept = "after none of which it was better than by calibration alone, which was kept."
+        made = f"Trained for {report.training['steps']} optimizer steps, {kept}"
     found = report.accuracy
     if not found:
         return f"{made} Its accuracy was not measured; `gracec eval DIR --data DATA` does."

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, PURPLE, GREEN, QUIET = "#1f7a8c", "#b8741a", "#6a4c9c", "#2e8b57", "#888888"
+SCORES = {"held_out_loss": "cross-entropy", "held_out_kl": "KL to the teacher"}
+"""What may have chosen the state that was kept."""
 TERMS = {"ce": ("cross-entropy", BLUE), "distillation": ("distillation", PURPLE)}
 EXAMPLES = 6
 """Questions of each kind that are shown with their answers."""
@@ -129,11 +131,17 @@ def _training_curves(figure: Figure, report: Report) -> None:
     _line(control, rows, "ema", "moving average of distillation", QUIET)
     control.set(xlabel="optimizer step", title="the controller of β", ylim=(0, None))
     _legend(control)
-    points = [row for row in held_out if row["held_out_loss"] is not None]
+    chosen_by = report.training.get("chosen_by", "held_out_loss")
+    points = [row for row in held_out if row[chosen_by] is not None]
     at = [row["step"] for row in points]
-    scores.plot(at, [row["held_out_loss"] for row in points], "o-", color=BLUE)
-    scores.axvline(report.training["best_step"], color=QUIET, ls=":", label="kept")
-    scores.set(xlabel="optimizer step", title="cross-entropy, held out")
+    scores.plot(at, [row[chosen_by] for row in points], "o-", color=BLUE)
+    best, candidate = report.training["best_step"], report.training.get("candidate")
+    if best is not None:
+        scores.axvline(best, color=QUIET, ls=":", label="kept")
+    if candidate is not None and candidate[chosen_by] is not None:
+        label = "calibrated, kept" if best is None else "calibrated"
+        scores.axhline(candidate[chosen_by], color=ORANGE, ls="--", lw=1, label=label)
+    scores.set(xlabel="optimizer step", title=f"{SCORES[chosen_by]}, held out")
     _legend(scores)
 
 

@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from torch import Tensor, nn
 
 from gracec import quant
 from gracec.frozen import Frozen
 from gracec.ir.program import Program
 from gracec.journal import Figure, Journal, Note, figure_of, figure_to_dict
+from gracec.passes.base import run_passes
+from gracec.passes.freeze import DEQUANTIZE, SCALE_CODES, Freeze, frozen_weights
 from gracec.passes.insert_fake_quant import fake_quantized
 from gracec.recipe import Recipe
 from gracec.report.rows import PlanRow
@@ -129,6 +132,9 @@ def coverage_table(plan: Sequence[PlanRow]) -> Table:
     return rich_table(COVERAGE, coverage_rows(plan))
 
 
+CODES = (DEQUANTIZE, SCALE_CODES)
+
+
 GATES = ("gate", "figure")
 
 
@@ -185,21 +191,46 @@ def coverage_rows(plan: Sequence[PlanRow]) -> list[tuple[str, ...]]:
     return found
 
 
-def sqnr_db(program: Program) -> dict[str, float]:
-    """FQN -> signal to quantization noise in decibel of each fake-quantized weight of a program.
+def sqnr_db(program: Program, original: nn.Module | None = None) -> dict[str, float]:
+    """FQN -> signal to quantization noise in decibel of each quantized weight of a program.
 
-    Infinite where there is no noise.
+    Infinite where there is no noise. A float weight of the program is compared with what it is
+    quantized to. Codes, and a float weight that was made of codes and so has no noise of its own,
+    are compared with the weight of the original.
+
+    Args:
+        original: a model with the weights before quantization; without it codes have no figure.
     """
     found: dict[str, float] = {}
     for fake in fake_quantized(program):
         signal = noise = 0.0
         for part, scale in quant.row_chunks(fake.weight, fake.scales):
             quantized = quant.fake_quantize(part, scale, fake.bits, fake.group_size)
-            reference = part.to(torch.float32)
-            signal += reference.square().sum(dtype=torch.float64).item()
-            noise += (reference - quantized).square().sum(dtype=torch.float64).item()
-        found[fake.fqn] = 10 * math.log10(signal / noise) if signal and noise else math.inf
+            signal, noise = signal + _power(part), noise + _power(part.float() - quantized)
+        found[fake.fqn] = _decibel(signal, noise)
+    weights = {} if original is None else dict(original.named_parameters(remove_duplicate=False))
+    exact = [fqn for fqn, figure in found.items() if math.isinf(figure) and fqn in weights]
+    if not weights or not (exact or any(any(program.nodes(op)) for op in CODES)):
+        return found
+    frozen = frozen_weights(run_passes(program, [Freeze()]).program)
+    for fqn in [*exact, *(fqn for fqn in frozen if fqn not in found and fqn in weights)]:
+        weight, signal, noise = frozen[fqn], 0.0, 0.0
+        experts, reference = weight.experts, weights[fqn].detach()
+        matrix = reference if experts is None else experts.matrix(reference)
+        for part, stored, scale in quant.row_chunks(matrix, weight.stored, weight.scales):
+            quantized = quant.dequantize(stored, scale, weight.group_size)
+            quantized = quantized.to(part.device)
+            signal, noise = signal + _power(part), noise + _power(part.float() - quantized)
+        found[fqn] = _decibel(signal, noise)
     return found
+
+
+def _power(part: Tensor) -> float:
+    return part.to(torch.float32).square().sum(dtype=torch.float64).item()
+
+
+def _decibel(signal: float, noise: float) -> float:
+    return 10 * math.log10(signal / noise) if signal and noise else math.inf
 
 
 def weight_bytes(frozen: Frozen, parameters: int) -> dict[str, int]:

@@ -32,7 +32,8 @@ def freeze(prepared: Prepared, request: Request, journal: Journal) -> Frozen:
         GateError: if the frozen graph computes something else than the fake-quantized one.
     """
     model, source = prepared.model, prepared.source
-    journal.plan = plan_rows(prepared.plan, sqnr_db(prepared.program), journal.ptq_sqnr_db)
+    noise = sqnr_db(prepared.program, source.model)
+    journal.plan = plan_rows(prepared.plan, noise, journal.ptq_sqnr_db)
     batch = source.family.example_batch(model)
     inputs = source.family.prepare(model, batch)
     with torch.no_grad():

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,12 +19,16 @@ from gracec.errors import GracecError
 from gracec.journal import Journal
 from gracec.models.loading import load_model, load_processor
 from gracec.passes.base import run_passes
+from gracec.passes.free_scales import FreeScales
+from gracec.passes.freeze import SCALE_CODES, Freeze, frozen_weights
 from gracec.passes.pipeline import Pipeline
+from gracec.quant.frozen import code_hash
 from gracec.recipe import Recipe
 from gracec.report.report import sqnr_db
 from gracec.request import Request
 from gracec.stages.pipelines import ANALYSIS, learning
 from gracec.stages.prepare import Prepared
+from gracec.training.candidate import write_codes
 from gracec.training.checkpoints.fingerprint import (
     Fingerprint,
     describe_device,
@@ -42,7 +45,9 @@ from gracec.training.teacher import check_teacher, check_tokenizers
 
 
 def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
-    """Train weights and scales; what is given stays as it is.
+    """Train weights and scales, or scales alone; what is given stays as it is.
+
+    Scales alone start from the codes of the graph, or from those of the candidate.
 
     Returns:
         The model in its best state.
@@ -55,11 +60,14 @@ def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
     if processor is None:
         raise GracecError("training needs the model's processor", fix="pass processor=")
     join_ranks()
-    journal.ptq_sqnr_db = sqnr_db(prepared.program)
     taps = learning(rule)
     taught = _teacher(prepared, request, taps) if rule.distillation.needs_teacher else None
     owned = prepared.owned()
     del prepared  # its floats may go, if nobody else has them
+    if rule.learns == "scales":
+        owned = _with_free_scales(owned)
+    journal.ptq_sqnr_db = sqnr_db(owned.program, owned.source.model)
+    candidate = owned.candidate
     program = run_passes(owned.program, taps.placed(request.further)[0]).program
     student = Learner(program, owned.model)
     data, held_out = open_with_held_out(
@@ -69,7 +77,7 @@ def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
     directory, fingerprint = request.training_dir, None
     if directory is not None:
         teacher = taught.model if taught else None
-        fingerprint = _fingerprint(owned.model, teacher, data, held_out, processor, request.recipe)
+        fingerprint = _fingerprint(owned, teacher, data, held_out, request.recipe)
         if rank() == 0:
             journal.note("training", *open_run(directory, resume=request.resume))
     with training_log(directory, rule, len(data), request.progress and rank() == 0) as log:
@@ -80,6 +88,7 @@ def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
             len(data),
             _Batches(held_out, collate, rule.micro_batch_size),
             rule,
+            candidate=candidate,
             fingerprint=fingerprint,
             directory=directory,
             resume=request.resume,
@@ -88,7 +97,14 @@ def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
     said = (*data.notes, *held_out.notes, *data.problems, *held_out.problems, *collate.problems)
     journal.note("training", *said, *curve.notes)
     journal.training = curve.to_dict()
-    return owned
+    return replace(owned, candidate=None)
+
+
+def _with_free_scales(prepared: Prepared) -> Prepared:
+    """The same with codes whose scales learn: those of the candidate, or of the graph."""
+    write_codes(prepared.program, prepared.candidate or {})
+    program = run_passes(prepared.program, [FreeScales()]).program
+    return replace(prepared, program=program, candidate=None)
 
 
 def _teacher(prepared: Prepared, request: Request, taps: Pipeline) -> Learner:
@@ -121,18 +137,28 @@ class _Batches:
 
 
 def _fingerprint(
-    model: nn.Module,
+    prepared: Prepared,
     teacher: nn.Module | None,
     data: TrainData,
     held_out: TrainData,
-    processor: Any,
     recipe: Recipe,
 ) -> Fingerprint:
+    model, processor = prepared.model, prepared.source.processor
     return Fingerprint(
         model=fingerprint_of_tensors(dict(model.named_parameters())),
+        calibration=_calibration(prepared),
         teacher=fingerprint_of_tensors(dict(teacher.named_parameters())) if teacher else "",
         data=fingerprint_of_json([data.fingerprint, held_out.fingerprint]),
         processor=fingerprint_of_json(json.loads(processor.to_json_string())),
         recipe=fingerprint_of_json(recipe.to_dict()),
         device=describe_device(next(model.parameters()).device),
     )
+
+
+def _calibration(prepared: Prepared) -> str:
+    """Of the codes that a training is compared with, or whose scales learn; "" without any."""
+    codes = dict(prepared.candidate or {})
+    if any(prepared.program.nodes(SCALE_CODES)):
+        codes |= frozen_weights(run_passes(prepared.program, [Freeze()]).program)
+    found = {fqn: code_hash(weight) for fqn, weight in codes.items()}
+    return fingerprint_of_json(found) if found else ""

@@ -10,23 +10,37 @@ from typing import Any
 
 METRICS = "metrics.jsonl"
 """A row for each optimizer step, in the directory of a run."""
+CHOICES = {"held_out_loss": "held-out loss", "held_out_kl": "held-out KL to the teacher"}
+"""What chooses the state that is kept, in words."""
+CALIBRATED = "the calibrated post-training quantization"
 
 
 @dataclass
 class Curve:
-    """What a run did: a row for each optimizer step, the held-out scores, and what was kept."""
+    """What a run did: a row for each optimizer step, the held-out scores, and what was kept.
+
+    Attributes:
+        held_out: the scores of the states that were looked at, by optimizer step.
+        best_step: of the state that was kept; None is the candidate.
+        candidate: scores of the calibrated post-training quantization, where it was a candidate.
+        chosen_by: the score that chose it, a name in `CHOICES`; the least is best.
+    """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     held_out: list[dict[str, Any]] = field(default_factory=list)
-    best_step: int = 0
+    best_step: int | None = 0
     skipped: int = 0
     notes: list[str] = field(default_factory=list)
+    candidate: dict[str, Any] | None = None
+    chosen_by: str = "held_out_loss"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return {
             "steps": len(self.rows),
             "best_step": self.best_step,
+            "chosen_by": self.chosen_by,
+            "candidate": self.candidate,
             "skipped": self.skipped,
             "held_out": self.held_out,
             "rows": self.rows,
@@ -34,14 +48,24 @@ class Curve:
 
     def conclusions(self, *, distils: bool) -> list[str]:
         """What there is to say about a run that has ended, a line each."""
-        first = self.held_out[0]
-        best = next(row for row in self.held_out if row["step"] == self.best_step)
-        found = [
-            f"trained {len(self.rows)} steps; held-out loss {first['held_out_loss']:.4f} before, "
-            f"{best['held_out_loss']:.4f} after step {best['step']}, which was kept"
-        ]
-        if best["step"] == 0:
-            found.append("training did not help: the weights are those from before it")
+        scores = {row["step"]: row[self.chosen_by] for row in self.held_out}
+        score = CHOICES[self.chosen_by]
+        trained = f"trained {len(self.rows)} steps; {score} {scores[0]:.4f} before"
+        other = None if self.candidate is None else self.candidate[self.chosen_by]
+        calibrated = "not finite" if other is None else f"{other:.4f}"
+        if self.best_step is None:
+            reached = {step: one for step, one in scores.items() if one is not None}
+            step = min(reached, key=lambda step: reached[step])
+            found = [f"{trained}, {reached[step]:.4f} after step {step}"]
+            found.append(f"{CALIBRATED} alone: {calibrated}")
+            found.append(f"{CALIBRATED} was better than every trained state: kept")
+        else:
+            best = scores[self.best_step]
+            found = [f"{trained}, {best:.4f} after step {self.best_step}, which was kept"]
+            if self.candidate is not None:
+                found.append(f"{CALIBRATED} alone: {calibrated}")
+            if self.best_step == 0:
+                found.append("training did not help: the weights are those from before it")
         if self.skipped:
             found.append(f"{self.skipped} steps were skipped: their loss was not finite")
         saturated = sum(bool(row["saturated"]) for row in self.rows)

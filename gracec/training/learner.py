@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from gracec.capture import family_of
 from gracec.errors import GracecError
 from gracec.ir.program import Program
-from gracec.objective import Outputs
+from gracec.objective import Outputs, kl_term
 from gracec.passes.insert_taps import HIDDEN
 from gracec.passes.select_supervised import INDEX
 from gracec.training.micro_batch import Batch, MicroBatch
@@ -48,33 +49,71 @@ class HeldOut:
     """Scores on data that is not trained on.
 
     Attributes:
-        loss: cross-entropy for each answer token, in nats.
-        exact: share of samples whose every answer token is the likeliest one.
+        loss: cross-entropy for each target, in nats.
+        exact: share of samples whose every target is the likeliest token.
+        kl: divergence of the student from the teacher for each target, in nats; with a teacher.
+        top1: share of targets where both have the same likeliest token; with a teacher.
     """
 
     loss: float
     exact: float
+    kl: float | None = None
+    top1: float | None = None
+
+    def row(self) -> dict[str, float | None]:
+        """Its figures by name; None for one that is not finite.
+
+        Where a teacher is what counts, exact samples do not: every token of a text would have to
+        be.
+        """
+        by_labels = {"held_out_exact": self.exact} if self.kl is None else {}
+        by_teacher = {} if self.kl is None else {"held_out_kl": self.kl, "held_out_top1": self.top1}
+        found = {"held_out_loss": self.loss, **by_labels, **by_teacher}
+        return {
+            name: one if one is not None and math.isfinite(one) else None
+            for name, one in found.items()
+        }
 
 
 @torch.no_grad()
-def score(student: Learner, batches: Iterable[Batch]) -> HeldOut:
-    """Loss and exact matches on batches with labels.
+def score(
+    student: Learner,
+    batches: Iterable[Batch],
+    teacher: Learner | None = None,
+    *,
+    everywhere: bool = False,
+) -> HeldOut:
+    """Loss and exact matches on batches with labels, and the distance from a teacher.
+
+    Args:
+        everywhere: whether every token of text is a target, whatever the labels say.
 
     Raises:
         GracecError: if there is none.
     """
-    total, tokens, exact, samples = 0.0, 0, 0, 0
+    total, kl, tokens, same, exact, samples = 0.0, 0.0, 0, 0, 0, 0
     for batch in batches:
-        micro = MicroBatch.read(student.model, batch)
-        outputs = student.outputs(student.program(**student.inputs(micro)))
-        assert isinstance(outputs.logits, Tensor)
-        logits, labels = outputs.logits.float().cpu(), micro.labels.cpu()
+        micro = MicroBatch.read(student.model, batch, everywhere=everywhere)
+        logits, labels = _logits(student, micro), micro.labels.cpu()
         total += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
         tokens += len(labels)
+        likeliest = logits.argmax(-1)
         wrong = torch.zeros(micro.shape[0], dtype=torch.int64)
-        wrong.index_add_(0, micro.rows.cpu(), (logits.argmax(-1) != labels).long())
+        wrong.index_add_(0, micro.rows.cpu(), (likeliest != labels).long())
         exact += int((wrong == 0).sum())
         samples += len(wrong)
+        if teacher is not None:
+            taught = _logits(teacher, micro)
+            kl += kl_term(logits, taught, labels, temperature=1.0).total.item()
+            same += int((likeliest == taught.argmax(-1)).sum())
     if not tokens:
         raise GracecError("no sample of the held-out data can be used", fix="mend the data")
-    return HeldOut(total / tokens, exact / samples)
+    found = HeldOut(total / tokens, exact / samples)
+    return found if teacher is None else replace(found, kl=kl / tokens, top1=same / tokens)
+
+
+def _logits(learner: Learner, micro: MicroBatch) -> Tensor:
+    """float32 [S, V] at the targets, on the CPU."""
+    logits = learner.outputs(learner.program(**learner.inputs(micro))).logits
+    assert isinstance(logits, Tensor)
+    return logits.float().cpu()

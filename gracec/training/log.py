@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +18,13 @@ from gracec.training.setup import steps_of
 
 LINE_EVERY = 10.0
 """Seconds between two lines where there is no terminal."""
+SCORES = {
+    "held_out_loss": ("loss", ".4f"),
+    "held_out_exact": ("exact", ".1%"),
+    "held_out_kl": ("KL to the teacher", ".4f"),
+    "held_out_top1": ("same top token", ".1%"),
+}
+"""Name -> how a person reads it."""
 
 
 @contextmanager
@@ -40,7 +47,8 @@ def training_log(
             nonlocal last
             text = line(row, steps)
             bar.update(task, completed=row["step"], description=text)
-            due = "held_out_loss" in row or time.monotonic() - last > LINE_EVERY
+            scored = bool({"held_out_loss", "candidate"} & row.keys())
+            due = scored or time.monotonic() - last > LINE_EVERY
             if progress and not console.is_terminal and due:
                 last = time.monotonic()
                 console.print(text, markup=False)
@@ -59,13 +67,23 @@ def training_log(
 def line(row: dict[str, Any], steps: int) -> str:
     """A row in words."""
     head = f"step {row['step']}/{steps}"
+    if "candidate" in row:
+        return f"{head} calibrated, {_scores(row['candidate'])}"
     if "held_out_loss" in row:
-        exact, loss = row["held_out_exact"], row["held_out_loss"]
-        figure = "not finite" if loss is None else f"{loss:.4f}"
-        return f"{head} held out: loss {figure}, exact {exact:.1%}"
+        return f"{head} {_scores(row)}"
     names = ("ce", "distillation", "rcka", "beta", "ema")
     figures = (f"{name} {row[name]:.4g}" for name in names if row.get(name) is not None)
     return f"{head} {' '.join(figures)}"
+
+
+def _scores(row: Mapping[str, Any]) -> str:
+    """Those of the held-out part."""
+    figures = (
+        f"{words} " + ("not finite" if row[name] is None else format(row[name], form))
+        for name, (words, form) in SCORES.items()
+        if name in row
+    )
+    return f"held out: {', '.join(figures)}"
 
 
 def _tensorboard(directory: Path | None) -> Any:

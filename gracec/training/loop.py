@@ -12,7 +12,7 @@ run is decided by its data order, and a checkpoint at an optimizer step resumes 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ from gracec.data.conversations import epoch_order
 from gracec.errors import GracecError
 from gracec.objective import Outputs, means
 from gracec.passes.insert_fake_quant import signs_of_scales
+from gracec.quant.frozen import FrozenWeight
 from gracec.recipe import Training
+from gracec.training.candidate import tensors_of, write_codes
 from gracec.training.checkpoints.directory import latest_checkpoint, save_checkpoint
 from gracec.training.checkpoints.fingerprint import Fingerprint
 from gracec.training.checkpoints.optimizer import load_optimizer_state, optimizer_state
@@ -60,6 +62,7 @@ def train(
     held_out: Iterable[Batch],
     rule: Training,
     *,
+    candidate: Mapping[str, FrozenWeight] | None = None,
     fingerprint: Fingerprint | None = None,
     directory: Path | None = None,
     resume: bool = False,
@@ -68,12 +71,14 @@ def train(
     """Train the student's weights and scales in place, and leave the best ones in it.
 
     The state before the first step is a candidate too: a run never ends with worse than it began
-    with, on the held-out batches.
+    with, on the held-out batches. Nor with worse than `candidate`, where the best state is kept.
 
     Args:
         collate: a batch, with labels, of samples by number.
         samples: how many there are.
         held_out: batches that choose the best state; gone through more than once.
+        candidate: FQN -> codes and scales, to be compared with what training reaches. Training
+            does not start from them: what else learns is in this state as it was before.
         fingerprint: of everything that decides the run; a checkpoint of another is refused.
         directory: for checkpoints and metrics; nothing is written without it.
         resume: go on from the newest checkpoint there, if there is one.
@@ -82,7 +87,7 @@ def train(
     Raises:
         GracecError: if a checkpoint does not fit, or the loss is not finite too often in a row.
     """
-    run = Run(student, teacher, collate, samples, rule, fingerprint, directory)
+    run = Run(student, teacher, collate, samples, rule, fingerprint, directory, candidate)
     if resume:
         run.resume()
     return run.go(held_out, log or (lambda row: None))
@@ -100,12 +105,14 @@ class Run:
         rule: Training,
         fingerprint: Fingerprint | None,
         directory: Path | None,
+        candidate: Mapping[str, FrozenWeight] | None = None,
     ) -> None:
         if rule.distillation.needs_teacher and teacher is None:
             raise GracecError("the recipe distils and there is no teacher")
         self.student, self.collate, self.samples, self.rule = student, collate, samples, rule
         self.teacher = teacher if rule.distillation.needs_teacher else None
         self.fingerprint, self.directory = fingerprint, directory
+        self.candidate = candidate
         self.ranked = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if self.ranked else 0
         self.ranks = dist.get_world_size() if self.ranked else 1
@@ -113,7 +120,13 @@ class Run:
         self.steps = steps_of(rule, samples)
         self.objective = objective_of(rule, self.steps)
         self.controller = controller_of(rule, self.steps)
-        self.parameters = trainable(student.program, rule.frozen)
+        self.parameters = trainable(student.program, rule.frozen, rule.learns)
+        if not self.parameters:
+            raise GracecError(
+                "nothing learns: every part with something to learn is frozen",
+                where="training.frozen",
+                fix="leave a part out of it, or quantize one that is not in it",
+            )
         self.signs = signs_of_scales(student.program)
         for parameter in student.program.graph_module.parameters():
             parameter.requires_grad_(False)
@@ -123,6 +136,8 @@ class Run:
         self.module = self._module()
         self.step, self.skipped_in_a_row = 0, 0
         self.curve = Curve()
+        if rule.chooses_by_teacher:
+            self.curve.chosen_by = "held_out_kl"
         self.best: dict[str, Tensor] = {}
         self.best_score: float | None = None
 
@@ -147,6 +162,8 @@ class Run:
             self._evaluate(held_out, log)
             if self.best_score is None:
                 raise GracecError("the model's loss on the held-out data is not finite")
+            if self.candidate is not None:
+                self._try(self.candidate, held_out, log)
         while self.step < self.steps:
             row = self.take_step()
             if self.step % self.steps_an_epoch == 0:
@@ -159,6 +176,8 @@ class Run:
                 self._save()
         if self.best:
             load_tensors(self.best, self.parameters)
+        if self.curve.best_step is None and self.candidate is not None:
+            write_codes(self.student.program, self.candidate)  # those of frozen parts too
         for parameter in self.parameters.values():
             parameter.grad = None
             parameter.requires_grad_(False)
@@ -236,6 +255,7 @@ class Run:
                 fix="choose a batch_size that leaves each rank a sample",
             )
         model, images = self.student.model, bool(self.objective.omega)
+        everywhere = self.rule.labels == "all"
         empty: EmptyBatch | None = None
         some = False
         for at in range(0, len(mine), self.rule.micro_batch_size):
@@ -244,7 +264,7 @@ class Run:
             except EmptyBatch as error:  # its samples are broken, which the data has reported
                 empty = error
                 continue
-            yield MicroBatch.read(model, batch, images=images)
+            yield MicroBatch.read(model, batch, images=images, everywhere=everywhere)
             some = True
         if not some:
             raise GracecError(
@@ -277,14 +297,38 @@ class Run:
 
     def _evaluate(self, held_out: Iterable[Batch], log: Log) -> None:
         """Score the held-out part, and keep the state if it is the best so far."""
-        found = score(self.student, held_out)
-        loss = found.loss if math.isfinite(found.loss) else None
-        row = {"step": self.step, "held_out_loss": loss, "held_out_exact": found.exact}
+        row = {"step": self.step, **self._scores(held_out)}
         self.curve.held_out.append(row)
         log(row)
+        self._keep(row[self.curve.chosen_by], self.step, always=self.rule.keep == "last")
+
+    def _try(
+        self, candidate: Mapping[str, FrozenWeight], held_out: Iterable[Batch], log: Log
+    ) -> None:
+        """Score the untrained graph with the weights of a candidate, and go on without them."""
+        program, began = self.student.program, self.best
+        learn = {id(parameter) for parameter in self.parameters.values()}
+        others = [one for one in tensors_of(program, candidate) if id(one) not in learn]
+        before = [one.detach().clone() for one in others]
+        write_codes(program, candidate)
+        self.curve.candidate = self._scores(held_out)
+        log({"step": self.step, "candidate": self.curve.candidate})
+        if self.rule.keep == "best":
+            self._keep(self.curve.candidate[self.curve.chosen_by], None)
+        load_tensors(began, self.parameters)
+        with torch.no_grad():
+            for one, was in zip(others, before, strict=True):
+                one.copy_(was)
+
+    def _scores(self, held_out: Iterable[Batch]) -> dict[str, Any]:
+        teacher = self.teacher if self.rule.chooses_by_teacher else None
+        return score(self.student, held_out, teacher, everywhere=self.rule.labels == "all").row()
+
+    def _keep(self, figure: float | None, step: int | None, *, always: bool = False) -> None:
+        """Keep the state if its score is the best so far."""
         best = self.best_score
-        if loss is not None and (best is None or loss < best or self.rule.keep == "last"):
-            self.best_score, self.curve.best_step = loss, self.step
+        if figure is not None and (best is None or figure < best or always):
+            self.best_score, self.curve.best_step = figure, step
             self.best = {n: p.detach().clone() for n, p in self.parameters.items()}
 
     def _report(self, row: dict[str, Any], log: Log) -> None:
@@ -310,6 +354,7 @@ class Run:
             skipped_total=self.curve.skipped,
             extra={
                 "best_step": self.curve.best_step,
+                "candidate": self.curve.candidate,
                 "held_out": self.curve.held_out,
                 "rows": self.curve.rows,
             },
@@ -334,7 +379,9 @@ class Run:
         self.curve = Curve(
             rows=list(found.extra["rows"]),
             held_out=list(found.extra["held_out"]),
+            candidate=found.extra.get("candidate"),
             best_step=found.extra["best_step"],
+            chosen_by=self.curve.chosen_by,
             skipped=found.skipped_total,
             notes=[f"resumed after optimizer step {found.step}"],
         )

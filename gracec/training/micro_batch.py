@@ -5,14 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from gracec.capture import family_of
 from gracec.objective import Targets, supervised_positions
+from gracec.objective.labels import IGNORE_INDEX
 
 Batch = Mapping[str, Tensor]
 """What a processor returns, with labels int64 [B, T]."""
+
+
+def labels_everywhere(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Labels int64 [B, T] of every token of text, without padding and the places of images."""
+    images, _ = family_of(model).image_index(model, batch)
+    ids, real = batch["input_ids"], batch["attention_mask"].bool()
+    said = (images.to(ids.device) < 0) & real
+    said[:, 1:] &= real[:, :-1]  # nothing predicts the first token behind padding
+    return torch.where(said, ids, IGNORE_INDEX)
 
 
 @dataclass(frozen=True)
@@ -36,19 +47,28 @@ class MicroBatch:
     image_sizes: tuple[int, ...] | None = None
 
     @classmethod
-    def read(cls, model: PreTrainedModel, batch: Batch, *, images: bool = False) -> MicroBatch:
+    def read(
+        cls,
+        model: PreTrainedModel,
+        batch: Batch,
+        *,
+        images: bool = False,
+        everywhere: bool = False,
+    ) -> MicroBatch:
         """From what the processor returned and the labels; all tensors on the model's device.
 
         Args:
             images: whether to tell which token is of which image.
+            everywhere: whether every token of text is a target, whatever the labels say.
 
         Raises:
             GracecError: if the graph does not take the batch.
         """
         family, device = family_of(model), model.device
         inputs = family.read(model, batch)
-        index, labels = supervised_positions(batch["labels"])
-        rows, length = batch["labels"].shape
+        marked = labels_everywhere(model, batch) if everywhere else batch["labels"]
+        index, labels = supervised_positions(marked)
+        rows, length = marked.shape
         owners, sizes = family.image_index(model, batch) if images else (None, None)
         return cls(
             inputs={name: tensor.to(device) for name, tensor in inputs.items()},

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gracec.ir.annotations import Part, part_of
+from gracec.ir.annotations import Part, part_of, planned_quant
 from gracec.ir.program import Program, annotation
 from gracec.ir.queries import VIEWS
 from gracec.objective import (
@@ -20,12 +20,14 @@ from gracec.objective import (
     GraceObjective,
     code_entropy,
 )
+from gracec.passes.freeze import SCALE_CODES
 from gracec.passes.insert_fake_quant import (
     FAKE_QUANTIZE,
     FAKE_QUANTIZE_ACTIVATION,
     fake_quantized,
+    reader,
 )
-from gracec.quant import quantize
+from gracec.quant import quantize, read_codes
 from gracec.recipe import Training
 
 PART_OF = {"vision": Part.VISION, "fused": Part.DECODER, "text": Part.DECODER}
@@ -72,19 +74,26 @@ def rate(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def trainable(program: Program, frozen: Sequence[str]) -> dict[str, nn.Parameter]:
+def trainable(
+    program: Program, frozen: Sequence[str], learns: str = "all"
+) -> dict[str, nn.Parameter]:
     """FQN -> every parameter of the graph that learns, scales included.
 
     "vision" is all that depends on pixels alone, without the projector; "decoder" is also the
     embedding and the norms. A tied head learns if either of its two parts does.
+
+    Args:
+        learns: "scales" leaves out whatever is no scale.
     """
+    scales = _scales(program) if learns == "scales" else None
     found: dict[str, nn.Parameter] = {}
     for node in program.graph.find_nodes(op="get_attr"):
         target = str(node.target)
         parameter = program.tensor(target)
         if isinstance(parameter, nn.Parameter) and parameter.is_floating_point():
             parts = {_part(user) for user in _readers(node)}
-            if parts - {*frozen, Part.UNUSED}:
+            counts = scales is None or program.fqn(target) in scales
+            if counts and parts - {*frozen, Part.UNUSED}:
                 found[program.fqn(target)] = parameter
     return dict(sorted(found.items()))
 
@@ -113,7 +122,7 @@ def _readers(node: fx.Node) -> Iterator[fx.Node]:
     """Who computes with a parameter, behind its fake-quantization and views of it."""
     for user in node.users:
         view = user.target in VIEWS and "modality" not in annotation(user)
-        if view or user.target in (FAKE_QUANTIZE, FAKE_QUANTIZE_ACTIVATION):
+        if view or user.target in (FAKE_QUANTIZE, FAKE_QUANTIZE_ACTIVATION, SCALE_CODES):
             yield from _readers(user)
         else:
             yield user
@@ -124,13 +133,18 @@ def _part(node: fx.Node) -> Part:
     return part_of(node) or PART_OF.get(modality, Part.UNUSED)
 
 
+def _scales(program: Program) -> set[str]:
+    """FQN of every scale parameter, of weights and of inputs."""
+    operators = (FAKE_QUANTIZE, SCALE_CODES, FAKE_QUANTIZE_ACTIVATION)
+    params = (node.args[1] for operator in operators for node in program.nodes(operator))
+    return {program.fqn(str(param.target)) for param in params if isinstance(param, fx.Node)}
+
+
 def parameter_groups(
     program: Program, parameters: Mapping[str, nn.Parameter], rule: Training
 ) -> list[dict[str, Any]]:
     """Groups of AdamW: matrices, vectors (without decay) and scales (without decay)."""
-    scales = {fake.scale_fqn for fake in fake_quantized(program)}
-    inputs = (node.args[1] for node in program.nodes(FAKE_QUANTIZE_ACTIVATION))
-    scales |= {program.fqn(str(scale.target)) for scale in inputs if isinstance(scale, fx.Node)}
+    scales = _scales(program)
     kinds: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "scales": []}
     for name, parameter in parameters.items():
         kind = "matrices" if parameter.dim() > 1 else "vectors"
@@ -153,6 +167,10 @@ def capacity(program: Program) -> float:
     for fake in fake_quantized(program):
         codes = quantize(fake.weight, fake.scales, fake.bits, fake.group_size)
         by_bits.setdefault(fake.bits, []).append(codes)
+    for node in program.nodes(SCALE_CODES):
+        stored, bits = node.args[0], planned_quant(reader(node)).bits
+        assert isinstance(stored, fx.Node)
+        by_bits.setdefault(bits, []).append(read_codes(program.tensor(str(stored.target))))
     counts = {bits: sum(part.numel() for part in parts) for bits, parts in by_bits.items()}
     if not counts:
         return 1.0

@@ -32,6 +32,32 @@ def test_conclusions() -> None:
     assert curve(saturated=2).conclusions(distils=False) == [kept]
 
 
+def test_what_is_said_of_a_candidate() -> None:
+    alone = "the calibrated post-training quantization alone: 1.5000"
+    worse, better = curve(), curve()
+    worse.candidate, better.candidate = {"held_out_loss": 1.5}, {"held_out_loss": 1.5}
+    better.best_step = None
+    assert worse.conclusions(distils=True)[1:] == [alone]
+    assert better.conclusions(distils=True) == [
+        "trained 4 steps; held-out loss 3.0000 before, 1.0000 after step 4",
+        alone,
+        "the calibrated post-training quantization was better than every trained state: kept",
+    ]
+    worse.candidate = {"held_out_loss": None}
+    assert worse.conclusions(distils=True)[1].endswith("alone: not finite")
+    assert worse.to_dict()["candidate"] == {"held_out_loss": None}
+    assert better.to_dict()["best_step"] is None
+
+
+def test_the_score_that_chose_is_named() -> None:
+    found = curve()
+    found.chosen_by = "held_out_kl"
+    found.held_out = [{**row, "held_out_kl": 0.1 / (1 + row["step"])} for row in found.held_out]
+    (said,) = found.conclusions(distils=True)
+    kept = "0.1000 before, 0.0333 after step 2, which was kept"
+    assert said == f"trained 4 steps; held-out KL to the teacher {kept}"
+
+
 def test_metrics_are_the_rows(tmp_path: Path) -> None:
     whole = curve()
     for row in whole.rows:

@@ -20,8 +20,14 @@ from gracec.data.conversations import epoch_order
 from gracec.errors import GracecError
 from gracec.ir.program import Program
 from gracec.passes import parse_pipeline, run_passes
-from gracec.passes.insert_fake_quant import fake_quantized, signs_of_scales
-from gracec.recipe import Training
+from gracec.passes.free_scales import FreeScales
+from gracec.passes.freeze import Freeze, frozen_weights
+from gracec.passes.insert_fake_quant import InsertFakeQuant, fake_quantized, signs_of_scales
+from gracec.passes.plan_quantization import PlanQuantization
+from gracec.passes.select_supervised import SelectSupervised
+from gracec.quant import FrozenWeight
+from gracec.quant.frozen import code_hash
+from gracec.recipe import Recipe, Training
 from gracec.training import micro_batch
 from gracec.training.checkpoints.directory import latest_checkpoint
 from gracec.training.checkpoints.fingerprint import Fingerprint
@@ -55,7 +61,8 @@ def rule(**fields: object) -> Training:
     return Training.model_validate({**FAST, **fields})
 
 
-TEXTS_ONLY = rule(frozen=[], distillation={"kind": "none", "omega": 0})
+ALONE = {"kind": "none", "omega": 0}
+TEXTS_ONLY = rule(frozen=[], distillation=ALONE)
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +180,147 @@ def test_the_last_state_is_kept_where_the_recipe_says_so(student: Learner) -> No
     curve = go(student, None, rule(lr=10.0, clip=1e6, keep="last", **options))
     assert curve.best_step == 2
     assert score(student, HELD_OUT).loss == curve.held_out[-1]["held_out_loss"] > before
+
+
+def calibrated(student: Learner, *, good: bool) -> dict[str, FrozenWeight]:
+    """Codes that say what a trained student does, or, negated, what none would."""
+    pupil = Learner(with_own_tensors(student.program), student.model)
+    go(pupil, None, rule(steps=6, distillation=ALONE))
+    found = frozen_weights(Freeze().run(pupil.program).program)
+    for fqn, weight in found.items():
+        codes = weight.codes if good else (-weight.codes).clamp(-8, 7)
+        found[fqn] = FrozenWeight.from_codes(codes, weight.scales, weight.spec)
+    return found
+
+
+def codes_of(learner: Learner) -> dict[str, str]:
+    weights = frozen_weights(Freeze().run(learner.program).program)
+    return {fqn: code_hash(weight) for fqn, weight in weights.items()}
+
+
+def test_a_candidate_that_is_better_than_every_trained_state_is_kept(student: Learner) -> None:
+    """Its codes are, to the bit; what else learns is as it was before."""
+    candidate, before = calibrated(student, good=True), weights(student)
+    rows: list[dict[str, Any]] = []
+    options = rule(steps=2, lr=1e-6, scale_lr=1e-6, evaluate_every=1, distillation=ALONE)
+    curve = go(student, None, options, candidate=candidate, log=rows.append)
+    assert curve.best_step is None and curve.candidate is not None
+    assert codes_of(student) == {fqn: code_hash(weight) for fqn, weight in candidate.items()}
+    assert score(student, HELD_OUT).row() == curve.candidate
+    assert all(curve.candidate["held_out_loss"] < row["held_out_loss"] for row in curve.held_out)
+    changed = {name for name, now in weights(student).items() if not torch.equal(before[name], now)}
+    assert changed <= {name for fqn in candidate for name in (fqn, f"{fqn}_scale")}
+    assert curve.notes[-1] == (
+        "the calibrated post-training quantization was better than every trained state: kept"
+    )
+    assert {"step": 0, "candidate": curve.candidate} in rows
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_training_does_not_start_from_a_candidate(student: Learner, keep: str) -> None:
+    """One that is worse, or that is not to be kept, changes nothing but what is said."""
+    plain = Learner(with_own_tensors(student.program), student.model)
+    options = rule(steps=2, evaluate_every=1, keep=keep, distillation=ALONE)
+    expected = go(plain, None, options)
+    curve = go(student, None, options, candidate=calibrated(student, good=keep == "last"))
+    assert curve.candidate is not None
+    better = curve.candidate["held_out_loss"] < curve.held_out[0]["held_out_loss"]
+    assert better == (keep == "last")
+    assert curve.best_step == expected.best_step and curve.rows == expected.rows
+    assert curve.held_out == expected.held_out
+    for name, tensor in weights(plain).items():
+        assert torch.equal(tensor, weights(student)[name]), name
+    assert any("quantization alone" in note for note in curve.notes)
+
+
+def test_a_candidate_may_have_weights_of_frozen_parts(after: After) -> None:
+    """They are put back for the training, and there in the end if it is kept."""
+    text = "analyze-modality,plan-quantization{recipe=w8a8},insert-observers"
+    program = after(f"{text},insert-fake-quant{{candidates=8}},select-supervised")
+    student = Learner(with_own_tensors(program), tiny_llava(tie=True))
+    found = frozen_weights(Freeze().run(program).program)
+    candidate = {
+        fqn: FrozenWeight.from_codes(weight.codes // 2 * 2, weight.scales, weight.spec)
+        for fqn, weight in found.items()
+    }
+    tower = next(fqn for fqn in candidate if "vision_tower" in fqn)
+    learning: list[bool] = []
+    run = Run(student, None, collate, SAMPLES, rule(distillation=ALONE), None, None, candidate)
+    assert tower not in run.parameters
+    before = weights(student)
+    run._evaluate(HELD_OUT, lambda row: None)
+    run.best_score = 1e9  # whatever it scores, it is better
+    run._try(candidate, HELD_OUT, lambda row: learning.append(True))
+    assert learning and run.curve.best_step is None
+    assert all(torch.equal(before[name], now) for name, now in weights(student).items())
+    run.best_score = -1.0
+    run.go(HELD_OUT, lambda row: None)
+    found = frozen_weights(Freeze().run(student.program).program)
+    for fqn, weight in candidate.items():
+        assert torch.equal(found[fqn].stored, weight.stored), fqn
+
+
+SCALES_ONLY = {
+    "learns": "scales",
+    "labels": "all",
+    "cross_entropy": 0,
+    "scale_lr": 3e-2,
+    "distillation": {
+        "kind": "kl",
+        "gate": False,
+        "omega": 0,
+        "controller": "fixed",
+        "beta": 1,
+        "temperature": 1,
+    },
+}
+
+
+@pytest.fixture
+def rough(after: After, llava: LlavaForConditionalGeneration) -> Learner:
+    """Few codes whose scales learn."""
+    recipe = Recipe.from_dict({"name": "rough", "weights": {"decoder": {"bits": 2}}})
+    passes = [PlanQuantization(recipe), InsertFakeQuant(8), FreeScales(), SelectSupervised()]
+    return Learner(with_own_tensors(run_passes(after("analyze-modality"), passes).program), llava)
+
+
+@pytest.fixture
+def itself(after: After, llava: LlavaForConditionalGeneration) -> Learner:
+    return Learner(after("analyze-modality,select-supervised"), llava)
+
+
+def test_scales_alone_come_nearer_to_the_original(rough: Learner, itself: Learner) -> None:
+    """Whatever the labels say: every token of text counts, and nothing but scales moves."""
+    before, codes = weights(rough), frozen_weights(Freeze().run(rough.program).program)
+
+    def unlabelled(numbers: Sequence[int]) -> Batch:
+        batch = dict(collate(numbers, texts=numbers[:1]))
+        return {**batch, "labels": torch.full_like(batch["labels"], -100)}
+
+    held_out = [unlabelled([0, 5]), unlabelled([3])]
+    options = rule(steps=8, evaluate_every=4, **SCALES_ONLY)
+    curve = go(rough, itself, options, collate=unlabelled, held_out=held_out)
+    first, *_, last = (row["held_out_kl"] for row in curve.held_out)
+    assert last < 0.9 * first and curve.chosen_by == "held_out_kl" and curve.best_step == 8
+    assert all(0 <= row["held_out_top1"] <= 1 for row in curve.held_out)
+    assert all("held_out_exact" not in row for row in curve.held_out)
+    assert all(row["ce"] == row["rcka"] == 0 and row["distillation"] > 0 for row in curve.rows)
+    assert curve.notes[0].startswith("trained 8 steps; held-out KL to the teacher")
+    moved = {name for name, now in weights(rough).items() if not torch.equal(before[name], now)}
+    assert moved == {f"{fqn}_scale" for fqn in codes}
+    for fqn, weight in frozen_weights(Freeze().run(rough.program).program).items():
+        assert torch.equal(weight.stored, codes[fqn].stored)
+        assert not torch.equal(weight.scales, codes[fqn].scales)
+
+
+def test_scales_alone_in_bfloat16_matmuls(rough: Learner, itself: Learner) -> None:
+    row = go(rough, itself, rule(steps=1, precision="bfloat16", **SCALES_ONLY)).rows[0]
+    assert row["distillation"] > 0 and row["grad_norm"] > 0
+
+
+def test_where_nothing_learns_it_says_so(rough: Learner, itself: Learner) -> None:
+    with pytest.raises(GracecError, match=r"training\.frozen: nothing learns"):
+        go(rough, itself, rule(frozen=["decoder", "head"], **SCALES_ONLY))
 
 
 @pytest.mark.parametrize("size", [1, 4])
@@ -328,6 +476,56 @@ def test_signs_of_scales_are_not_trained_and_are_part_of_a_checkpoint(
     go(other, None, TEXTS_ONLY, resume=True, **options)
     for found in fake_quantized(other.program):
         assert torch.equal(found.scales, trained[found.fqn])
+
+
+class Stopped(Exception):
+    """Somebody stops a run."""
+
+
+def stop_at(step: int) -> Callable[[dict[str, Any]], None]:
+    def stop(row: dict[str, Any]) -> None:
+        if row["step"] == step and "ce" in row:
+            raise Stopped
+
+    return stop
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_a_run_with_a_candidate_resumes_to_the_same_bits(
+    good: bool, student: Learner, tmp_path: Path
+) -> None:
+    """It is not scored again, and what else learns is as it was before the run began."""
+    candidate = calibrated(student, good=good)
+    options = rule(steps=4, evaluate_every=2, distillation=ALONE, lr=1e-6 if good else 3e-3)
+    more: dict[str, Any] = {"candidate": candidate, "fingerprint": FINGERPRINT}
+    parts = [Learner(with_own_tensors(student.program), student.model) for _ in range(3)]
+    expected = go(parts[0], None, options, directory=tmp_path / "whole", **more)
+    assert (expected.best_step is None) == good
+    more["directory"] = tmp_path / "part"
+    with pytest.raises(Stopped):
+        go(parts[1], None, options, log=stop_at(3), **more)
+    rows: list[dict[str, Any]] = []
+    curve = go(parts[2], None, options, resume=True, log=rows.append, **more)
+    assert curve.to_dict() == expected.to_dict()
+    assert not any("candidate" in row for row in rows)
+    for name, tensor in weights(parts[0]).items():
+        assert torch.equal(tensor, weights(parts[2])[name]), name
+
+
+def test_a_run_of_scales_resumes_to_the_same_bits(
+    rough: Learner, itself: Learner, tmp_path: Path
+) -> None:
+    options = rule(steps=4, evaluate_every=2, **SCALES_ONLY)
+    parts = [Learner(with_own_tensors(rough.program), rough.model) for _ in range(3)]
+    more: dict[str, Any] = {"fingerprint": FINGERPRINT, "directory": tmp_path / "whole"}
+    expected = go(parts[0], itself, options, **more)
+    more["directory"] = tmp_path / "part"
+    with pytest.raises(Stopped):
+        go(parts[1], itself, options, log=stop_at(3), **more)
+    curve = go(parts[2], itself, options, resume=True, **more)
+    assert curve.to_dict() == expected.to_dict() and curve.chosen_by == "held_out_kl"
+    for name, tensor in weights(parts[0]).items():
+        assert torch.equal(tensor, weights(parts[2])[name]), name
 
 
 def test_a_loss_that_is_not_finite_is_skipped_counted_and_stops_the_run(

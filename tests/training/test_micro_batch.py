@@ -11,7 +11,7 @@ from gracec.capture import family_of
 from gracec.errors import GracecError
 from gracec.objective import supervised_positions
 from gracec.training.micro_batch import MicroBatch
-from tests.tiny import IMAGE_TOKENS, tiny_llava
+from tests.tiny import IMAGE, IMAGE_TOKENS, tiny_llava
 
 
 @pytest.fixture
@@ -56,3 +56,25 @@ def test_a_batch_that_the_graph_does_not_take_is_refused(
 ) -> None:
     with pytest.raises(GracecError, match="places for 32 visual tokens, the 1 images"):
         MicroBatch.read(llava, {**labelled, "pixel_values": labelled["pixel_values"][:1]})
+
+
+@pytest.mark.parametrize("padded_on", ["left", "right"])
+def test_every_token_of_text_may_be_a_target(
+    llava: LlavaForConditionalGeneration, batch: dict[str, Tensor], padded_on: str
+) -> None:
+    """Not padding, not the places of a picture, and not what only padding comes before."""
+    if padded_on == "right":
+        lengths = batch["attention_mask"].sum(1).tolist()
+        for name in ("input_ids", "attention_mask"):
+            rows = [row.roll(n - len(row)) for row, n in zip(batch[name], lengths, strict=True)]
+            batch = {**batch, name: torch.stack(rows)}
+    micro = MicroBatch.read(llava, batch, everywhere=True)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    expected = [
+        (row * ids.shape[1] + at, int(ids[row, at + 1]))
+        for row in range(len(ids))
+        for at in range(ids.shape[1] - 1)
+        if mask[row, at] and mask[row, at + 1] and ids[row, at + 1] != IMAGE
+    ]
+    assert list(zip(micro.index.tolist(), micro.labels.tolist(), strict=True)) == expected
+    assert micro.shape == ids.shape and len(expected) > 10

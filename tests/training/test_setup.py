@@ -89,3 +89,20 @@ def test_a_short_run_warms_omega_up_in_half_of_it() -> None:
 def test_capacity_is_high_for_spread_codes_and_one_without_any(after: After) -> None:
     assert 0.6 < capacity(after(FAKE)) < 1
     assert capacity(after("analyze-modality")) == 1.0
+
+
+def test_scales_alone_learn_where_the_recipe_says_so(after: After) -> None:
+    for text in (FAKE, f"{FAKE},free-scales"):
+        program = after(text)
+        found = trainable(program, ["vision"], "scales")
+        assert len(found) == 14 and all(name.endswith(".weight_scale") for name in found)
+        groups = parameter_groups(program, found, Training(lr=1.0, scale_lr=2.0))
+        assert [(group["lr"], group["weight_decay"]) for group in groups] == [(2.0, 0.0)]
+        assert not trainable(program, ["vision", "decoder"], "scales")
+    freed = after(f"{FAKE},free-scales")
+    learn = trainable(freed, ["vision"])
+    assert "model.language_model.norm.weight" in learn and found.keys() < learn.keys()
+
+
+def test_capacity_counts_codes_whose_scales_learn(after: After) -> None:
+    assert capacity(after(f"{FAKE},free-scales")) == capacity(after(FAKE))

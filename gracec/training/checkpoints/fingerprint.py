@@ -31,6 +31,8 @@ class Fingerprint:
         data: of the samples and their order.
         processor: of the processor's configuration (`fingerprint_of_json`).
         recipe: of the resolved recipe.
+        calibration: of the codes that a calibration found, to start from or to compare with; empty
+            without one.
         threads: how many threads torch computes with; sums are split among them.
         torch: version of torch.
         gracec: version of gracec.
@@ -42,6 +44,7 @@ class Fingerprint:
     data: str
     processor: str
     recipe: str
+    calibration: str = ""
     threads: int = field(default_factory=torch.get_num_threads)
     torch: str = field(default_factory=lambda: str(torch.__version__))
     gracec: str = __version__

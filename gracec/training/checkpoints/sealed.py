@@ -51,6 +51,7 @@ class _Run(JsonModel):
     data: str
     processor: str
     recipe: str
+    calibration: str = ""
     threads: int
     torch: str
     gracec: str
