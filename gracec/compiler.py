@@ -33,7 +33,7 @@ from gracec.stages.source import load_source
 from gracec.stages.train import train
 from gracec.targets.base import Runtime, Target
 from gracec.training.ranks import rank
-from gracec.training.run_directory import FROZEN, alone_in, kept_of_user, remove_run
+from gracec.training.run_directory import FROZEN, alone_in, kept_of_user, open_run, remove_run
 
 __all__ = ["CompiledModel", "compile", "load"]
 
@@ -118,7 +118,7 @@ def compile(
     )
     lowering_passes(request)  # one that has no place is refused before a weight is read
     journal = Journal(list(request.notes))
-    with alone_in(request.training_dir if request.training is not None else None):
+    with alone_in(request.training_dir if request.keeps_run else None):
         clear_place(request, journal)
         frozen, exam = quantize(model, request, journal)
         runtime = lower(frozen, request.target, journal, strict=request.strict)
@@ -128,10 +128,12 @@ def compile(
 
 
 def clear_place(request: Request, journal: Journal) -> None:
-    """Look at the place of the output once more, now that nobody else trains for it."""
+    """Look at the place of the output once more, now that nobody else runs for it."""
     if request.output_dir is not None and rank() == 0:
         check_target(request.output_dir, request.overwrite)
         journal.note("", *clear_leftovers(request.output_dir))
+    if request.training_dir is not None and request.keeps_run and rank() == 0:
+        journal.note("", *open_run(request.training_dir, resume=request.resume))
 
 
 def quantize(model: Any, request: Request, journal: Journal) -> tuple[Frozen, Exam]:
@@ -173,7 +175,7 @@ def publish(
     """
     failed, place, report = exam.failure is not None, request.output_dir, None
     if place is not None and rank() == 0:
-        run = request.training_dir if request.training is not None else None
+        run = request.training_dir if request.keeps_run else None
         if run is not None:
             journal.note("training", *kept_of_user(run))
         place = unused(Path(f"{place}.failed")) if failed else place

@@ -95,6 +95,16 @@ class Request:
         """Whether scales and codes of weights are calibrated on `train_data`."""
         return self.train_data is not None and self.recipe.calibrates_weights
 
+    @property
+    def corrects_codes(self) -> bool:
+        """Whether codes of weights are corrected on `train_data`, one fused set after the other."""
+        return self.calibrates_weights and self.recipe.calibration.method != "moments"
+
+    @property
+    def keeps_run(self) -> bool:
+        """Whether it takes so long that what is done is kept, to go on from."""
+        return self.training is not None or self.corrects_codes
+
     @cached_property
     def held_out(self) -> Any:
         """What chooses the best state of a training, and is not calibrated on; questions as
@@ -105,7 +115,7 @@ class Request:
 
     @property
     def training_dir(self) -> Path | None:
-        """Where a training keeps what it needs to go on, until the result is published."""
+        """Where a run keeps what it needs to go on, until the result is published."""
         return None if self.output_dir is None else Path(f"{self.output_dir}.training")
 
     @property

@@ -33,7 +33,7 @@ from gracec.passes.base import Pass, PassResult, PipelineResult, run_passes
 from gracec.passes.correct_codes import CorrectCodes, output_errors
 from gracec.passes.freeze import frozen_weights
 from gracec.passes.insert_fake_quant import fake_quantized
-from gracec.passes.plan_quantization import Plan, plan_of
+from gracec.passes.plan_quantization import Plan, PlanQuantization, plan_of
 from gracec.quant.frozen import FrozenWeight
 from gracec.quant.observers import ActivationSpec
 from gracec.recipe import Recipe
@@ -48,6 +48,14 @@ from gracec.stages.pipelines import (
 )
 from gracec.stages.source import Source
 from gracec.training.calibration import calibration_data, synthetic_samples
+from gracec.training.calibration_run import calibration_run
+from gracec.training.checkpoints.fingerprint import (
+    Fingerprint,
+    describe_device,
+    fingerprint_of_json,
+    fingerprint_of_tensors,
+)
+from gracec.training.ranks import rank
 
 
 @dataclass(frozen=True)
@@ -125,14 +133,24 @@ def prepare(source: Source, request: Request, journal: Journal) -> Prepared:
     blocks = blocks_equal_hidden_states(run_passes(program, ANALYSIS).program, model)
     journal.figures["blocks_equal_hidden_states"] = Equal(blocks, "blocks")
     observed, notes = observe(model, source, request)
-    pipeline, _ = preparing(request.recipe, observed, strict=request.strict).placed(request.further)
     before_correction: list[Program] = []
 
     def watch(item: Pass, before: Program, result: PassResult) -> None:
+        if (
+            item.name == PlanQuantization.name
+        ):  # refuse what nothing can hold before that takes long
+            accept(Prepared(source, model, result.program), request)
         if item.name == CorrectCodes.name:
             before_correction.append(before)
 
-    result = run_passes(program, pipeline, watch)
+    kept = bool(observed.samples) and rank() == 0
+    directory = request.training_dir if kept else None
+    fingerprint = None if directory is None else _fingerprint(model, observed, request.recipe)
+    shown = request.progress and rank() == 0
+    with calibration_run(shown, directory, fingerprint) as progress:
+        observed = replace(observed, progress=progress)
+        pipeline = preparing(request.recipe, observed, strict=request.strict)
+        result = run_passes(program, pipeline.placed(request.further)[0], watch)
     journal.note("calibration", *notes())
     journal.extend(result.notes)
     if not before_correction:
@@ -180,6 +198,19 @@ def observe(
         synthetic = synthetic_samples(model, seed=recipe.calibration.seed)
         found = replace(found, moments=synthetic)
     return found, notes
+
+
+def _fingerprint(model: nn.Module, observed: Observed, recipe: Recipe) -> Fingerprint:
+    """Of everything that decides corrected codes."""
+    samples = [*observed.moments, *observed.samples, *observed.held_out]
+    return Fingerprint(
+        model=fingerprint_of_tensors(dict(model.named_parameters())),
+        teacher="",
+        data=fingerprint_of_json([len(observed.samples), *map(fingerprint_of_tensors, samples)]),
+        processor="",
+        recipe=fingerprint_of_json(recipe.to_dict()),
+        device=describe_device(next(model.parameters()).device),
+    )
 
 
 def _reaches_all(recipe: Recipe, samples: Sequence[Mapping[str, Tensor]]) -> bool:

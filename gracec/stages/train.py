@@ -40,7 +40,6 @@ from gracec.training.log import training_log
 from gracec.training.loop import train as train_learner
 from gracec.training.micro_batch import Batch
 from gracec.training.ranks import join_ranks, rank
-from gracec.training.run_directory import open_run
 from gracec.training.teacher import check_teacher, check_tokenizers
 
 
@@ -78,8 +77,6 @@ def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
     if directory is not None:
         teacher = taught.model if taught else None
         fingerprint = _fingerprint(owned, teacher, data, held_out, request.recipe)
-        if rank() == 0:
-            journal.note("training", *open_run(directory, resume=request.resume))
     with training_log(directory, rule, len(data), request.progress and rank() == 0) as log:
         curve = train_learner(
             student,

@@ -1,7 +1,9 @@
-"""The directory of a training: one process at a time, and what a user put there stays.
+"""The directory of a run, a training or a calibration: one process at a time, and what a user put
+there stays.
 
 OUT.training/.lock            held by the process that trains, as long as it lives
 OUT.training/step-00000042    checkpoints; see `gracec.training.checkpoints.directory`
+OUT.training/calibrated       corrected codes so far; see `gracec.training.calibration_run`
 OUT.training/metrics.jsonl    a row for each optimizer step
 OUT.training/events.out.*     the same for TensorBoard
 OUT.training/frozen           what the training came to, until the result is published
@@ -26,6 +28,7 @@ from gracec.directories import (
     remove_artifact,
 )
 from gracec.errors import GracecError, GracecWarning
+from gracec.training.calibration_run import CALIBRATED, calibrated_sets
 from gracec.training.checkpoints.directory import checkpoints, clean, foreign_to, remove
 from gracec.training.curve import METRICS
 from gracec.training.ranks import rank
@@ -71,17 +74,18 @@ def open_run(directory: Path, *, resume: bool) -> list[str]:
         GracecError: if an earlier run was interrupted there, or, where it should go on, there is
             none but files of somebody else.
     """
-    foreign = foreign_to_run(directory)
-    if resume and foreign and not checkpoints(directory):
+    foreign, own = foreign_to_run(directory), bool(checkpoints(directory))
+    own |= bool(calibrated_sets(directory))
+    if resume and foreign and not own:
         raise GracecError(
-            f"no training was interrupted here, and it holds {listing(foreign)}",
+            f"no run was interrupted here, and it holds {listing(foreign)}",
             where=str(directory),
             fix="move that elsewhere, or choose another output directory",
         )
     if not resume and any(path.name != LOCK for path in _entries(directory)):
-        what = "an earlier training was interrupted here"
+        what = "an earlier run was interrupted here"
         fix = "go on with resume=True (--resume), or remove it"
-        if foreign and not checkpoints(directory):
+        if foreign and not own:
             what = f"it is where checkpoints go, and holds {listing(foreign)}"
             fix = "move that elsewhere, or choose another output directory"
         raise GracecError(what, where=str(directory), fix=fix)
@@ -90,12 +94,17 @@ def open_run(directory: Path, *, resume: bool) -> list[str]:
 
 def foreign_to_run(directory: Path) -> list[str]:
     """Names, in the directory of a run, of what gracec did not write there."""
-    own = {LOCK, METRICS, FROZEN, f".{FROZEN}.gracec"}
+    own = {LOCK, METRICS, FROZEN, CALIBRATED, f".{FROZEN}.gracec"}
     runs = {path.name: path for path in checkpoints(directory)}
     left = {n for n in map(_name, _entries(directory)) if n.startswith((".step-", EVENTS))}
     names = [n for n in map(_name, _entries(directory)) if n not in own | runs.keys() | left]
     frozen = directory / FROZEN
     within = {name: foreign_to(path) for name, path in runs.items()}
+    sets = {path.name for path in calibrated_sets(directory)}
+    rooms = {f".{name}.gracec" for name in sets}
+    within[CALIBRATED] = [
+        name for name in map(_name, _entries(directory / CALIBRATED)) if name not in sets | rooms
+    ]
     within[FROZEN] = foreign_files(frozen) if is_artifact(frozen) else files_in(frozen)
     return sorted([*names, *(f"{at}/{name}" for at, found in within.items() for name in found)])
 
@@ -115,6 +124,11 @@ def remove_run(directory: Path) -> None:
         clean(directory)
         for path in checkpoints(directory):
             remove(path)
+        for path in calibrated_sets(directory):
+            path.unlink()
+            clear_leftovers(path)
+        if (directory / CALIBRATED).is_dir() and not _entries(directory / CALIBRATED):
+            (directory / CALIBRATED).rmdir()
         for path in (directory / METRICS, *directory.glob(f"{EVENTS}*")):
             path.unlink(missing_ok=True)
         clear_leftovers(directory / FROZEN)

@@ -20,7 +20,6 @@ from gracec.stages import train as stage
 from gracec.stages.prepare import Prepared
 from gracec.stages.source import load_source
 from gracec.stages.train import train
-from gracec.training.curve import METRICS
 from tests.tiny import tiny_image, tiny_llava, tiny_processor
 
 After = Callable[[str], Program]
@@ -99,15 +98,3 @@ def test_a_teacher_with_other_tokens_is_refused(
     words.tokenizer.add_tokens(["w999"])
     with pytest.raises(GracecError, match="different tokenizers: 'w999' differs"):
         trained(teacher=saved, processor=words)
-
-
-def test_what_an_interrupted_training_left_is_not_overwritten(
-    trained: Callable[..., Journal], tmp_path: Path
-) -> None:
-    options = {"recipe": recipe(**ALONE), "output_dir": tmp_path / "out", "formats": ()}
-    trained(**options)
-    (tmp_path / "out.training").mkdir(exist_ok=True)
-    (tmp_path / "out.training" / METRICS).touch()
-    with pytest.raises(GracecError, match="an earlier training was interrupted here"):
-        trained(**options)
-    trained(**options, resume=True)

@@ -289,7 +289,7 @@ def test_a_killed_compilation_resumes_to_the_same_codes(
     whole = gracec.compile(llava, output_dir=tmp_path / "whole", **options())
     assert in_a_child(compile_until_killed, tmp_path / "out") == signal.SIGKILL
     assert (tmp_path / "out.training").is_dir() and not (tmp_path / "out").exists()
-    with pytest.raises(GracecError, match="an earlier training was interrupted here"):
+    with pytest.raises(GracecError, match="an earlier run was interrupted here"):
         gracec.compile(llava, output_dir=tmp_path / "out", **options())
     again = gracec.compile(llava, output_dir=tmp_path / "out", resume=True, **options())
     assert any("resumed after optimizer step 2" in note.text for note in again.report.notes)

@@ -90,10 +90,10 @@ def test_a_folder_of_somebody_else_is_no_run(tmp_path: Path) -> None:
     assert open_run(tmp_path, resume=False) == []
     (tmp_path / METRICS).touch()  # before its first checkpoint
     assert open_run(tmp_path, resume=True) == []
-    with pytest.raises(GracecError, match="an earlier training was interrupted here; go on with"):
+    with pytest.raises(GracecError, match="an earlier run was interrupted here; go on with"):
         open_run(tmp_path, resume=False)
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(GracecError, match=r"no training was interrupted .*holds notes\.txt; move"):
+    with pytest.raises(GracecError, match=r"no run was interrupted .*holds notes\.txt; move"):
         open_run(tmp_path, resume=True)
     with pytest.raises(GracecError, match=r"where checkpoints go, and holds notes\.txt; move"):
         open_run(tmp_path, resume=False)
