@@ -106,8 +106,10 @@ def test_a_condition_is_a_built_in_recipe_with_what_it_varies() -> None:
     assert len(names) == len(set(names))
     for condition, seed in conditions.jobs():
         recipe = condition.resolved(seed)
-        assert (recipe.training is None) == (condition.scenes == 0)
-        assert recipe.calibration.method == "weights"
+        assert (recipe.training is None) == (condition.steps == 0)
+        assert recipe.calibration.method == ("auto" if condition.calibrated else "weights")
+        signed = {rule.signed for rule in recipe.weights.values() if rule is not None}
+        assert signed <= {condition.calibrated}
         if recipe.training is not None:
             assert recipe.training.seed == seed
             assert recipe.training.lr == condition.training.get("lr", 1e-4)

@@ -2,7 +2,8 @@
 
 A condition is a built-in recipe with the learning rates of a small model and with what is being
 varied. It is run once for each seed; a seed decides the training scenes, their order and the part
-of them that is held out. All begin with scales from the weights alone.
+of them that is held out. All begin with positive scales from the weights alone, but for those that
+are calibrated.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ STRESS = both(2)
 LAST = {"evaluate_every": 100, "keep": "last"}
 NO_TRAINING = "w4a16-ptq"
 ALL_SCENES = 2000
+CALIBRATION_SCENES = 30
+"""Of which 128 of 150 questions are drawn."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Condition:
         weights: instead of the recipe's.
         distillation, training: fields that differ from the recipe's.
         restyled: every question has a picture of its own, redrawn in another style.
+        calibrated: scales may be negative and are weighed by what they multiply; with scenes, codes
+            are corrected, and the seed draws what on.
     """
 
     part: str
@@ -63,6 +68,7 @@ class Condition:
     training: dict[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
     restyled: bool = False
+    calibrated: bool = False
 
     @property
     def choose_on_validation(self) -> bool:
@@ -73,9 +79,14 @@ class Condition:
     def resolved(self, seed: int) -> Recipe:
         """The recipe of one run."""
         fields = Recipe.load(self.recipe).to_dict()
-        fields |= {"name": self.name, "calibration": {"method": "weights"}}
+        fields["name"] = self.name
+        fields["calibration"] = {"seed": seed} if self.calibrated else {"method": "weights"}
         if self.weights is not None:
             fields["weights"] = self.weights
+        fields["weights"] = {
+            part: rule and {**rule, "signed": self.calibrated}
+            for part, rule in fields["weights"].items()
+        }
         if fields["training"] is not None:
             own = {"steps": self.steps, "seed": seed, **self.training}
             distillation = {**fields["training"]["distillation"], **self.distillation}
@@ -85,7 +96,7 @@ class Condition:
 
 def conditions() -> list[Condition]:
     """All of them, the most important first."""
-    parts = (_all_data, _long, _stress, _little_data, _ablations, _groups, _remedies)
+    parts = (_all_data, _long, _stress, _calibrated, _little_data, _ablations, _groups, _remedies)
     return [condition for part in parts for condition in part()]
 
 
@@ -131,6 +142,18 @@ def _stress() -> Iterator[Condition]:
     training |= {"weights": both(3)}
     yield Condition("stress", "w3-grace", "w4a16", "teacher", **training)
     yield Condition("stress", "w3-qat", "w4a16-qat", **training)
+
+
+def _calibrated() -> Iterator[Condition]:
+    """Without training on a few questions, or on none; and trained from there."""
+    for bits in (4, 3, 2):
+        given: dict[str, Any] = {"weights": both(bits), "calibrated": True}
+        yield Condition("calibrated", f"w{bits}-no-data", NO_TRAINING, **given)
+        given |= {"scenes": CALIBRATION_SCENES}
+        yield Condition("calibrated", f"w{bits}-calibrated", NO_TRAINING, **given)
+    given = {"scenes": ALL_SCENES, "steps": 200, "weights": STRESS, "calibrated": True}
+    yield Condition("calibrated", "w2-qat-calibrated", "w4a16-qat", **given)
+    yield Condition("calibrated", "w2-grace-calibrated", "w4a16", "teacher", **given)
 
 
 def _little_data() -> Iterator[Condition]:

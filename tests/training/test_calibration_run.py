@@ -94,8 +94,8 @@ def test_a_calibration_of_something_else_is_not_gone_on_with(
         "data": {"train_data": texts(1)},
         "recipe": {"recipe": {"calibration": {"damping": 0.02}}},
     }.items():
+        given = options(**changed)
         with pytest.raises(GracecError, match=f"the {what} changed since the checkpoint"):
-            given = options(**changed)
             gracec.compile(llava, output_dir=tmp_path / "out", resume=True, **given)
     (path,) = calibrated_sets(tmp_path / "out.training")
     path.write_bytes(path.read_bytes()[:-100])
