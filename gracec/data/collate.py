@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -81,47 +81,58 @@ class Collator:
             GracecError: if the template writes an answer otherwise than after its own prompt; if
                 `max_length` cuts off a part of a picture; in strict mode, if a sample is broken.
         """
+        return self._collated(samples, self._row)
+
+    def unlabelled(self, *samples: Sample | BrokenSample) -> Batch:
+        """Samples of whose labels nothing is learned; they may end with a question.
+
+        Returns:
+            As for a batch; the labels are all -100. Where every sample ends with a question, what
+            asks for its answer follows.
+
+        Raises:
+            EmptyBatch: if all are broken, or the processor refuses them.
+            GracecError: as for a batch.
+        """
+        turns = [sample.turns for sample in samples if isinstance(sample, Sample)]
+        asks = bool(turns) and all(own[-1].role != "assistant" for own in turns)
+
+        def row(encoded: Mapping[str, Any], index: int, sample: Sample) -> Row:
+            return self._answers.unlabelled(sample, self._ids(encoded, index))
+
+        return self._collated(samples, row, generation_prompt=asks)
+
+    def _collated(
+        self,
+        samples: Sequence[Sample | BrokenSample],
+        row: Callable[[Mapping[str, Any], int, Sample], Row | None],
+        *,
+        generation_prompt: bool = False,
+    ) -> Batch:
+        """A batch of what is not broken.
+
+        Args:
+            row: of what is encoded, the row of a sample; None if it is broken.
+        """
         if not samples:
             raise GracecError("a batch needs a sample")
         whole = [sample for sample in samples if isinstance(sample, Sample)]
         usable = [sample for sample in whole if self._is_usable(sample)]
         while usable:
             try:
-                encoded = self._encode(usable)
+                encoded = self._encode(usable, generation_prompt=generation_prompt)
             except GracecError:
                 taken = [sample for sample in usable if self._is_taken(sample)]
                 if len(taken) == len(usable):
                     raise  # together only
                 usable = taken
                 continue
-            rows = [self._row(encoded, i, sample) for i, sample in enumerate(usable)]
-            if all(row is not None for row in rows):
-                return self._batch(encoded, [row for row in rows if row is not None])
+            rows = [row(encoded, i, sample) for i, sample in enumerate(usable)]
+            if all(found is not None for found in rows):
+                return self._batch(encoded, [found for found in rows if found is not None])
             # Which pixels belong to a sample is known to the processor only: once more, without.
-            usable = [sample for sample, row in zip(usable, rows, strict=True) if row is not None]
+            usable = [one for one, found in zip(usable, rows, strict=True) if found is not None]
         raise self._empty(samples[0])
-
-    def unlabelled(self, sample: Sample | BrokenSample) -> Batch:
-        """A sample by itself of which nothing is learned; it may end with a question.
-
-        Returns:
-            As for a batch of one; the labels are all -100. After a question follows what asks for
-            its answer.
-
-        Raises:
-            EmptyBatch: if it is broken, or the processor refuses it.
-            GracecError: as for a batch.
-        """
-        if isinstance(sample, Sample) and self._is_usable(sample):
-            asks = sample.turns[-1].role != "assistant"
-            try:
-                encoded = self._encode([sample], generation_prompt=asks)
-            except GracecError as error:
-                self._report(sample, error.what)
-            else:
-                ids: list[int] = encoded["input_ids"][0].tolist()
-                return self._batch(encoded, [self._answers.unlabelled(sample, ids)])
-        raise self._empty(sample)
 
     def _empty(self, first: Sample | BrokenSample) -> EmptyBatch:
         last = f", the last being {self.problems[-1]}" if self.problems else ""
@@ -187,19 +198,24 @@ class Collator:
 
     def _row(self, encoded: Mapping[str, Any], index: int, sample: Sample) -> Row | None:
         """Row `index` of the batch, without padding; None if the sample is broken."""
-        mask: Tensor = encoded["attention_mask"][index]
-        length = int(mask.sum())
-        if not bool(mask[:length].all()):
-            raise GracecError("the processor does not pad on the right", where="batch")
-        ids: list[int] = encoded["input_ids"][index, :length].tolist()
+        ids = self._ids(encoded, index)
         marks: list[int] = []
         if self._answers.prompts.marks_answers:
-            marks = torch.as_tensor(encoded["assistant_masks"][index])[:length].tolist()
+            marks = torch.as_tensor(encoded["assistant_masks"][index])[: len(ids)].tolist()
         try:
             return self._answers.row(sample, ids, marks)
         except Broken as broken:
             self._report(sample, broken.reason)
             return None
+
+    def _ids(self, encoded: Mapping[str, Any], index: int) -> list[int]:
+        """The tokens of row `index`, without padding."""
+        mask: Tensor = encoded["attention_mask"][index]
+        length = int(mask.sum())
+        if not bool(mask[:length].all()):
+            raise GracecError("the processor does not pad on the right", where="batch")
+        found: list[int] = encoded["input_ids"][index, :length].tolist()
+        return found
 
     def _batch(self, encoded: Mapping[str, Any], rows: Sequence[Row]) -> Batch:
         """The processor's tensors with the rows as they are now, and the labels."""

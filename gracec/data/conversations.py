@@ -131,22 +131,6 @@ def is_plain_text(opened: Source) -> bool:
         return False
 
 
-def open_with_held_out(
-    train_data: Any, eval_data: Any, share: float, seed: int, *, strict: bool = False
-) -> tuple[TrainData, TrainData]:
-    """Data to train on, and data that chooses the best state.
-
-    Args:
-        train_data, eval_data: what `open_train_data` takes; without `eval_data` a part of the
-            former is held out.
-        share, seed: of `TrainData.split`.
-    """
-    data = open_train_data(train_data, strict=strict)
-    if eval_data is not None:
-        return data, open_train_data(eval_data, strict=strict)
-    return data.split(share, seed)
-
-
 @dataclass(frozen=True)
 class _Reader:
     """Reads and checks single records; `root` is resolved."""

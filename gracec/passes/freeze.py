@@ -11,6 +11,7 @@ Codes that are there already, whose scales were free to learn (`free-scales`), a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -82,6 +83,19 @@ def freeze_weights(program: Program) -> int:
         replace_by_codes(program, fake.node, seen_through(operand), frozen)
         count += 1
     return count
+
+
+def with_codes(program: Program, weights: Mapping[str, FrozenWeight]) -> Program:
+    """The program with these codes in the place of fake-quantized weights, by FQN."""
+    program = program.copy()
+    for fake in fake_quantized(program):
+        if fake.fqn in weights:
+            operand = fake.node.args[0]
+            assert isinstance(operand, fx.Node)
+            replace_by_codes(program, fake.node, seen_through(operand), weights[fake.fqn])
+    drop_dead_tensors(program)
+    program.recompile()
+    return program
 
 
 def learnt_scales(program: Program, node: fx.Node) -> Tensor:

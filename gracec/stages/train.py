@@ -14,13 +14,12 @@ from transformers import PreTrainedModel
 from gracec.capture import capture
 from gracec.capture.hidden import blocks_equal_hidden_states
 from gracec.data.collate import Collator, EmptyBatch
-from gracec.data.conversations import TrainData, open_with_held_out
 from gracec.errors import GracecError
 from gracec.journal import Journal
 from gracec.models.loading import load_model, load_processor
 from gracec.passes.base import run_passes
 from gracec.passes.free_scales import FreeScales
-from gracec.passes.freeze import SCALE_CODES, Freeze, frozen_weights
+from gracec.passes.freeze import SCALE_CODES, Freeze, frozen_weights, with_codes
 from gracec.passes.pipeline import Pipeline
 from gracec.quant.frozen import code_hash
 from gracec.recipe import Recipe
@@ -28,7 +27,6 @@ from gracec.report.report import sqnr_db
 from gracec.request import Request
 from gracec.stages.pipelines import ANALYSIS, learning
 from gracec.stages.prepare import Prepared
-from gracec.training.candidate import write_codes
 from gracec.training.checkpoints.fingerprint import (
     Fingerprint,
     describe_device,
@@ -40,6 +38,7 @@ from gracec.training.log import training_log
 from gracec.training.loop import train as train_learner
 from gracec.training.micro_batch import Batch
 from gracec.training.ranks import join_ranks, rank
+from gracec.training.samples import Samples, open_samples
 from gracec.training.teacher import check_teacher, check_tokenizers
 
 
@@ -69,21 +68,19 @@ def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
     candidate = owned.candidate
     program = run_passes(owned.program, taps.placed(request.further)[0]).program
     student = Learner(program, owned.model)
-    data, held_out = open_with_held_out(
-        request.train_data, request.held_out, rule.held_out, rule.seed, strict=request.strict
-    )
     collate = Collator(processor, owned.model, rule.max_length, request.strict)
+    samples, held_out = open_samples(request.train_data, request.held_out, rule, collate)
     directory, fingerprint = request.training_dir, None
     if directory is not None:
         teacher = taught.model if taught else None
-        fingerprint = _fingerprint(owned, teacher, data, held_out, request.recipe)
-    with training_log(directory, rule, len(data), request.progress and rank() == 0) as log:
+        fingerprint = _fingerprint(owned, teacher, (samples, held_out), request.recipe)
+    with training_log(directory, rule, len(samples), request.progress and rank() == 0) as log:
         curve = train_learner(
             student,
             taught,
-            lambda numbers: collate([data.sample(number) for number in numbers]),
-            len(data),
-            _Batches(held_out, collate, rule.micro_batch_size),
+            samples.batch,
+            len(samples),
+            _Batches(held_out, rule.micro_batch_size),
             rule,
             candidate=candidate,
             fingerprint=fingerprint,
@@ -91,7 +88,8 @@ def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
             resume=request.resume,
             log=log,
         )
-    said = (*data.notes, *held_out.notes, *data.problems, *held_out.problems, *collate.problems)
+    one, other = samples.data, held_out.data
+    said = (*one.notes, *other.notes, *one.problems, *other.problems, *collate.problems)
     journal.note("training", *said, *curve.notes)
     journal.training = curve.to_dict()
     return replace(owned, candidate=None)
@@ -99,8 +97,8 @@ def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
 
 def _with_free_scales(prepared: Prepared) -> Prepared:
     """The same with codes whose scales learn: those of the candidate, or of the graph."""
-    write_codes(prepared.program, prepared.candidate or {})
-    program = run_passes(prepared.program, [FreeScales()]).program
+    program = with_codes(prepared.program, prepared.candidate or {})
+    program = run_passes(program, [FreeScales()]).program
     return replace(prepared, program=program, candidate=None)
 
 
@@ -122,22 +120,20 @@ def _teacher(prepared: Prepared, request: Request, taps: Pipeline) -> Learner:
 class _Batches:
     """All samples of some data in batches, made anew each time."""
 
-    data: TrainData
-    collate: Collator
+    samples: Samples
     size: int
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self.data), self.size):
-            numbers = range(start, min(start + self.size, len(self.data)))
+        for start in range(0, len(self.samples), self.size):
+            numbers = range(start, min(start + self.size, len(self.samples)))
             with suppress(EmptyBatch):
-                yield self.collate([self.data.sample(number) for number in numbers])
+                yield self.samples.batch(numbers)
 
 
 def _fingerprint(
     prepared: Prepared,
     teacher: nn.Module | None,
-    data: TrainData,
-    held_out: TrainData,
+    parts: tuple[Samples, ...],
     recipe: Recipe,
 ) -> Fingerprint:
     model, processor = prepared.model, prepared.source.processor
@@ -145,7 +141,7 @@ def _fingerprint(
         model=fingerprint_of_tensors(dict(model.named_parameters())),
         calibration=_calibration(prepared),
         teacher=fingerprint_of_tensors(dict(teacher.named_parameters())) if teacher else "",
-        data=fingerprint_of_json([data.fingerprint, held_out.fingerprint]),
+        data=fingerprint_of_json([part.data.fingerprint for part in parts]),
         processor=fingerprint_of_json(json.loads(processor.to_json_string())),
         recipe=fingerprint_of_json(recipe.to_dict()),
         device=describe_device(next(model.parameters()).device),

@@ -17,14 +17,12 @@ from gracec.data.conversations import (
     TrainData,
     draw_apart,
     epoch_order,
-    is_plain_text,
-    open_train_data,
-    read_conversations,
 )
 from gracec.data.sources import open_source
-from gracec.data.text import WINDOW, TextWindows, read_text_windows
+from gracec.data.text import TextWindows
 from gracec.errors import GracecError
 from gracec.recipe import Calibration, Recipe
+from gracec.training.samples import positions_of, read_samples
 
 Inputs: TypeAlias = dict[str, Tensor]
 
@@ -49,7 +47,7 @@ def synthetic_samples(model: PreTrainedModel, *, tokens: int = 3072, seed: int =
     """
     family = family_of(model)
     generator = torch.Generator().manual_seed(seed)
-    positions = _positions(model)
+    positions = positions_of(model)
     images = min(MOST_PICTURES, max(1, SYNTHETIC_VISUAL // _visual_tokens(model, 1)))
     if 2 * _visual_tokens(model, images) > positions:
         images = 1
@@ -67,12 +65,6 @@ def _visual_tokens(model: PreTrainedModel, images: int) -> int:
     family = family_of(model)
     pictures = family.example_images(model, images, torch.Generator().manual_seed(0))
     return max(1, sum(family.image_tokens(model, pictures)))
-
-
-def _positions(model: PreTrainedModel) -> int:
-    """Tokens that a model has positions for; without a number, as many as anybody asks for."""
-    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(found) if found else 1 << 30
 
 
 @dataclass(frozen=True)
@@ -200,8 +192,8 @@ def calibration_data(
 ) -> CalibrationData:
     """Open what a model is calibrated on.
 
-    A recipe that trains calibrates on what it trains on, without what it holds out. Any other may
-    be given plain text and questions without answers as well.
+    A recipe that trains calibrates on what it trains on, without what it holds out. One that needs
+    no answers may be given plain text and questions without answers as well.
 
     Args:
         eval_data: conversations or questions that are held out: what has a picture in common with
@@ -214,21 +206,17 @@ def calibration_data(
         raise GracecError("calibration needs the model's processor", fix="pass processor=")
     rule = recipe.training
     collate = Collator(processor, model, None if rule is None else rule.max_length, strict)
-    opened = open_source(train_data)
-    if rule is None and is_plain_text(opened):
-        length = min(WINDOW, _positions(model))
-        texts = read_text_windows(opened, processor, length, strict=strict)
-        return CalibrationData(model, recipe.calibration, texts, collate)
-    data = read_conversations(opened, strict=strict, answered=rule is not None)
-    if eval_data is not None:
-        held = open_train_data(eval_data, strict=strict)
-        data = data.without(held)
+    opened, answered = open_source(train_data), rule is not None and rule.labels == "answers"
+    data = read_samples(opened, collate, answered=answered)
+    if eval_data is not None and isinstance(data, TrainData):
+        held = read_samples(open_source(eval_data), collate, answered=answered)
+        data = data.without(held) if isinstance(held, TrainData) else data
         if not len(data):
             raise GracecError(
                 "everything in train_data is in eval_data as well",
                 where=opened.name,
                 fix="give other data to calibrate on",
             )
-    elif rule is not None:
+    elif rule is not None and eval_data is None:
         data, _ = data.split(rule.held_out, rule.seed)
     return CalibrationData(model, recipe.calibration, data, collate)

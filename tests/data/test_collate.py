@@ -192,6 +192,24 @@ def test_an_answered_sample_may_be_read_without_labels() -> None:
     assert (batch["labels"] == -100).all()
 
 
+def test_several_samples_without_labels_are_padded_on_the_right() -> None:
+    """Where one of them has an answer, none asks for its own: the template does so for all."""
+    collate = collator()
+    bad = sample("<image>\nwhat is </s> ?", where="a.jsonl:3")
+    with pytest.warns(GracecWarning, match="a control token"):
+        batch = collate.unlabelled(QUESTION, bad, ONE)
+    asked, answered = collate.unlabelled(QUESTION), collate.unlabelled(ONE)
+    pairs = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    rows = [ids[real.bool()] for ids, real in pairs]
+    assert torch.equal(rows[1], answered["input_ids"][0])
+    assert torch.equal(rows[0], asked["input_ids"][0, : len(rows[0])])
+    assert len(rows[0]) < asked["input_ids"].shape[1]
+    assert batch["pixel_values"].shape[0] == len(QUESTION.images) + len(ONE.images)
+    assert (batch["labels"] == -100).all()
+    both = collate.unlabelled(QUESTION, QUESTION)["input_ids"]
+    assert all(torch.equal(row, asked["input_ids"][0]) for row in both)
+
+
 def test_what_cannot_be_read_without_labels_either() -> None:
     collate = collator()
     bad = sample("<image>\nwhat is </s> ?", where="a.jsonl:3")

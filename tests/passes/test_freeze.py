@@ -10,10 +10,10 @@ from gracec.errors import PassError
 from gracec.ir.program import Program
 from gracec.passes import PassResult, parse_pipeline, run_passes
 from gracec.passes.apply_codes import ApplyCodes
-from gracec.passes.freeze import Freeze, frozen_weights
+from gracec.passes.freeze import Freeze, frozen_weights, with_codes
 from gracec.passes.insert_fake_quant import fake_quantized
 from gracec.passes.plan_quantization import plan_of
-from gracec.quant.frozen import code_hash
+from gracec.quant.frozen import FrozenWeight, code_hash
 from tests.goldens import ONE_BLOCK
 from tests.signed import fake_quantized_by_halves
 from tests.tiny import tiny_batch, tiny_llava
@@ -93,6 +93,22 @@ def test_the_fake_quantized_program_keeps_its_weights(
     before = after(FAKE)(**batch)[0]
     Freeze().run(after(FAKE))
     assert torch.equal(after(FAKE)(**batch)[0], before)
+
+
+def test_codes_of_others_take_the_place_of_fake_quantized_weights(
+    after: After, batch: dict[str, Tensor]
+) -> None:
+    fqn, weight = next(iter(frozen_weights(after(PIPELINE)).items()))
+    other = FrozenWeight.from_codes((-weight.codes).clamp(-8, 7), weight.scales, weight.spec)
+    program = with_codes(after(FAKE), {fqn: other})
+    found = frozen_weights(Freeze().run(program).program)
+    expected = {**frozen_weights(after(PIPELINE)), fqn: other}
+    assert {name: code_hash(one) for name, one in found.items()} == {
+        name: code_hash(one) for name, one in expected.items()
+    }
+    assert fqn not in {name for names in program.fqns.values() for name in names}
+    assert torch.equal(after(FAKE)(**batch)[0], after(PIPELINE)(**batch)[0])
+    assert not torch.equal(program(**batch)[0], after(FAKE)(**batch)[0])
 
 
 def test_a_weight_that_is_left_fake_quantized_is_an_error(
