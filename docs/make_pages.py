@@ -93,6 +93,9 @@ MEANING = {
     "training.clip": "largest norm of the gradient",
     "training.precision": "of the matmuls; weights, scales and optimizer stay in float32",
     "training.frozen": "parts that are not trained",
+    "training.learns": "weights and scales, or scales alone: codes stay as they were before",
+    "training.labels": "what counts: the tokens of answers, or every token of text, which needs no "
+    "answers and chooses the best state by its distance from the teacher",
     "training.seed": "of the data order and the held-out part",
     "training.max_length": "tokens of the longest sample; null: as long as they are",
     "training.held_out": "share of the data that chooses the best state, without `eval_data`",

@@ -116,7 +116,7 @@ def read_conversations(
         raise GracecError(
             "plain text has no answers to learn",
             where=opened.name,
-            fix="give conversations; text calibrates a recipe that does not train: w4a16-ptq",
+            fix="give conversations, or a recipe that needs no answers: w4a16-ptq, w4a16-scales",
         )
     ledger = Ledger(opened.name, len(opened), strict)
     reader = _Reader(opened, None if root is None else root.resolve(), ledger, answered)
