@@ -31,8 +31,9 @@ def matmul_rows(target: Any, x: Tensor, how: tuple[Any, ...]) -> Iterator[tuple[
             yield expert, x[rows]
     elif target == CONVOLUTION:
         kernel, stride, padding, dilation, groups = how
-        columns = nn.functional.unfold(x, kernel, dilation, padding, stride)  # [B, C * kh * kw, L]
-        rows = columns.transpose(1, 2).reshape(-1, groups, columns.shape[1] // groups)
+        # [B, C * kh * kw, L], of one picture without B.
+        columns = nn.functional.unfold(x, kernel, dilation, padding, stride)
+        rows = columns.mT.reshape(-1, groups, columns.shape[-2] // groups)
         for group in range(groups):
             yield group, rows[:, group]
     else:

@@ -39,7 +39,12 @@ from gracec.ir.program import Program, annotate, annotation
 from gracec.ir.queries import EXPERT_LINEAR, seen_through
 from gracec.ir.stream import Stream
 from gracec.passes.base import Pass, PassResult
-from gracec.passes.freeze import drop_dead_tensors, frozen_nodes, replace_by_codes
+from gracec.passes.freeze import (
+    DEQUANTIZE,
+    drop_dead_tensors,
+    frozen_nodes,
+    replace_by_codes,
+)
 from gracec.passes.insert_fake_quant import FAKE_QUANTIZE, FakeQuantized, fake_quantized, reader
 from gracec.quant import FrozenWeight
 from gracec.quant.gptq import Factor, compensated, corrected_codes, factor
@@ -135,12 +140,14 @@ class CorrectCodes(Pass):
     keeps_numerics: ClassVar[bool] = False
 
     def requires(self, program: Program) -> None:
-        if not any(program.nodes(FAKE_QUANTIZE)):
+        if not any(any(program.nodes(op)) for op in (FAKE_QUANTIZE, DEQUANTIZE)):
             raise self.refuse("nothing is fake-quantized", fix="run insert-fake-quant first")
         if self.order not in ("activation", "natural"):
             raise self.refuse(f"unknown order {self.order!r}", fix="use activation or natural")
 
     def apply(self, program: Program) -> PassResult:
+        if not any(program.nodes(FAKE_QUANTIZE)):
+            return PassResult(program, False)
         samples = list(self.samples) or [program.example_inputs]
         sets = [
             each

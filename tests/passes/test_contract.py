@@ -32,7 +32,9 @@ PREPARED: dict[str, tuple[str, ...]] = {
     "insert-taps": ("analyze-modality",),
     "select-supervised": ("analyze-modality",),
     "insert-observers": (f"{PLAN}{{recipe=w4a8}}", f"{PLAN}{{recipe=w8a8}}"),
-    "insert-fake-quant": (PLAN, OBSERVED),
+    "observe-second-moments": (PLAN, OBSERVED),
+    "insert-fake-quant": (PLAN, OBSERVED, f"{PLAN},observe-second-moments"),
+    "correct-codes": (FAKE, f"{OBSERVED},insert-fake-quant"),
     "freeze": (FAKE, f"{OBSERVED},insert-fake-quant", f"{FAKE},free-scales"),
     "free-scales": (FAKE, FROZEN),
     "lower-torchao": (FROZEN,),
@@ -120,6 +122,7 @@ def test_every_pass_keeps_the_contract(
         (FROZEN, "lower-qdq{ops=matmulnbits mode=fast}"),
         (PLAN, "insert-fake-quant{candidates=2}"),
         (PLAN, "plan-quantization{recipe=w8a8}"),
+        (FAKE, "correct-codes{order=natural asymmetric=0.5 candidates=2}"),
     ],
 )
 def test_and_with_other_options(after: After, batch: Any, before: str, text: str) -> None:
