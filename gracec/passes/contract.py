@@ -20,6 +20,7 @@ from gracec.errors import PassError
 from gracec.ir.program import Program, annotation
 from gracec.ir.text import format
 from gracec.passes.base import Pass, PassResult
+from gracec.quant.second_moments import SecondMoments
 
 
 def check_contract(
@@ -170,7 +171,9 @@ def _annotations(program: Program) -> dict[str, dict[str, Any]]:
 
 
 def _seen(value: Any) -> str:
-    """What an observer has kept: a tensor, several of them, or a plain value."""
+    """What an observer has kept: a tensor, several of them, second moments, or a plain value."""
+    if isinstance(value, SecondMoments):
+        return _seen([value.sums, value.counts])
     if isinstance(value, (list, tuple)):
         return " ".join(map(_seen, value))
     return digest(value) if isinstance(value, Tensor) else str(value)

@@ -17,6 +17,7 @@ from gracec.passes import Pass, PassResult, all_passes, parse_pipeline, run_pass
 from gracec.passes.apply_codes import ApplyCodes
 from gracec.passes.contract import check_contract, digest
 from gracec.passes.freeze import frozen_weights
+from gracec.passes.observe_second_moments import moment_observers
 from gracec.passes.options import options_of
 from gracec.passes.strip import drop_dead
 from tests.nets import conv_net
@@ -221,6 +222,13 @@ class BoastsTheSecondTime(Liar):
         return PassResult(program, True)
 
 
+class GoesOnObserving(Liar):
+    def apply(self, program: Program) -> PassResult:
+        for _, observer in moment_observers(program):
+            observer.moments.add(0, torch.ones(1, observer.moments.sums.shape[1]))
+        return PassResult(program, False)
+
+
 class RefusesItself(Liar):
     def requires(self, program: Program) -> None:
         if any(program.nodes(mark=1)):
@@ -256,6 +264,12 @@ def test_a_pass_that_lies_is_caught(item: Pass, reason: str) -> None:
     program = run_passes(flat_net(), parse_pipeline("analyze-module")).program
     with pytest.raises(PassError, match=reason):
         check_contract(item, program)
+
+
+def test_what_observers_have_seen_is_looked_at(after: After) -> None:
+    program = run_passes(after(PLAN), parse_pipeline("observe-second-moments")).program
+    with pytest.raises(PassError, match=r"changes its input: tensor second_moments.* is another"):
+        check_contract(GoesOnObserving(), program)
 
 
 def test_a_digest_tells_bits_dtypes_and_shapes() -> None:
