@@ -186,6 +186,19 @@ def gates_table() -> str:
             "equal bits",
         ],
         [
+            "`output_error`",
+            "where codes are corrected: the error of the output of each weight, as a share of that "
+            "of rounding to nearest with the scale of the largest weight, on held-out inputs; the "
+            "worst",
+            "1",
+        ],
+        [
+            "`rounded_logits`, `corrected_logits`",
+            "where codes are corrected: KL divergence from the original on held-out samples, of "
+            "rounding to nearest and of the corrected codes, before any training",
+            "the second at most the first; beyond it an error in strict mode and a note otherwise",
+        ],
+        [
             "`frozen_equals_fake_quantized`",
             "every output of the frozen and of the fake-quantized graph",
             "equal bits",

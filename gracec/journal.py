@@ -160,12 +160,17 @@ class Journal:
     Attributes:
         plan, sizes, accuracy, training: as a report has them.
         ptq_sqnr_db: FQN -> signal to quantization noise in decibel before training.
+        output_errors: FQN -> shares of the energy of the output, of the codes of the plan: of plain
+            rounding, of rounding on the searched scales, and as compiled.
+        codes: FQN -> "corrected" or "rounded", where codes were calibrated on data.
     """
 
     notes: list[Note] = field(default_factory=list)
     figures: dict[str, Figure] = field(default_factory=dict)
     plan: tuple[Any, ...] = ()
     ptq_sqnr_db: dict[str, float] = field(default_factory=dict)
+    output_errors: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    codes: dict[str, str] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     accuracy: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)

@@ -96,6 +96,8 @@ def compile(
     out.print(compiled.report.coverage_table())
     out.print(compiled.report.gates_table())
     out.print(compiled.report.sizes_line())
+    if compiled.report.output_error_line():
+        out.print(compiled.report.output_error_line())
     if compiled.report.accuracy:
         out.print(compiled.report.accuracy_line())
     out.print(f"saved to {output}", markup=False)
@@ -119,7 +121,8 @@ def inspect(
 ) -> None:
     """Show the parts of a model, the plan and the memory it takes, without reading a weight.
 
-    Of a gracec artifact: what was done to it, every gate and the error of every weight.
+    Of a gracec artifact: what was done to it, every gate, and the errors of every weight and, where
+    codes were corrected, of its output.
     """
     from gracec.inspection import inspect_artifact, inspect_model
     from gracec.report.picture import draw_picture
@@ -133,7 +136,7 @@ def inspect(
             print_json({"model": str(model), "report": report.to_dict()})
             return
         tables = [report.coverage_table(), report.errors_table(), report.gates_table()]
-        lines = [*report.notes, report.sizes_line()]
+        lines = [*report.notes, report.sizes_line(), report.output_error_line()]
     else:
         found = inspect_model(model, recipe, batch=batch, images=images, text=text)
         if picture is not None:
@@ -149,8 +152,8 @@ def inspect(
         lines = [*found.notes, summary, *found.memory.lines()]
     for table in tables:
         out.print(table)
-    for line in lines:
-        out.print(str(line), markup=False, highlight=False, soft_wrap=True)
+    for line in filter(None, map(str, lines)):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -470,6 +470,12 @@ def output_errors(program: Program) -> dict[str, tuple[float, float, float]]:
     return found
 
 
+def codes_taken(program: Program) -> dict[str, str]:
+    """FQN -> `Corrected.how` of every weight that was calibrated."""
+    found = {one.fqn: annotation(reader(one.node)).get("codes") for one in frozen_nodes(program)}
+    return {fqn: how for fqn, how in found.items() if how is not None}
+
+
 def fused_sets(program: Program) -> list[FusedSet]:
     """The fake-quantized weights that multiply the same rows, in the order of the graph."""
     found: dict[tuple[Any, ...], FusedSet] = {}

@@ -69,7 +69,7 @@ def model_card(report: Report, facts: CardFacts, *, source: str, form: str) -> s
 
 def _accuracy(report: Report) -> str:
     """What it was made with, and how many questions it answers like the expected answer."""
-    made = "No data was used to quantize it."
+    made = _calibrated(report)
     if report.training:
         best = report.training["best_step"]
         kept = f"of which the state after step {best} was kept."
@@ -86,6 +86,18 @@ def _accuracy(report: Report) -> str:
         f"Compiled against original on the same questions: {difference['difference']:+.1%} "
         f"±{difference['standard_error']:.1%}."
     )
+
+
+def _calibrated(report: Report) -> str:
+    """What scales and codes were chosen by, without a training."""
+    if any(row.codes for row in report.plan):
+        line = report.output_error_line()
+        return f"Scales and codes were calibrated on data{line and f': {line}'}."
+    if any((report.recipe.get("activations") or {}).values()):
+        return "Scales were calibrated on data."
+    if (report.recipe.get("calibration") or {}).get("method") == "moments":
+        return "Scales were calibrated on second moments of inputs."  # of data, or synthetic
+    return "No data was used to quantize it."
 
 
 def _figures(report: Report) -> list[tuple[str, ...]]:

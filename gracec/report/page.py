@@ -18,14 +18,16 @@ from gracec.evaluate import VqaReport, VqaSample
 from gracec.report.report import (
     ACCURACY,
     COVERAGE,
-    ERRORS,
     GATES,
+    SQNR_NOTE,
     Report,
     accuracy_cells,
     coverage_rows,
+    error_head,
     error_rows,
     gate_rows,
 )
+from gracec.report.rows import PlanRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,7 +81,8 @@ def render_page(
         gates=(GATES, gate_rows(report.gates)),
         accuracy=(ACCURACY, accuracy_cells(report.accuracy)),
         pictures=_pictures(reports),
-        errors=(ERRORS, error_rows(report.plan)),
+        errors=(error_head(report.plan), error_rows(report.plan)),
+        sqnr_note=SQNR_NOTE if report.output_error_line() else "",
         examples=_examples(samples, found) if found else {},
         asked={n: a.overall for n, a in found.items()},
         percent=lambda share: "-" if share is None else f"{100 * share:.1f} %",
@@ -96,6 +99,10 @@ def _pictures(reports: Mapping[str, Report]) -> dict[str, str]:
     if report.training.get("rows"):
         found["Training: terms of the loss, the controller, and the held-out part"] = _drawn(
             _training_curves, report, (11, 3.5)
+        )
+    if any(row.output_error is not None for row in report.plan):
+        found["Error of the output of every weight, before and after its codes were corrected"] = (
+            _drawn(_output_errors, report, (11, 3.6))
         )
     if any(row.sqnr_db is not None for row in report.plan):
         found["Signal to quantization noise of every weight"] = _drawn(_noise, report, (11, 3.6))
@@ -185,13 +192,37 @@ def _noise(figure: Figure, report: Report) -> None:
     axes.plot(
         places, [_drawable(row.sqnr_db) for row in rows], ".", color=BLUE, label="as compiled"
     )
-    names = [row.fqns[0].removesuffix(".weight").split(".layers.")[-1] for row in rows]
-    if len(rows) <= 64:
-        axes.set_xticks(places, names, rotation=90, fontsize=7)
-    else:
-        axes.set_xlabel("weight, in the order of the table below")
+    _name_weights(axes, rows)
     axes.set(ylabel="dB")
     axes.legend(frameon=False)
+
+
+def _output_errors(figure: Figure, report: Report) -> None:
+    """A line a weight, in the order of the plan, from plain rounding down to what was compiled."""
+    errors = [(row, row.output_error) for row in report.plan if row.output_error is not None]
+    series = zip(*(shares for _, shares in errors), strict=True)
+    plain, searched, compiled = ([one if one > 0 else math.nan for one in each] for each in series)
+    places = list(range(len(errors)))
+    axes = figure.subplots()
+    axes.vlines(places, compiled, plain, color=QUIET, lw=0.8, alpha=0.6)
+    axes.plot(places, plain, "o", mfc="white", color=QUIET, label="plain rounding")
+    axes.plot(places, searched, "_", color=ORANGE, ms=7, mew=2, label="searched scales, rounded")
+    axes.plot(places, compiled, "o", color=BLUE, ms=5, label="as compiled")
+    _name_weights(axes, [row for row, _ in errors])
+    axes.set(ylabel="share of the output's energy", yscale="log")
+    axes.grid(axis="y", which="both", alpha=0.25, lw=0.6)
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False
+    )
+
+
+def _name_weights(axes: Axes, rows: Sequence[PlanRow]) -> None:
+    """Under their places, if they are few enough to be read."""
+    names = [row.fqns[0].removesuffix(".weight").split(".layers.")[-1] for row in rows]
+    if len(rows) <= 64:
+        axes.set_xticks(range(len(rows)), names, rotation=90, fontsize=7)
+    else:
+        axes.set_xlabel("weight, in the order of the model")
 
 
 def _bits(figure: Figure, reports: Mapping[str, Report]) -> None:

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from gracec import quant
 from gracec.frozen import Frozen
 from gracec.ir.program import Program
-from gracec.journal import Figure, Journal, Note, figure_of, figure_to_dict
+from gracec.journal import Agreement, Figure, Journal, Note, figure_of, figure_to_dict
 from gracec.passes.base import run_passes
 from gracec.passes.freeze import DEQUANTIZE, SCALE_CODES, Freeze, frozen_weights
 from gracec.passes.insert_fake_quant import fake_quantized
@@ -84,8 +85,12 @@ class Report:
         return coverage_table(self.plan)
 
     def errors_table(self) -> Table:
-        """Signal to quantization noise of every quantized weight, the worst first."""
-        return rich_table(ERRORS, error_rows(self.plan), right=("SQNR dB",))
+        """Output error and signal to quantization noise of every quantized weight, the worst
+        first."""
+        head = error_head(self.plan)
+        table = rich_table(head, error_rows(self.plan), right=head[2:])
+        table.caption = SQNR_NOTE if OUTPUT_ERRORS[0] in head else None
+        return table
 
     def gates_table(self) -> Table:
         """The gates that passed, what they found and what they allow."""
@@ -98,6 +103,23 @@ class Report:
             f"weights: float32 {self.sizes['float32']:,} B, bfloat16 {source:,} B, "
             f"compiled {compiled:,} B ({1 - compiled / source:.0%} less than bfloat16)"
         )
+
+    def output_error_line(self) -> str:
+        """How much correcting codes was worth; empty where none were corrected, or none kept."""
+        found = [row.error_of_plain for row in self.plan]
+        shares = [share for share in found if share is not None]
+        if not shares:
+            return ""
+        rounded, corrected = (self.gates.get(f"{how}_logits") for how in ("rounded", "corrected"))
+        compared = isinstance(rounded, Agreement) and isinstance(corrected, Agreement)
+        where = "held-out inputs" if compared else "the inputs it was calibrated on"
+        line = (
+            f"output error on {where}: median {median(shares):.2g} of plain rounding's, "
+            f"worst {max(shares):.2g}"
+        )
+        if isinstance(rounded, Agreement) and isinstance(corrected, Agreement):
+            line += f"; logits KL {corrected.kl:.2g} nats against {rounded.kl:.2g}"
+        return line
 
     def accuracy_line(self) -> str:
         """Exact match before and after, with standard errors."""
@@ -121,7 +143,7 @@ def rich_table(
     """
     table = Table()
     for name in head:
-        table.add_column(name, justify="right" if name in right else "left")
+        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table
@@ -144,16 +166,49 @@ def gate_rows(gates: Mapping[str, Figure]) -> list[tuple[str, ...]]:
 
 
 ERRORS = ("weight", "scheme", "SQNR dB")
+OUTPUT_ERRORS = ("output error, plain", "searched", "compiled")
+SQNR_NOTE = (
+    "Output error, as a share of the energy of the output: of plain rounding, of rounding on the "
+    "searched scales, and as compiled. Corrected codes lower it and raise the error of the weight "
+    "for that: its SQNR does not say how good they are."
+)
+"""Below the cells of `OUTPUT_ERRORS`."""
+
+
+def error_head(plan: Sequence[PlanRow]) -> tuple[str, ...]:
+    """`ERRORS`, and `OUTPUT_ERRORS` where there are any."""
+    measured = any(row.output_error is not None for row in plan)
+    return (*ERRORS, *OUTPUT_ERRORS) if measured else ERRORS
 
 
 def error_rows(plan: Sequence[PlanRow]) -> list[tuple[str, ...]]:
-    """For each quantized weight the cells of `ERRORS`, the worst first."""
-    found: list[tuple[str, ...]] = []
-    quantized = [(row.sqnr_db, row) for row in plan if row.spec is not None]
-    for noise, row in sorted(quantized, key=lambda one: math.inf if one[0] is None else one[0]):
-        figure = f"{noise:.1f}" if noise is not None and math.isfinite(noise) else "exact"
-        found.append((row.fqns[0], str(row.spec), figure))
-    return found
+    """For each quantized weight the cells of `error_head`, the worst first: by output error, and
+    after those by SQNR where there is none."""
+    columns = len(error_head(plan))
+    quantized = sorted((row for row in plan if row.spec is not None), key=_goodness)
+    return [
+        (row.fqns[0], str(row.spec), _noise_cell(row), *_error_cells(row))[:columns]
+        for row in quantized
+    ]
+
+
+def _goodness(row: PlanRow) -> tuple[bool, float]:
+    if row.output_error is not None:
+        return False, -row.output_error[-1]
+    return True, math.inf if row.sqnr_db is None else row.sqnr_db
+
+
+def _noise_cell(row: PlanRow) -> str:
+    finite = row.sqnr_db is not None and math.isfinite(row.sqnr_db)
+    return f"{row.sqnr_db:.1f}" if finite else "exact"
+
+
+def _error_cells(row: PlanRow) -> list[str]:
+    """Of `OUTPUT_ERRORS`; codes that are rounded after all are called so."""
+    if row.output_error is None:
+        return ["-"] * len(OUTPUT_ERRORS)
+    *others, compiled = (f"{share:.3g}" for share in row.output_error)
+    return [*others, f"{compiled}, rounded" if row.codes == "rounded" else compiled]
 
 
 ACCURACY = ("questions", "n", "original", "compiled", "without the image", "commonest answer")

@@ -25,6 +25,11 @@ class PlanRow:
         sqnr_db: signal to quantization noise in decibel; infinite without noise, None where it was
             not measured.
         ptq_sqnr_db: likewise before training.
+        output_error: errors of the output, as shares of its energy: of plain rounding (to nearest,
+            scales of the largest weight), of rounding on the searched scales, and as compiled.
+            Measured on inputs that codes were not corrected on, if there were any. None where codes
+            were not calibrated on data, no such input came by, or training went on from them.
+        codes: "corrected", or "rounded" where that was no better; empty without such a calibration.
     """
 
     fqns: tuple[str, ...]
@@ -36,14 +41,29 @@ class PlanRow:
     planned_bytes: int
     sqnr_db: float | None = None
     ptq_sqnr_db: float | None = None
+    output_error: tuple[float, float, float] | None = None
+    codes: str = ""
+
+    @property
+    def error_of_plain(self) -> float | None:
+        """The output error as a share of that of plain rounding."""
+        if self.output_error is None or not self.output_error[0]:
+            return None
+        plain, _, compiled = self.output_error
+        return compiled / plain
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: no noise is null, and a figure that was not measured is left out."""
+        """JSON-able: no noise is null, and what was not measured is left out."""
         found = {**asdict(self), "fqns": list(self.fqns), "shape": list(self.shape)}
         for name in ("sqnr_db", "ptq_sqnr_db"):
             figure = found.pop(name)
             if figure is not None:
                 found[name] = figure if math.isfinite(figure) else None
+        errors = found.pop("output_error")
+        if errors is not None:
+            found["output_error"] = list(errors)
+        if not self.codes:
+            del found["codes"]
         return found
 
     @classmethod
@@ -55,7 +75,8 @@ class PlanRow:
             if name in saved
         }
         spec = None if saved["spec"] is None else QuantSpec(**saved["spec"])
-        sequences = {name: tuple(saved[name]) for name in ("fqns", "shape")}
+        named = ("fqns", "shape", "output_error")
+        sequences = {name: tuple(saved[name]) for name in named if saved.get(name) is not None}
         return cls(**{**saved, **sequences, **figures, "spec": spec})
 
 
@@ -63,12 +84,16 @@ def plan_rows(
     plan: Plan,
     sqnr: Mapping[str, float] | None = None,
     before: Mapping[str, float] | None = None,
+    errors: Mapping[str, tuple[float, float, float]] | None = None,
+    codes: Mapping[str, str] | None = None,
 ) -> tuple[PlanRow, ...]:
     """A row for each weight of a plan.
 
     Args:
         sqnr: FQN -> `sqnr_db`.
         before: FQN -> `ptq_sqnr_db`.
+        errors: FQN -> `output_error`.
+        codes: FQN -> `codes`.
     """
     return tuple(
         PlanRow(
@@ -81,6 +106,8 @@ def plan_rows(
             planned_bytes=entry.planned_bytes,
             sqnr_db=(sqnr or {}).get(entry.fqn),
             ptq_sqnr_db=(before or {}).get(entry.fqn),
+            output_error=(errors or {}).get(entry.fqn),
+            codes=(codes or {}).get(entry.fqn, ""),
         )
         for entry in plan.entries
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import ConfigDict, Field, create_model
 
@@ -33,6 +33,10 @@ class _SavedRow(JsonModel):
     planned_bytes: int
     sqnr_db: float | None = None
     ptq_sqnr_db: float | None = None
+    output_error: list[Annotated[float, Field(ge=0)]] | None = Field(
+        None, min_length=3, max_length=3
+    )
+    codes: Literal["", "corrected", "rounded"] = ""
 
 
 class _SavedNote(JsonModel):

@@ -33,7 +33,9 @@ def freeze(prepared: Prepared, request: Request, journal: Journal) -> Frozen:
     """
     model, source = prepared.model, prepared.source
     noise = sqnr_db(prepared.program, source.model)
-    journal.plan = plan_rows(prepared.plan, noise, journal.ptq_sqnr_db)
+    journal.plan = plan_rows(
+        prepared.plan, noise, journal.ptq_sqnr_db, journal.output_errors, journal.codes
+    )
     batch = source.family.example_batch(model)
     inputs = source.family.prepare(model, batch)
     with torch.no_grad():

@@ -11,6 +11,7 @@ Whoever only looks at a model runs the same prefix on a model of stand-ins.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -30,7 +31,7 @@ from gracec.ir.queries import weight_of
 from gracec.journal import Agreement, Equal, Error, Journal
 from gracec.models.surgery import own_tensors, own_weights
 from gracec.passes.base import Pass, PassResult, PipelineResult, run_passes
-from gracec.passes.correct_codes import CorrectCodes, output_errors
+from gracec.passes.correct_codes import CorrectCodes, codes_taken, output_errors
 from gracec.passes.freeze import frozen_weights
 from gracec.passes.insert_fake_quant import fake_quantized
 from gracec.passes.plan_quantization import Plan, PlanQuantization, plan_of
@@ -246,11 +247,21 @@ def _compare(
 ) -> None:
     """Hold corrected codes beside plain rounding on samples that they were not corrected on.
 
+    The journal takes the output errors of the corrected codes, which are those of the report unless
+    training goes on to others. A weight that no held-out sample reaches has none.
+
     Raises:
         GateError: in strict mode, if the logits are further from the original's.
     """
-    worst = max((errors[2] / errors[0] for errors in output_errors(corrected).values()), default=0)
-    journal.figures["output_error"] = Error(worst, 1.0, "of plain rounding's, on held-out inputs")
+    journal.codes = codes_taken(corrected)
+    journal.output_errors = {
+        fqn: errors
+        for fqn, errors in output_errors(corrected).items()
+        if errors[0] > 0 and all(map(math.isfinite, errors))
+    }
+    worst = max((taken / plain for plain, _, taken in journal.output_errors.values()), default=0.0)
+    where = "held-out inputs" if observed.held_out else "the inputs it was calibrated on"
+    journal.figures["output_error"] = Error(worst, 1.0, f"of plain rounding's, on {where}")
     if not observed.held_out:
         journal.note("correct-codes", "one sample alone was given: nothing is compared on others")
         return

@@ -45,7 +45,9 @@ from gracec.training.teacher import check_teacher, check_tokenizers
 def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
     """Train weights and scales, or scales alone; what is given stays as it is.
 
-    Scales alone start from the codes of the graph, or from those of the candidate.
+    Scales alone start from the codes of the graph, or from those of the candidate. What calibration
+    measured of its codes stays in the journal only if they are what is kept: of trained weights
+    output errors are not measured.
 
     Returns:
         The model in its best state.
@@ -92,6 +94,8 @@ def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
     said = (*one.notes, *other.notes, *one.problems, *other.problems, *collate.problems)
     journal.note("training", *said, *curve.notes)
     journal.training = curve.to_dict()
+    if journal.training["best_step"] != (0 if rule.learns == "scales" else None):
+        journal.output_errors, journal.codes = {}, {}  # those of codes that were not kept
     return replace(owned, candidate=None)
 
 
