@@ -20,7 +20,7 @@ MATMUL_BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 NEAR_TIE = 0.02
 """Two top logits closer than this share of their spread are a tie that rounding may decide."""
 
-ROUNDING_KL = 0.1
+ROUNDING_KL = 0.3
 """Nats that another dtype may cost; more is another model."""
 
 

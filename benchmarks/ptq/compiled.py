@@ -38,7 +38,13 @@ def recipe(asked: argparse.Namespace, ids: Tensor | None) -> Recipe:
     """Post-training quantization of the decoder; all else as a user has it by default."""
     fields: dict[str, Any] = {
         "name": f"w{asked.bits}-g{asked.group_size}-{asked.method}",
-        "weights": {"decoder": {"bits": asked.bits, "group_size": asked.group_size}},
+        "weights": {
+            "decoder": {
+                "bits": asked.bits,
+                "group_size": asked.group_size,
+                "signed": asked.method != "weights",
+            }
+        },
     }
     if "calibration" in Recipe.model_fields:
         fields["calibration"] = {"method": asked.method, "seed": SEED}

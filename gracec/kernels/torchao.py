@@ -40,8 +40,8 @@ def refusal(
 ) -> str:
     """Why no INT4 kernel can run a weight [N, K], or an empty string."""
     rows, columns = shape
-    if spec.bits != 4:
-        return f"the kernel takes 4-bit codes, these have {spec.bits} bits"
+    if spec.bits > 4:
+        return f"the kernel takes codes of up to 4 bits, these have {spec.bits}"
     if spec.granularity != "per_group":
         return f"the kernel takes one scale per group, these are {spec.granularity}"
     if spec.group_size not in GROUP_SIZES:

@@ -55,28 +55,25 @@ def factor(moments: Tensor, damping: float = 0.01, *, by_activation: bool = True
         damping: added to the diagonal, as a share of its mean.
         by_activation: take the columns in the order of falling H_kk, and not as they come.
     """
-    matrix = moments.to(torch.float64)
-    diagonal = matrix.diagonal()
-    dead = diagonal <= 0
-    diagonal[dead] = 1.0
-    order = torch.arange(len(matrix), device=matrix.device)
+    diagonal = moments.diagonal()
+    diagonal = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).to(torch.float64)
+    order = torch.arange(len(moments), device=moments.device)
     if by_activation:
         order = torch.argsort(diagonal, descending=True, stable=True)
-        matrix = matrix[order][:, order]
-    mean = float(matrix.diagonal().mean())
     # H = R R' with R upper triangular, the factor of H turned by 180 degrees; U is R^-1.
-    turned = matrix.flip(0, 1)
+    turned = order.flip(0)
     for attempt in range(ATTEMPTS):
         added = damping * 10**attempt
-        damped = turned.clone()
-        damped.diagonal().add_(added * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        matrix = moments[turned][:, turned].to(torch.float64)
+        matrix.diagonal().copy_(diagonal[turned] + added * diagonal.mean())
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+        del matrix  # these are the largest tensors of a calibration
         if not failed:
-            identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+            inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
             upper = inverse.flip(0, 1).to(torch.float32)
             if torch.isfinite(upper).all():
-                return Factor(upper.contiguous(), order, added)
+                return Factor(upper, order, added)
     return None
 
 

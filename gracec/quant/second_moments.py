@@ -14,6 +14,8 @@ from torch import Tensor
 
 from gracec.errors import GracecError
 
+COLUMNS = 512
+"""Of X'X that are computed in one go."""
 DEAD = 1e-6
 """Of the mean of H's diagonal: the least that a feature counts in a search of scales."""
 
@@ -38,8 +40,11 @@ class SecondMoments:
     def add(self, part: int, rows: Tensor) -> None:
         """Rows [n, K], any float dtype, of one matrix."""
         rows = rows.detach().to(torch.float32)
-        if self.full:
-            self.sums[part].addmm_(rows.t(), rows)
+        if self.full:  # what is below the diagonal is what is above it
+            sums = self.sums[part]
+            for start in range(0, len(sums), COLUMNS):
+                end = start + COLUMNS
+                sums[start:end, start:].addmm_(rows[:, start:end].t(), rows[:, start:])
         else:
             self.sums[part] += rows.square().sum(0)
         self.counts[part] += len(rows)
@@ -65,11 +70,16 @@ class SecondMoments:
             raise GracecError("no input was observed", fix="give calibration data")
         if not torch.isfinite(self.sums).all():
             raise GracecError("an input holds NaN or infinity", fix="check the checkpoint")
-        overall = self.sums.sum(0) / total
-        each = [
-            self.sums[part] / count if count else overall for part, count in enumerate(self.counts)
-        ]
-        return torch.stack(each)
+        found = self.sums.clone()
+        for part, count in enumerate(self.counts):
+            if count:
+                found[part] /= count
+            else:
+                torch.sum(self.sums, 0, out=found[part]).div_(total)
+            for start in range(COLUMNS, len(found[part]), COLUMNS) if self.full else ():
+                end = start + COLUMNS
+                found[part, start:end, :start] = found[part, :start, start:end].t()
+        return found
 
 
 def importance(moments: Tensor) -> Tensor:

@@ -191,11 +191,11 @@ def test_the_artifact_loads(
     "name", ["llava_mixtral", pytest.param("aria", marks=pytest.mark.slow)], indirect=True
 )
 def test_experts_that_no_kernel_takes_run_dense_and_strict_refuses(name: str) -> None:
-    """Three bits: the same values as those of the frozen graph, without a kernel."""
+    """Eight bits: the same values as those of the frozen graph, without a kernel."""
     recipe = gracec.Recipe.from_dict(
         {
-            "name": "narrow",
-            "weights": {"decoder": {"bits": 3, "group_size": 32}},
+            "name": "wide",
+            "weights": {"decoder": {"bits": 8, "group_size": 32}},
             "deploy": {"dtype": "float32"},
         }
     )
@@ -204,7 +204,7 @@ def test_experts_that_no_kernel_takes_run_dense_and_strict_refuses(name: str) ->
     dense = {note.text.split()[0] for note in found.report.notes if "runs dense" in note.text}
     assert GATE_UP in dense
     assert float(found.report.gates["logits"].kl) < 1e-9
-    with pytest.raises(GracecError, match="the kernel takes 4-bit codes"):
+    with pytest.raises(GracecError, match="the kernel takes codes of up to 4 bits"):
         gracec.compile(model, recipe, strict=True)
 
 

@@ -78,20 +78,35 @@ def test_it_needs_codes(captured: Program) -> None:
 
 def test_a_weight_that_no_kernel_takes_runs_dense_and_is_named(batch: dict[str, Tensor]) -> None:
     model = tiny_llava()
-    recipe = Recipe.from_dict({"name": "w3", "weights": {"decoder": {"bits": 3, "group_size": 32}}})
+    recipe = Recipe.from_dict({"name": "w8", "weights": {"decoder": {"bits": 8, "group_size": 32}}})
     analyzed = run_passes(capture(model), parse_pipeline("analyze-modality")).program
     planned = PlanQuantization(recipe=recipe).run(analyzed).program
     frozen = run_passes(planned, parse_pipeline("insert-fake-quant,freeze")).program
     result = LowerTorchao().run(frozen)
-    refused = [note for note in result.notes if "runs dense: the kernel takes 4-bit codes" in note]
+    dense = "runs dense: the kernel takes codes of up to 4"
+    refused = [note for note in result.notes if dense in note]
     assert len(refused) == 14
     assert torch.equal(result.program(**batch)[0], frozen(**batch)[0])
-    with pytest.raises(PassError, match="the kernel takes 4-bit codes, these have 3 bits"):
+    with pytest.raises(PassError, match="the kernel takes codes of up to 4 bits, these have 8"):
         LowerTorchao(strict=True).run(frozen)
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+def test_fewer_bits_run_on_the_kernel_of_four(bits: int, batch: dict[str, Tensor]) -> None:
+    weights = {"decoder": {"bits": bits, "group_size": 32, "signed": True}}
+    recipe = Recipe.from_dict({"name": "few", "weights": weights})
+    analyzed = run_passes(capture(tiny_llava()), parse_pipeline("analyze-modality")).program
+    planned = PlanQuantization(recipe=recipe).run(analyzed).program
+    frozen = run_passes(planned, parse_pipeline("insert-fake-quant,freeze")).program
+    result = LowerTorchao(strict=True).run(frozen)
+    with CountInt4Kernels() as kernels:
+        found = result.program(**batch)[0]
+    assert kernels.count == 14
+    assert torch.allclose(frozen(**batch)[0], found, atol=1e-4, rtol=1e-3)
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"bits": 8}, "the kernel takes 4-bit codes, these have 8 bits"),
+    ({"bits": 8}, "the kernel takes codes of up to 4 bits, these have 8"),
     (
         {"granularity": "per_channel"},
         "the kernel takes one scale per group, these are per_channel",
