@@ -12,12 +12,14 @@ in memory than what is live there. For each set:
     codes   each column makes up for the rounding of those before it (`gracec.quant.gptq`)
 
 At 3 bits and fewer the weights also make up for the error of their inputs before that; how much, is
-chosen by the divergence of the logits on held-out samples, or given.
+chosen by the divergence of the logits on held-out samples (by the error of the outputs, of a module
+that has no logits), or given.
 
-On the held-out samples the output error of each weight is compared with that of plain rounding (to
-nearest, scales of the largest weight), and what is worse than that is not taken. What was found is
-annotated as `output_error`: shares of the energy of the output, of plain rounding, of rounding on
-the searched scales, and of what was taken.
+On the held-out samples the output error of each matrix is compared with that of plain rounding (to
+nearest, scales of the largest weight), and what is worse than that is not taken. A matrix that no
+held-out sample reaches is compared on those that it was calibrated on. What was found is annotated
+as `output_error`: shares of the energy of the output, of plain rounding, of rounding on the
+searched scales, and of what was taken.
 
 A weight that no sample reaches keeps its fake_quantize, and is frozen with the scales that it has.
 """
@@ -60,6 +62,8 @@ WIDEST_BLOCK = 256
 MOMENTS_OF_PARTS = 1 << 28
 """Values of H of all matrices of a weight together; where there are more, they share one."""
 
+LOGITS = "logits"
+
 Samples = Sequence[Mapping[str, Tensor]]
 
 
@@ -80,7 +84,8 @@ class Corrected:
     Attributes:
         errors: shares of the energy of the output: of plain rounding, of rounding on the searched
             scales, and of what was taken.
-        how: "corrected", or "rounded" where that was not better.
+        how: "corrected", "rounded" where that was not better, or "partly" where it was for some of
+            the matrices of the weight.
     """
 
     weight: FrozenWeight
@@ -166,7 +171,11 @@ class CorrectCodes(Pass):
             corrected, said = run.solve()
             divergence = run.divergence(corrected) if len(shares) > 1 else 0.0
             if len(shares) > 1:
-                notes.append(f"asymmetric {share:g}: KL {divergence:.4g} nats on held-out samples")
+                off = (
+                    "KL {:.4g} nats" if LOGITS in program.outputs else "error {:.4g} of the outputs"
+                )
+                told_of = f"asymmetric {share:g}: {off.format(divergence)} on held-out samples"
+                notes.append(told_of)
             if not found or divergence < least:
                 found, least, told = corrected, divergence, said
         notes += told
@@ -174,11 +183,12 @@ class CorrectCodes(Pass):
             if fake.fqn in found:
                 self._replace(program, fake, found[fake.fqn])
         drop_dead_tensors(program)
-        rounded = [name for name, one in found.items() if one.how == "rounded"]
         left = sum(1 for _ in program.nodes(FAKE_QUANTIZE))
         notes.append(f"codes of {len(found)} weights corrected on {len(samples)} samples")
-        if rounded:
-            notes.append(f"{_some(rounded)}: rounded, correcting was no better on held-out inputs")
+        for how, what in (("rounded", "rounded"), ("partly", "some of its matrices rounded")):
+            if names := [name for name, one in found.items() if one.how == how]:
+                why = "nothing better was found on held-out inputs"
+                notes.append(f"{_some(names)}: {what}, {why}")
         if left:
             notes.append(f"{left} weights not calibrated: no sample reaches them")
         return PassResult(program, bool(found), tuple(notes))
@@ -236,19 +246,27 @@ class _Run:
         return found, self.notes
 
     def divergence(self, found: Mapping[str, Corrected]) -> float:
-        """Mean KL divergence of the first output from the original's on held-out samples."""
-        logits = self.program.outputs[self.program.output_names[0]]
-        total, positions = 0.0, 0
+        """How far held-out samples come out from the original's: the mean KL divergence of the
+        logits, or, where there are none, the error of the outputs as a share of their energy."""
+        outputs = self.program.outputs
+        nodes = [outputs[LOGITS]] if LOGITS in outputs else list(outputs.values())
+        total = whole = 0.0
         for number in self.held_out:
             values = []
             for stand_ins in (self._originals(), self._quantized(found)):
-                stream = Stream(self.program, [self.samples[number]], [logits], stand_ins)
-                stream.advance(logits)
-                values.append(stream.value(logits, 0).double().log_softmax(-1))
-            expected, other = values
-            total += float((expected.exp() * (expected - other)).sum())
-            positions += expected[..., 0].numel()
-        return total / positions
+                stream = Stream(self.program, [self.samples[number]], nodes, stand_ins)
+                for node in nodes:
+                    stream.advance(node)
+                values.append([stream.value(node, 0).double() for node in nodes])
+            for expected, other in zip(*values, strict=True):
+                if LOGITS in outputs:
+                    expected, other = expected.log_softmax(-1), other.log_softmax(-1)
+                    total += float((expected.exp() * (expected - other)).sum())
+                    whole += expected[..., 0].numel()
+                else:
+                    total += float((expected - other).square().sum())
+                    whole += float(expected.square().sum())
+        return total / (whole or 1.0)
 
     def _quantized(self, found: Mapping[str, Corrected]) -> dict[fx.Node, Any]:
         """What stands for each weight: its codes, once there are some."""
@@ -331,9 +349,14 @@ class _Run:
                 self.notes.append(f"{name}: damping {factored.damping:g} was needed")
             found.append(factored)
         rows: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(each.parts)]
-        for sample in self.held_out:
-            for part, given, wanted in self._rows(each, sample, quantized, original):
-                rows[part].append((given, wanted))
+        for samples in (self.held_out, self.calibrating):
+            missed = [not pairs for pairs in rows]
+            for sample in samples if any(missed) else ():
+                for part, given, wanted in self._rows(each, sample, quantized, original):
+                    if missed[part]:
+                        rows[part].append((given, wanted))
+            if samples is self.held_out and not any(rows):
+                self.notes.append(f"{name}: no held-out sample reaches it, compared on the others")
         empty = torch.zeros(0, each.features, device=self.program.device)
         inputs = []
         for part, pairs in enumerate(rows):
@@ -397,10 +420,11 @@ class _Run:
         plain, searched, taken = (
             sum(one.errors[place] for one in matrices) / energy for place in range(3)
         )
+        how = {one.corrected for one in matrices}
         return Corrected(
             FrozenWeight.from_codes(codes, scales, spec, experts_of(linear)),
             (plain, searched, taken),
-            "corrected" if all(one.corrected for one in matrices) else "rounded",
+            "partly" if len(how) > 1 else "corrected" if how == {True} else "rounded",
         )
 
 
@@ -450,7 +474,7 @@ class Candidates:
             for one in tried
         ]
         chosen = len(tried) - 1
-        if errors[chosen] > errors[0]:
+        if not errors[chosen] <= errors[0]:
             chosen = 1 if errors[1] <= errors[0] else 0
         return cls(
             *tried[chosen],

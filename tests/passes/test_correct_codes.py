@@ -187,7 +187,7 @@ def test_the_outputs_are_nearer_than_those_of_rounding_and_of_weights_alone() ->
     with torch.no_grad():
         expected = model(x)
         errors = [(p(x=x)[0] - expected).square().sum() for p in (plain, program, corrected)]
-    assert errors[2] < 0.6 * min(errors[:2])
+    assert errors[2] < 0.7 * min(errors[:2])
 
 
 def test_two_runs_give_the_same_bits(after_block: After, block: Any) -> None:
@@ -254,6 +254,19 @@ def test_a_text_corrects_no_weight_of_the_tower(after_block: After, block: Any) 
     assert set(left) <= same and same != set(both)
 
 
+def test_what_no_held_out_sample_reaches_is_compared_on_the_others(
+    after_block: After, block: Any
+) -> None:
+    start = whole(after_block, {"decoder": {"group_size": 32}, "vision": {"group_size": 32}})
+    (picture,) = prompts(block, LONG)
+    text = {name: picture[name] for name in ("input_ids", "attention_mask")}
+    result = CorrectCodes((picture,), (text,)).run(start)
+    told = {note for note in result.notes if "no held-out sample reaches it" in note}
+    assert len(told) == 4 and all("vision_tower" in note for note in told)
+    for plain, _, taken in output_errors(result.program).values():
+        assert 0 < taken <= plain
+
+
 def one_direction(seed: int) -> Tensor:
     """Inputs whose features are all but the same."""
     generator = torch.Generator().manual_seed(seed)
@@ -274,7 +287,7 @@ def test_where_correcting_is_worse_on_held_out_inputs_the_weight_is_rounded() ->
     assert annotation(first)["codes"] == "rounded"
     (note,) = [note for note in result.notes if "rounded" in note]
     assert note.startswith("first.weight")
-    assert note.endswith("rounded, correcting was no better on held-out inputs")
+    assert note.endswith("rounded, nothing better was found on held-out inputs")
     # The same inputs held out: what was corrected is better on them.
     same = CorrectCodes(samples, samples, asymmetric=0.0).run(program)
     assert not any("rounded" in note for note in same.notes)
@@ -312,7 +325,7 @@ def test_shares_are_tried_at_few_bits_and_the_divergence_decides(
         assert [note.split(":")[0] for note in told] == [
             *("asymmetric 1", "asymmetric 0.25", "asymmetric 0")
         ]
-        assert f"asymmetric {best:g}: KL 0 nats on held-out samples" in told
+        assert f"asymmetric {best:g}: error 0 of the outputs on held-out samples" in told
         assert not any(note.startswith("asymmetric") for note in fixed.notes)
 
 
@@ -347,6 +360,24 @@ def test_the_divergence_is_that_of_the_logits_on_what_was_held_out(
             assert hashes(program) == hashes(result.program)
 
 
+def test_without_logits_the_error_of_all_outputs_decides() -> None:
+    model = net()
+    program = fake(model, mixed(0), bits=3)
+    result = CorrectCodes(CALIBRATING, HELD_OUT).run(program)
+    x = torch.cat([sample["x"] for sample in HELD_OUT])
+    found = re.findall(r"asymmetric (\S+): error (\S+) of the outputs", "\n".join(result.notes))
+    assert len(found) == 3
+    for share, error in found:
+        item = CorrectCodes(CALIBRATING, HELD_OUT, asymmetric=float(share))
+        other = item.run(program).program
+        with torch.no_grad():
+            expected = model(x)
+            wanted = (other(x=x)[0] - expected).square().sum() / expected.square().sum()
+        assert float(error) == pytest.approx(float(wanted), rel=0.01)
+        if float(error) == min(float(one) for _, one in found):
+            assert hashes(other) == hashes(result.program)
+
+
 def test_a_matrix_without_a_factor_is_rounded_and_that_is_said(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -363,7 +394,7 @@ def test_a_matrix_without_a_factor_is_rounded_and_that_is_said(
 
 def test_damping_that_had_to_be_raised_is_said() -> None:
     few = [{"x": mixed(0, 3)}]
-    result = CorrectCodes(few, damping=1e-12).run(fake(net(), mixed(0)))
+    result = CorrectCodes(few, damping=1e-9).run(fake(net(), mixed(0)))
     assert any(re.match(r"first.weight: damping 1e-\d+ was needed", n) for n in result.notes)
 
 
@@ -493,24 +524,22 @@ def test_a_module_that_is_called_twice_has_one_weight() -> None:
     check_contract(CorrectCodes(CALIBRATING), program)
 
 
-@pytest.mark.parametrize("tie", [False, True])
-def test_a_head_is_corrected_whether_or_not_it_is_the_embedding(tie: bool) -> None:
-    model = tiny_llava(num_hidden_layers=1, tie=tie)
+def test_a_head_is_corrected_and_the_embedding_is_left() -> None:
+    model = tiny_llava(num_hidden_layers=1)
     rule = Recipe.from_dict({"name": "test", "weights": {"head": {"group_size": 32}}})
     passes = [*parse_pipeline("analyze-modality"), PlanQuantization(recipe=rule)]
     start = run_passes(capture(model), [*passes, InsertFakeQuant()]).program
     corrected = CorrectCodes(prompts(model, LONG)).run(start).program
-    (fqn,) = frozen_weights(corrected)
-    assert fqn == "lm_head.weight"
-    embedding = model.get_input_embeddings().weight
-    names = {name for names in corrected.fqns.values() for name in names}
-    assert any("embed_tokens" in name for name in names)
-    with torch.no_grad():
-        logits = corrected(**corrected.example_inputs)[0]
-        assert not torch.equal(logits, start(**corrected.example_inputs)[0])
-    tokens = next(t for t, names in corrected.fqns.items() if any("embed" in n for n in names))
-    assert torch.equal(corrected.tensor(tokens), embedding)
+    assert set(frozen_weights(corrected)) == {"lm_head.weight"}
+    (target,) = (t for t, names in corrected.fqns.items() if "embed_tokens" in names[0])
+    assert torch.equal(corrected.tensor(target), model.get_input_embeddings().weight)
     check_contract(CorrectCodes(prompts(model, LONG)), start)
+
+
+def test_of_a_tied_head_the_decoder_is_corrected(block: Any, after_block: After) -> None:
+    start = whole(after_block, {part: {"group_size": 32} for part in ("decoder", "head")})
+    found = hashes(CorrectCodes(prompts(block, LONG)).run(start).program)
+    assert len(found) == 7 and not any("head" in fqn or "embed" in fqn for fqn in found)
 
 
 def test_bfloat16() -> None:
@@ -577,6 +606,36 @@ def test_of_too_many_matrices_all_share_their_moments(
     assert len(told) == 2 and all("experts" in note for note in told)
     for plain, _, taken in output_errors(result.program).values():
         assert taken <= plain
+
+
+class Given(nn.Module):
+    """A module whose input is called x."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        return y
+
+
+def test_some_matrices_of_a_weight_may_be_rounded() -> None:
+    """Half of the channels are held out as they were seen; of the others, those that were not."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, 3, groups=2, bias=False)
+    with torch.no_grad():
+        conv.weight[4:, 1:] *= 4  # so that scales for the first of them cut these
+    generator = torch.Generator().manual_seed(0)
+    seen = torch.randn(9, 8, 8, 8, generator=generator)
+    other = seen.clone()
+    seen[:, 5:] = other[:, 4] = 0
+    program = fake(Given(conv), seen, granularity="per_channel")
+    result = CorrectCodes([{"x": seen}], [{"x": other}]).run(program)
+    (conv,) = result.program.nodes(part="module")
+    assert annotation(conv)["codes"] == "partly"
+    why = "nothing better was found on held-out inputs"
+    assert f"conv.weight: some of its matrices rounded, {why}" in result.notes
 
 
 def test_groups_of_a_convolution_are_corrected_apart() -> None:
