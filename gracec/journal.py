@@ -162,7 +162,7 @@ class Journal:
         ptq_sqnr_db: FQN -> signal to quantization noise in decibel before training.
         output_errors: FQN -> shares of the energy of the output, of the codes of the plan: of plain
             rounding, of rounding on the searched scales, and as compiled.
-        codes: FQN -> "corrected" or "rounded", where codes were calibrated on data.
+        codes: FQN -> "corrected", "partly" or "rounded", where codes were calibrated on data.
     """
 
     notes: list[Note] = field(default_factory=list)

@@ -208,7 +208,8 @@ def _error_cells(row: PlanRow) -> list[str]:
     if row.output_error is None:
         return ["-"] * len(OUTPUT_ERRORS)
     *others, compiled = (f"{share:.3g}" for share in row.output_error)
-    return [*others, f"{compiled}, rounded" if row.codes == "rounded" else compiled]
+    more = {"rounded": ", rounded", "partly": ", rounded in part"}.get(row.codes, "")
+    return [*others, f"{compiled}{more}"]
 
 
 ACCURACY = ("questions", "n", "original", "compiled", "without the image", "commonest answer")

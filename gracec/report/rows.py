@@ -29,7 +29,8 @@ class PlanRow:
             scales of the largest weight), of rounding on the searched scales, and as compiled.
             Measured on inputs that codes were not corrected on, if there were any. None where codes
             were not calibrated on data, no such input came by, or training went on from them.
-        codes: "corrected", or "rounded" where that was no better; empty without such a calibration.
+        codes: "corrected", "rounded" where that was no better, or "partly" where it was for some
+            of its matrices; empty without such a calibration.
     """
 
     fqns: tuple[str, ...]

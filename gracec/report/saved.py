@@ -36,7 +36,7 @@ class _SavedRow(JsonModel):
     output_error: list[Annotated[float, Field(ge=0)]] | None = Field(
         None, min_length=3, max_length=3
     )
-    codes: Literal["", "corrected", "rounded"] = ""
+    codes: Literal["", "corrected", "partly", "rounded"] = ""
 
 
 class _SavedNote(JsonModel):

@@ -581,7 +581,8 @@ def test_each_expert_is_corrected_on_its_own_tokens(experts: Program) -> None:
         assert factored is not None
         group = weights[fqn].group_size
         counts = importance(moments.diagonal())
-        scales = quant.search_scales(weight, 4, group, importance=counts)
+        signed = weights[fqn].spec.signed
+        scales = quant.search_scales(weight, 4, group, signed=signed, importance=counts)
         codes = corrected_codes(weight, scales, 4, group, factored)
         check(weights[fqn].matrices()[expert], codes, scales)
     frozen = Freeze().run(result.program).program

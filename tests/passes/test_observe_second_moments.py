@@ -136,10 +136,10 @@ def test_the_search_of_scales_is_weighed_by_them(observed: Program, after: After
     }
     for fake in fake_quantized(program):
         (counts,) = observers[fake.node.args[0].target].moments.means()  # type: ignore[union-attr]
-        expected = quant.search_scales(fake.weight, fake.bits, fake.group_size, importance=counts)
+        given = fake.weight, fake.bits, fake.group_size
+        expected = quant.search_scales(*given, signed=True, importance=counts)
         assert torch.equal(fake.scales, expected)
-        plain = quant.search_scales(fake.weight, fake.bits, fake.group_size)
-        assert not torch.equal(fake.scales, plain)
+        assert not torch.equal(fake.scales, quant.search_scales(*given, signed=True))
 
 
 def test_each_group_of_a_convolution_has_its_own() -> None:

@@ -75,8 +75,12 @@ def test_what_the_passes_say_is_in_the_journal(
     monkeypatch.setattr(stage, "capture", lambda model: captured)
     asked, journal = request(source.model), Journal()
     prepare(source, asked, journal)
-    assert tuple(journal.notes) == run_passes(captured, preparing(asked.recipe)).notes
-    assert {note.source for note in journal.notes} >= {"plan-quantization", "insert-fake-quant"}
+    observed, _ = stage.observe(source.model, source, asked)
+    assert observed.moments and not observed.samples
+    assert tuple(journal.notes) == run_passes(captured, preparing(asked.recipe, observed)).notes
+    assert {note.source for note in journal.notes} >= {
+        *("plan-quantization", "observe-second-moments", "insert-fake-quant")
+    }
 
 
 def test_a_format_that_cannot_hold_the_plan_is_refused(planned: Prepared, tmp_path: Path) -> None:
