@@ -1,4 +1,5 @@
 import contextlib
+import html
 import io
 import json
 import re
@@ -309,6 +310,22 @@ def test_inspect_shows_the_report_of_an_artifact(workspace: Path, tmp_path: Path
     assert "99.6% quantized" in (tmp_path / "parts.svg").read_text()
     report = json.loads(gracec("inspect", workspace / "int4", "--json").stdout)["report"]
     assert len([row for row in report["plan"] if row.get("sqnr_db", 0) > 10]) == 14
+
+
+def test_inspect_shows_what_correcting_codes_was_worth(workspace: Path, tmp_path: Path) -> None:
+    shutil.copytree(workspace / "int4", tmp_path / "int4")
+    report = json.loads((tmp_path / "int4/gracec.json").read_text())["report"]
+    quantized = [row for row in report["plan"] if row["spec"] is not None]
+    for row in quantized:
+        row |= {"output_error": [0.04, 0.03, 0.01], "codes": "corrected"}
+    reseal(tmp_path / "int4", report=report)
+    done = gracec("inspect", tmp_path / "int4")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("0.04 ") == len(quantized) and "plain error" in done.stdout
+    line = "median 0.25 of plain rounding's, worst 0.25"
+    assert line in done.stdout
+    assert gracec("report", tmp_path / "int4").returncode == 0
+    assert line in html.unescape((tmp_path / "int4/report.html").read_text())
 
 
 def test_doctor_prints_a_line_for_each_check(workspace: Path) -> None:

@@ -100,7 +100,7 @@ def _pictures(reports: Mapping[str, Report]) -> dict[str, str]:
         found["Training: terms of the loss, the controller, and the held-out part"] = _drawn(
             _training_curves, report, (11, 3.5)
         )
-    if any(row.output_error is not None for row in report.plan):
+    if any(row.error_of_plain for row in report.plan):
         found["Error of the output of every weight, before and after its codes were corrected"] = (
             _drawn(_output_errors, report, (11, 3.6))
         )

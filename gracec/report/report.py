@@ -166,11 +166,11 @@ def gate_rows(gates: Mapping[str, Figure]) -> list[tuple[str, ...]]:
 
 
 ERRORS = ("weight", "scheme", "SQNR dB")
-OUTPUT_ERRORS = ("output error, plain", "searched", "compiled")
+OUTPUT_ERRORS = ("plain error", "searched", "compiled")
 SQNR_NOTE = (
-    "Output error, as a share of the energy of the output: of plain rounding, of rounding on the "
-    "searched scales, and as compiled. Corrected codes lower it and raise the error of the weight "
-    "for that: its SQNR does not say how good they are."
+    "Errors of the output, as shares of its energy: of plain rounding, of rounding on the "
+    "searched scales, and as compiled. Corrected codes lower them and raise that of the weight "
+    "instead: its SQNR does not say how good they are."
 )
 """Below the cells of `OUTPUT_ERRORS`."""
 
@@ -204,12 +204,12 @@ def _noise_cell(row: PlanRow) -> str:
 
 
 def _error_cells(row: PlanRow) -> list[str]:
-    """Of `OUTPUT_ERRORS`; codes that are rounded after all are called so."""
+    """Of `OUTPUT_ERRORS`; codes that are rounded after all, or some of them, are called so."""
     if row.output_error is None:
         return ["-"] * len(OUTPUT_ERRORS)
     *others, compiled = (f"{share:.3g}" for share in row.output_error)
-    more = {"rounded": ", rounded", "partly": ", rounded in part"}.get(row.codes, "")
-    return [*others, f"{compiled}{more}"]
+    how = {"rounded": ", rounded", "partly": ", partly rounded"}.get(row.codes, "")
+    return [*others, compiled + how]
 
 
 ACCURACY = ("questions", "n", "original", "compiled", "without the image", "commonest answer")

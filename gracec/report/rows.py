@@ -28,9 +28,10 @@ class PlanRow:
         output_error: errors of the output, as shares of its energy: of plain rounding (to nearest,
             scales of the largest weight), of rounding on the searched scales, and as compiled.
             Measured on inputs that codes were not corrected on, if there were any. None where codes
-            were not calibrated on data, no such input came by, or training went on from them.
-        codes: "corrected", "rounded" where that was no better, or "partly" where it was for some
-            of its matrices; empty without such a calibration.
+            were not calibrated on data, no such input came by, plain rounding costs nothing, or
+            training went on from them.
+        codes: "corrected", "rounded" where that was no better, or "partly" where it was for some of
+            the matrices of the weight; empty without such a calibration.
     """
 
     fqns: tuple[str, ...]

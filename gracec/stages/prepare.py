@@ -248,7 +248,7 @@ def _compare(
     """Hold corrected codes beside plain rounding on samples that they were not corrected on.
 
     The journal takes the output errors of the corrected codes, which are those of the report unless
-    training goes on to others. A weight that no held-out sample reaches has none.
+    training goes on to others. A weight that plain rounding does not change has none.
 
     Raises:
         GateError: in strict mode, if the logits are further from the original's.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from transformers import LlavaForConditionalGeneration
 
 import gracec
@@ -15,8 +16,8 @@ from gracec.compiled import CompiledModel
 from gracec.errors import GracecError
 from gracec.evaluate import load_samples
 from gracec.journal import Note
-from gracec.report.page import render_page
-from gracec.report.report import Report
+from gracec.report.page import _output_errors, render_page
+from gracec.report.report import SQNR_NOTE, Report
 from gracec.reporting import write_report_page
 from tests.tiny import tiny_image, tiny_processor
 
@@ -66,7 +67,8 @@ def trained(
     (folder / "samples.jsonl").write_text("\n".join(lines))
     training = {"steps": 3, "batch_size": 2, "micro_batch_size": 2, "lr": 3e-3}
     weights = {"decoder": {"group_size": 32}}
-    recipe = gracec.Recipe.from_dict({"name": "t", "weights": weights, "training": training})
+    fields = {"name": "t", "weights": weights, "training": training}
+    recipe = gracec.Recipe.from_dict({**fields, "calibration": {"method": "weights"}})
     gracec.compile(
         llava,
         recipe,
@@ -135,6 +137,37 @@ def test_without_training_and_questions_it_is_shorter(
     assert "Not measured when the model was compiled." in page.words
     assert len(page.pictures()) == 1
     assert not any("ptq_sqnr_db" in row.to_dict() for row in compiled.report.plan)
+
+
+def test_corrected_codes_are_drawn_and_explained(
+    corrected: Report, compiled: CompiledModel
+) -> None:
+    page, other = (Page(render_page({"out": one}, "")) for one in (corrected, compiled.report))
+    assert len(page.pictures()) == len(other.pictures()) + 1
+    assert corrected.output_error_line() in page.words and SQNR_NOTE in page.words
+    assert "corrected logits" in page.words and "0.0006, rounded" in page.words
+    drawn = {attributes.get("alt") for tag, attributes in page.tags if tag == "img"}
+    assert "Error of the output of every weight, before and after its codes were corrected" in drawn
+    assert "SQNR does not say" not in other.words
+
+
+def test_every_weight_is_drawn_where_it_is(corrected: Report) -> None:
+    figure = Figure()
+    _output_errors(figure, corrected)
+    (axes,) = figure.axes
+    plain, searched, compiled = (line.get_ydata() for line in axes.lines)
+    assert axes.get_yscale() == "log"
+    assert plain == pytest.approx([number / 1000 for number in range(2, 15)])
+    assert searched == pytest.approx([0.8 * one for one in plain])
+    assert compiled == pytest.approx([*(0.3 * one for one in plain[:-1]), 0.9 * 0.014])
+    assert len(axes.get_xticklabels()) == 13
+
+
+def test_errors_of_nothing_are_not_drawn(corrected: Report) -> None:
+    """No logarithm of 0, which a report of others may hold."""
+    rows = [dataclasses.replace(row, output_error=(0.0, 0.0, 0.0)) for row in corrected.plan]
+    page = Page(render_page({"out": dataclasses.replace(corrected, plan=tuple(rows))}, ""))
+    assert "output error on" not in page.words
 
 
 def test_several_artifacts_are_compared(trained: tuple[Path, Path], tmp_path: Path) -> None:

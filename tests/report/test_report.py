@@ -1,6 +1,7 @@
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,15 @@ from gracec.passes.insert_fake_quant import InsertFakeQuant
 from gracec.passes.plan_quantization import PlanQuantization
 from gracec.quant import QuantSpec, codes, signal_to_noise_db
 from gracec.recipe import Recipe
-from gracec.report.report import sqnr_db, weight_bytes
+from gracec.report.report import (
+    ERRORS,
+    SQNR_NOTE,
+    Report,
+    error_head,
+    error_rows,
+    sqnr_db,
+    weight_bytes,
+)
 from tests.backends.artifacts import random_artifact
 from tests.tiny import tiny_llava
 
@@ -44,6 +53,47 @@ def test_the_worst_weight_comes_first(compiled: CompiledModel) -> None:
     found = [float(line.split()[-2]) for line in lines if "model." in line]
     assert len(found) == len(compiled.weights)
     assert found == sorted(found)
+
+
+def printed(report: Report) -> str:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(report.errors_table())
+    return console.export_text()
+
+
+def test_output_errors_rank_before_the_noise_of_weights(corrected: Report) -> None:
+    rows = error_rows(corrected.plan)
+    assert error_head(corrected.plan)[3:] == ("plain error", "searched", "compiled")
+    names = [row.fqns[0] for row in corrected.plan if row.spec is not None]
+    by_error = sorted(range(14), key=lambda place: (place + 1) * (0.9 if place == 13 else 0.3))
+    assert [row[0] for row in rows] == [names[place] for place in by_error[:0:-1]] + names[:1]
+    assert rows[0][3:] == ("0.014", "0.0112", "0.0126")
+    assert rows[-3][3:] == ("0.003", "0.0024", "0.0009, partly rounded")
+    assert rows[-2][3:] == ("0.002", "0.0016", "0.0006, rounded")
+    assert rows[-1][3:] == ("-", "-", "-") and float(rows[-1][2]) > 10
+
+
+def test_the_table_says_that_noise_of_weights_is_not_minimised(
+    corrected: Report, compiled: CompiledModel
+) -> None:
+    text = printed(corrected)
+    assert SQNR_NOTE in " ".join(text.split())
+    lines = [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│")]
+    for row in corrected.plan:  # in full, over as many lines as it takes
+        assert row.spec is None or row.fqns[0] in "".join(lines)
+    assert error_head(compiled.report.plan) == ERRORS
+    assert "SQNR does not say" not in " ".join(printed(compiled.report).split())
+
+
+def test_a_line_says_what_correcting_was_worth(corrected: Report, compiled: CompiledModel) -> None:
+    assert corrected.output_error_line() == (
+        "output error on held-out inputs: median 0.3 of plain rounding's, worst 0.9; "
+        "logits KL 0.0079 nats against 0.049"
+    )
+    assert replace(corrected, gates={}).output_error_line() == (
+        "output error on the inputs it was calibrated on: median 0.3 of plain rounding's, worst 0.9"
+    )
+    assert compiled.report.output_error_line() == ""
 
 
 @pytest.mark.parametrize("granularity", ["per_group", "per_channel", "per_tensor"])

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
+from gracec import quant
 from gracec.errors import GateError, GracecError
 from gracec.frozen import Frozen
 from gracec.ir.program import Program
-from gracec.journal import Journal
+from gracec.journal import Error, Journal
 from gracec.passes import run_passes
 from gracec.passes.plan_quantization import PlanQuantization
+from gracec.quant.observers import weight_scales
 from gracec.recipe import Recipe
 from gracec.request import Request
 from gracec.stages import prepare as stage
-from gracec.stages.pipelines import preparing
+from gracec.stages.freeze import freeze
+from gracec.stages.pipelines import Observed, preparing
 from gracec.stages.prepare import Prepared, accept, prepare
 from gracec.stages.source import Source, load_source
 from gracec.targets.torchao import Torchao
+from gracec.training.calibration import calibration_data
+from tests.tiny import WORDS, tiny_processor
 
 After = Callable[[str], Program]
 NORM = "model.model.language_model.norm.weight"
@@ -89,6 +96,53 @@ def test_a_format_that_cannot_hold_the_plan_is_refused(planned: Prepared, tmp_pa
     accept(planned, request(planned.model, TWO_SIZES, formats="awq"))  # nothing is saved
     with pytest.raises(GracecError, match="format awq: .*one group size"):
         accept(planned, request(planned.model, TWO_SIZES, formats="hf,awq", **where))
+
+
+CORRECTED = Recipe.from_dict({"name": "codes", "weights": {"decoder": {"group_size": 32}}})
+FIRST = "model.language_model.layers.0.self_attn.q_proj.weight"
+
+
+def test_output_errors_are_those_on_held_out_inputs(llava: LlavaForConditionalGeneration) -> None:
+    """The inputs of the first weight depend on no quantized one: its errors computed again."""
+    draw = random.Random(0)
+    texts = [{"text": " ".join(draw.choices(WORDS, k=100))} for _ in range(12)]
+    asked = request(llava, CORRECTED, train_data=texts, processor=tiny_processor())
+    journal = Journal()
+    source = load_source(llava, asked, journal)
+    frozen = freeze(prepare(source, asked, journal), asked, journal)
+    rows = {row.fqns[0]: row for row in journal.plan if row.spec is not None}
+    errors = {fqn: row.output_error for fqn, row in rows.items()}
+    assert len(errors) == 14 and errors == journal.output_errors
+    assert {fqn: row.codes for fqn, row in rows.items()} == journal.codes
+    worst = max(row.error_of_plain or 1.0 for row in rows.values())
+    assert journal.figures["output_error"] == Error(
+        worst, 1.0, "of plain rounding's, on held-out inputs"
+    )
+    (held,) = calibration_data(llava, asked.recipe, source.processor, texts).drawn().held_out
+    decoder = llava.model.language_model
+    with torch.no_grad():
+        x = decoder.layers[0].input_layernorm(decoder.embed_tokens(held["input_ids"])).flatten(0, 1)
+    weight, spec = llava.get_parameter(FIRST).detach(), frozen.weights[FIRST].spec
+    scales = weight_scales(weight, spec, "min_max")
+    codes = quant.quantize(weight, scales, spec.bits, spec.group_size)
+    plain = quant.dequantize(codes, scales, spec.group_size)
+    compiled = frozen.weights[FIRST].dequantize()
+    for quantized, error in ((plain, errors[FIRST][0]), (compiled, errors[FIRST][2])):
+        wrong = (x @ (weight - quantized).t()).square().sum() / (x @ weight.t()).square().sum()
+        assert error == pytest.approx(wrong.item(), rel=1e-3)
+    assert errors[FIRST][2] < 0.8 * errors[FIRST][0]
+
+
+def test_what_plain_rounding_does_not_change_has_no_output_error(
+    captured: Program, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"a": (0.0, 0.0, 0.0), "b": (0.4, 0.3, 0.1), "c": (float("nan"),) * 3}
+    monkeypatch.setattr(stage, "output_errors", lambda program: found)
+    journal = Journal()
+    stage._compare(captured, captured, Observed(), request(source.model), journal)
+    assert journal.output_errors == {"b": (0.4, 0.3, 0.1)}
+    figure = journal.figures["output_error"]
+    assert str(figure).startswith("0.25 of plain rounding's, on the inputs it was calibrated on")
 
 
 class Choosy(Torchao):

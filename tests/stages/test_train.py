@@ -46,18 +46,26 @@ def trained(
 ) -> Any:
     """trained(...): the journal of a training that reads its data and learns nothing."""
 
+    kept: dict[str, int | None] = {"step": 0}
+
     def read(student: Any, teacher: Any, batch: Any, size: int, held_out: Any, *_: Any, **__: Any):
         batch(range(size)), list(held_out)
-        return SimpleNamespace(notes=("kept step 0",), to_dict=lambda: {"best_step": 0})
+        return SimpleNamespace(notes=("kept step 0",), to_dict=lambda: {"best_step": kept["step"]})
 
     monkeypatch.setattr(stage, "train_learner", read)
     monkeypatch.setattr(stage, "capture", lambda teacher: captured)
     monkeypatch.setattr(stage, "blocks_equal_hidden_states", lambda program, teacher: 1)
 
-    def run(processor: Any = None, **options: Any) -> Journal:
+    def run(
+        processor: Any = None,
+        journal: Journal | None = None,
+        best: int | None = 0,
+        **options: Any,
+    ) -> Journal:
+        kept["step"] = best
         fields = {"recipe": recipe(), "train_data": RECORDS, "progress": False, **options}
         fields["processor"] = processor or tiny_processor()
-        request, journal = Request.checked(llava, **fields), Journal()
+        request, journal = Request.checked(llava, **fields), journal or Journal()
         source = load_source(llava, request, journal)
         train(Prepared(source, source.model, after(FAKE)), request, journal)
         return journal
@@ -73,6 +81,20 @@ def test_what_was_said_is_in_the_journal(trained: Callable[..., Journal]) -> Non
     assert problem.source == "training" and "'<pad>', a control token" in problem.text
     assert curve == Note("training", "kept step 0")
     assert journal.training == {"best_step": 0}
+
+
+@pytest.mark.parametrize(
+    ("learns", "best_step", "kept"),
+    [("all", None, True), ("all", 0, False), ("scales", 0, True), ("scales", 1, False)],
+)
+def test_output_errors_are_those_of_the_codes_that_were_kept(
+    trained: Callable[..., Journal], learns: str, best_step: int | None, kept: bool
+) -> None:
+    alone = recipe(**ALONE)
+    rule = alone.training.model_copy(update={"learns": learns})
+    journal = Journal(output_errors={"a": (0.3, 0.2, 0.1)}, codes={"a": "corrected"})
+    trained(recipe=alone.model_copy(update={"training": rule}), journal=journal, best=best_step)
+    assert bool(journal.output_errors) is bool(journal.codes) is kept
 
 
 def test_a_teacher_that_does_not_fit_is_refused(trained: Callable[..., Journal]) -> None:
