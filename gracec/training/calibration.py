@@ -26,6 +26,7 @@ from gracec.training.samples import positions_of, read_samples
 
 Inputs: TypeAlias = dict[str, Tensor]
 
+ALL_HELD_OUT = "everything in train_data is in eval_data as well"
 HELD_OUT = 8
 """One sample in so many is held out of the second moments."""
 SYNTHETIC_TEXT = 384
@@ -94,6 +95,7 @@ class CalibrationData:
     rule: Calibration
     data: TrainData | TextWindows
     collate: Collator
+    warnings: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.data)
@@ -154,7 +156,7 @@ class CalibrationData:
 
         Some show only when the samples are read.
         """
-        return [*self.data.problems, *self.data.notes, *self.collate.problems]
+        return [*self.warnings, *self.data.problems, *self.data.notes, *self.collate.problems]
 
     def _batch(self, number: int) -> Batch:
         if isinstance(self.data, TextWindows):
@@ -200,7 +202,8 @@ def calibration_data(
             them, and texts that are among them, are not calibrated on.
 
     Raises:
-        GracecError: if there is no processor, or if the data cannot be read or is all held out.
+        GracecError: if there is no processor, or if the data cannot be read; if it is all held out,
+            and not trained on either.
     """
     if processor is None:
         raise GracecError("calibration needs the model's processor", fix="pass processor=")
@@ -210,13 +213,14 @@ def calibration_data(
     data = read_samples(opened, collate, answered=answered)
     if eval_data is not None and isinstance(data, TrainData):
         held = read_samples(open_source(eval_data), collate, answered=answered)
-        data = data.without(held) if isinstance(held, TrainData) else data
-        if not len(data):
+        apart = data.without(held) if isinstance(held, TrainData) else data
+        if not len(apart) and rule is None:
             raise GracecError(
-                "everything in train_data is in eval_data as well",
-                where=opened.name,
-                fix="give other data to calibrate on",
+                ALL_HELD_OUT, where=opened.name, fix="give other data to calibrate on"
             )
+        if not len(apart):  # it is trained on that as well
+            return CalibrationData(model, recipe.calibration, data, collate, (ALL_HELD_OUT,))
+        data = apart
     elif rule is not None and eval_data is None:
         data, _ = data.split(rule.held_out, rule.seed)
     return CalibrationData(model, recipe.calibration, data, collate)

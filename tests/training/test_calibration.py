@@ -11,6 +11,7 @@ from gracec.data.text import WINDOW
 from gracec.errors import GracecError, GracecWarning
 from gracec.recipe import Recipe
 from gracec.training.calibration import SYNTHETIC_TEXT, calibration_data, synthetic_samples
+from gracec.training.samples import open_samples
 from tests.capture.test_generic import built, vipllava
 from tests.tiny import IMAGE, WORDS, tiny_image, tiny_llava, tiny_processor
 from tests.tiny_families import CONFIGS, tiny_model
@@ -151,6 +152,19 @@ def test_what_is_held_out_is_not_calibrated_on() -> None:
     )
     with pytest.raises(GracecError, match="everything in train_data is in eval_data as well"):
         opened(records, eval_data=records)
+    both = opened(records, trained(), eval_data=records)
+    assert len(both) == 8
+    assert both.notes[0] == "everything in train_data is in eval_data as well"
+
+
+def test_a_recipe_without_labels_calibrates_on_what_it_trains_on() -> None:
+    rule = trained(labels="all", held_out=0.25, seed=3)
+    texts = [{"text": "there is a small red circle in the image . " * 60} for _ in range(4)]
+    data = opened(texts, rule)
+    one, held_out = open_samples(texts, None, rule.training, data.collate)
+    assert data.data.fingerprint == one.data.fingerprint != held_out.data.fingerprint
+    asked = [{k: v for k, v in talk_about(n).items() if k != "answer"} for n in range(8)]
+    assert len(opened(asked, rule)) == 6
 
 
 def test_a_recipe_that_trains_calibrates_on_what_it_trains_on() -> None:
