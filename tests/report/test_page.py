@@ -12,13 +12,16 @@ from matplotlib.figure import Figure
 from transformers import LlavaForConditionalGeneration
 
 import gracec
+from gracec.backends.base import CardFacts
 from gracec.compiled import CompiledModel
 from gracec.errors import GracecError
 from gracec.evaluate import load_samples
 from gracec.journal import Note
+from gracec.report.card import model_card
 from gracec.report.page import _output_errors, render_page
 from gracec.report.report import SQNR_NOTE, Report
 from gracec.reporting import write_report_page
+from gracec.training.curve import Curve
 from tests.tiny import tiny_image, tiny_processor
 
 SCORE = {"n": 9, "standard_error": 0.1, "blind_accuracy": 0.2, "majority": 0.3}
@@ -186,6 +189,41 @@ def test_what_others_wrote_is_text(compiled: CompiledModel) -> None:
     assert "<script>" not in text and "<b>," not in text and "src=x>" not in Page(text).tags
     assert "<script>alert(1)</script>" in Page(text).words
     assert "40.0% ±10.0%" in Page(text).words
+
+
+@pytest.mark.parametrize("best", [0, None])
+@pytest.mark.parametrize("chosen_by", ["held_out_loss", "held_out_kl"])
+def test_what_chose_a_state_is_drawn_beside_the_candidate(
+    best: int | None, chosen_by: str, compiled: CompiledModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[tuple[str, list[str]]] = []
+    save = Figure.savefig
+
+    def watched(figure: Figure, *arguments: Any, **options: Any) -> None:
+        axes = figure.axes[2] if len(figure.axes) > 2 else figure.axes[0]
+        drawn.append((axes.get_title(), axes.get_legend_handles_labels()[1]))
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", watched)
+    curve = Curve(
+        rows=[{"step": 1, "ce": 1.0, "beta": 0.5}],
+        held_out=[{"step": 0, chosen_by: 2.0}, {"step": 1, chosen_by: None}],
+        best_step=best,
+        candidate={chosen_by: 1.5},
+        chosen_by=chosen_by,
+    )
+    report = dataclasses.replace(compiled.report, training=curve.to_dict())
+    render_page({"out": report}, "m")
+    words = "cross-entropy" if chosen_by == "held_out_loss" else "KL to the teacher"
+    labels = ["calibrated, kept"] if best is None else ["kept", "calibrated"]
+    assert (f"{words}, held out", labels) in drawn
+    card = model_card(report, CardFacts("a", "b", "c"), source="m", form="hf")
+    kept = "of which the state after step 0 was kept"
+    if best is None:
+        kept = "after none of which it was better than by calibration alone, which was kept"
+    assert f"Trained for 1 optimizer steps, {kept}." in card
 
 
 def test_equal_reports_give_equal_pages(compiled: CompiledModel) -> None:

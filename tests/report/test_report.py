@@ -13,8 +13,10 @@ import gracec
 from gracec.capture import capture
 from gracec.compiled import CompiledModel
 from gracec.ir.program import Program
+from gracec.models.surgery import own_weights
 from gracec.passes import parse_pipeline, run_passes
 from gracec.passes.analyze_modality import AnalyzeModality
+from gracec.passes.free_scales import FreeScales
 from gracec.passes.freeze import Freeze, frozen_weights
 from gracec.passes.insert_fake_quant import InsertFakeQuant
 from gracec.passes.plan_quantization import PlanQuantization
@@ -29,6 +31,7 @@ from gracec.report.report import (
     sqnr_db,
     weight_bytes,
 )
+from gracec.training.candidate import write_codes
 from tests.backends.artifacts import random_artifact
 from tests.tiny import tiny_llava
 
@@ -111,6 +114,22 @@ def test_chunks_add_up_at_every_granularity(
     for fqn, weight in weights.items():
         exact = signal_to_noise_db(captured.tensor(f"model.{fqn}").detach(), weight.dequantize())
         assert found[fqn] == pytest.approx(exact, abs=1e-3)
+
+
+def test_codes_are_compared_with_the_original(llava: LlavaForConditionalGeneration) -> None:
+    """Frozen ones, those whose scales learn, and float weights that were made of codes."""
+    text = "analyze-modality,plan-quantization,insert-fake-quant"
+    fake = run_passes(capture(own_weights(llava)), parse_pipeline(text)).program
+    frozen, freed = (item().run(fake).program for item in (Freeze, FreeScales))
+    expected = sqnr_db(fake)
+    assert sqnr_db(fake, llava) == expected
+    assert not sqnr_db(frozen) and not sqnr_db(freed)
+    weights = frozen_weights(frozen)
+    found = [sqnr_db(program, llava) for program in (frozen, freed)]
+    write_codes(fake, weights)
+    assert set(sqnr_db(fake).values()) == {math.inf}
+    for figures in (*found, sqnr_db(fake, llava)):
+        assert figures == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_weight_without_noise_has_no_figure() -> None:
