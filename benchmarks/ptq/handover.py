@@ -82,13 +82,14 @@ def on_grid(name: str, weight: Tensor, scale: Tensor, bits: int, group: int) -> 
     """Codes times scales of a weight that is so but for the rounding of its own arithmetic.
 
     Raises:
-        ValueError: a value is off the grid by more than a hundred-thousandth of a step.
+        ValueError: a value is off the grid by more than rounding to its dtype explains.
     """
+    rounding = max(2 * torch.finfo(weight.dtype).eps, 1e-5) * 2 ** (bits - 1)
     scale = scale.float().reshape(len(weight), -1)
     steps = scale.repeat_interleave(group, dim=1)
     codes = torch.round(weight.float() / steps)
     off = float((weight.float() / steps - codes).abs().max())
-    if off > 1e-5 * 2**bits:
+    if off > rounding:
         raise ValueError(f"{name}: a value is {off} steps off the grid")
     written = codes * steps
     check_grid(name, written, scale, bits, group)

@@ -2,7 +2,8 @@
 
 The environment is that of benchmarks/evidence/peer_requirements.txt, which llm-compressor brings it
 to. Symmetric; a scale may be negative, so that the larger side has one level more. Its default is
-200 iterations a block; "lightN" is N of them with the learning rate of its light recipe, 5e-3.
+200 iterations a block; "lightN" is N of them with the learning rate of its light recipe, 5e-3. It
+computes in bfloat16; its codes and scales are taken, and their product is in float32 here.
 """
 
 from __future__ import annotations
@@ -63,7 +64,11 @@ def main() -> None:
         module: Any = modules[name.removesuffix(".weight")]
         written[name] = on_grid(name, module.weight.detach(), module.scale, asked.bits, group)
     state = model.state_dict()
-    odd = [n for n in original if n not in written and not torch.equal(state[n], original[n])]
+    odd = [
+        name
+        for name, tensor in original.items()
+        if name not in written and not torch.equal(state[name], tensor.to(state[name].dtype))
+    ]
     if odd:
         raise SystemExit(f"the peer changed what it was not to: {odd}")
     facts = {name: value for name, value in given.items() if name != "dataset"}
