@@ -115,14 +115,14 @@ def shipped(name: str) -> dict[str, Any]:
     return {"answers": examine(original(name), blind=True)}
 
 
-def examine_other(directory: Path, name: str) -> None:
+def examine_other(directory: Path, name: str, seed: int) -> None:
     """Ask the model that a peer wrote; its peer.json says how it was made."""
     start = time.perf_counter()
     model: nn.Module = load_model(directory, torch.float32)
     made = json.loads((directory / "peer.json").read_text(encoding="utf-8"))
     made = {key: value for key, value in made.items() if key != "modules"}
     result = {"peer": made, "answers": examine(model)}
-    write(result_path(name, 0), result, time.perf_counter() - start)
+    write(result_path(name, seed), result, time.perf_counter() - start)
 
 
 @contextmanager
@@ -156,11 +156,12 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="show what there is")
     parser.add_argument("--model", type=Path, help="a directory that another tool wrote")
     parser.add_argument("--name", help="of its row, with --model")
+    parser.add_argument("--seed", type=int, default=0, help="that it was made with, with --model")
     arguments = parser.parse_args()
     if arguments.model is not None:
         if not arguments.name:
             parser.error("--model needs --name")
-        examine_other(arguments.model, arguments.name)
+        examine_other(arguments.model, arguments.name, arguments.seed)
         return
     everything: list[tuple[str, int, Condition | None]] = [
         ("student", 0, None),
