@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-
 META = ("act_group_aware", "damp_percent", "damp_auto_increment", "mse", "static_groups")
 
 
