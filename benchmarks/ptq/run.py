@@ -125,6 +125,7 @@ def write(path: Path, found: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=["*"], help="patterns of cells")
+    parser.add_argument("--skip", nargs="*", default=[], help="tools that are left out")
     parser.add_argument("--python", nargs="*", default=[], metavar="TOOL=PYTHON")
     parser.add_argument("--list", action="store_true", help="show what there is")
     options = parser.parse_args(arguments)
@@ -137,7 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.list:
             print(f"{cell.name}: {'done' if path.exists() else 'missing'}")
             continue
-        if path.exists() or cell.tool not in pythons or not MODELS[cell.model].is_dir():
+        unknown = cell.tool not in pythons or not MODELS[cell.model].is_dir()
+        if path.exists() or unknown or cell.tool in options.skip:
             continue
         start = time.perf_counter()
         try:
