@@ -1,5 +1,6 @@
 """Modules that are no vision-language models: captured, trained by a loss of one's own, written."""
 
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,13 @@ from gracec.capture import module as capture_module_
 from gracec.capture.capture import trace
 from gracec.errors import GateError, GracecError
 from gracec.ir.program import Program
-from gracec.module import capture_module, export_module, freeze_module, prepare_module
+from gracec.module import (
+    capture_module,
+    export_module,
+    freeze_module,
+    prepare_module,
+    quantize_module,
+)
 from gracec.passes.freeze import frozen_weights
 from gracec.passes.insert_fake_quant import fake_quantized
 from gracec.recipe import Recipe
@@ -234,6 +241,138 @@ def test_what_does_not_fit_a_kernel_is_reported(tmp_path: Path) -> None:
         export_module(frozen, tmp_path / "net.onnx", strict=True)
     figures = export_module(frozen, tmp_path / "net.onnx")
     assert any("0.weight runs dense" in note for note in figures["notes"])
+
+
+class Grouped(nn.Module):
+    """Convolutions whose groups see other channels, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.groups = nn.Conv2d(16, 32, 3, stride=2, groups=4, bias=False)
+        self.head = nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.groups(functional.relu(self.first(x))))
+        outputs: Tensor = self.head(x.mean((2, 3)))
+        return outputs
+
+
+def grouped() -> Grouped:
+    torch.manual_seed(0)
+    return Grouped().eval()
+
+
+SAMPLES = [{"x": textures(count)[0]} for count in (8, 9, 10)]
+HELD_OUT = [{"x": textures(11)[0]}]
+FOUR_BITS = recipe(bits=4, granularity="per_channel")
+
+
+def output_error(program: Program, net: nn.Module) -> float:
+    x = textures(64)[0]
+    with torch.no_grad():
+        expected = net(x)
+        return float((program(x=x)[0] - expected).square().sum() / expected.square().sum())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_codes_that_samples_correct_are_better_than_those_of_weights_alone(
+    bits: int, tmp_path: Path
+) -> None:
+    net, x = grouped(), SAMPLES[0]["x"]
+    rule = recipe(bits=bits, granularity="per_channel", signed=True)
+    alone = freeze_module(prepare_module(net, {"x": x}, rule, dynamic_shapes=DYNAMIC))
+    given = (net, {"x": x}, rule, SAMPLES)
+    frozen = quantize_module(*given, held_out=HELD_OUT, dynamic_shapes=DYNAMIC, strict=True)
+    assert output_error(frozen, net) < 0.5 * output_error(alone, net)
+    assert set(frozen_weights(frozen)) == {"first.weight", "groups.weight", "head.weight"}
+    assert "codes of 3 weights corrected on 3 samples" in [note.text for note in frozen.notes]
+    found = re.fullmatch(
+        r"outputs are off by (\S+) of their energy, plain rounding by (\S+)", frozen.notes[-1].text
+    )
+    assert found and float(found[1]) < 0.5 * float(found[2])
+    figures = export_module(frozen, tmp_path / "net.onnx")
+    assert figures["equal_weights"] == 3
+    (logits,) = run(tmp_path / "net.onnx", figures, x=x)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, frozen(x=x)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_training_starts_from_the_weights_on_the_scales_that_samples_give() -> None:
+    net, x = grouped(), SAMPLES[0]["x"]
+    options: dict[str, Any] = {"held_out": HELD_OUT, "dynamic_shapes": DYNAMIC}
+    student = prepare_module(net, {"x": x}, FOUR_BITS, SAMPLES, **options)
+    frozen = frozen_weights(quantize_module(net, {"x": x}, FOUR_BITS, SAMPLES, **options))
+    alone = {
+        fake.fqn: fake.scales
+        for fake in fake_quantized(prepare_module(net, {"x": x}, FOUR_BITS, dynamic_shapes=DYNAMIC))
+    }
+    for fake in fake_quantized(student):
+        own = net.get_parameter(fake.fqn).detach().flatten(1)
+        assert torch.equal(fake.weight, own)
+        assert torch.equal(fake.scales, frozen[fake.fqn].scales)
+        assert not torch.equal(fake.scales, alone[fake.fqn])
+    losses = train(student, "x", 20)
+    assert losses[-1] < losses[0]
+    freeze_module(student)
+
+
+def test_moments_of_samples_weigh_scales() -> None:
+    net, x = grouped(), SAMPLES[0]["x"]
+    weighed = Recipe.from_dict(
+        {
+            "name": "test",
+            "weights": {"module": {"bits": 4, "granularity": "per_channel"}},
+            "calibration": {"method": "moments"},
+        }
+    )
+    frozen = quantize_module(net, {"x": x}, weighed, SAMPLES, dynamic_shapes=DYNAMIC)
+    alone = freeze_module(prepare_module(net, {"x": x}, FOUR_BITS))
+    assert output_error(frozen, net) < output_error(alone, net)
+    assert "3 inputs observed on 3 samples" in [note.text for note in frozen.notes]
+
+
+def test_one_scale_of_a_whole_weight_is_searched_for() -> None:
+    net, x = grouped(), SAMPLES[0]["x"]
+    whole = recipe(bits=8, granularity="per_tensor")
+    frozen = quantize_module(net, {"x": x}, whole, SAMPLES, dynamic_shapes=DYNAMIC, strict=True)
+    assert {tuple(weight.scales.shape) for weight in frozen_weights(frozen).values()} == {(1, 1)}
+    alone = freeze_module(prepare_module(net, {"x": x}, whole))
+    assert output_error(frozen, net) < output_error(alone, net)
+
+
+@pytest.mark.parametrize(
+    ("method", "samples", "message"),
+    [
+        ("gptq", [], "recipe test: calibration by gptq needs samples; pass samples="),
+        ("moments", [], "recipe test: calibration by moments needs samples"),
+        ("weights", SAMPLES, "recipe test: calibration by weights looks at no samples"),
+        ("auto", [{"y": SAMPLES[0]["x"]}], "sample 0: has inputs y, the module has x"),
+        ("auto", SAMPLES[1:], r"sample 0: x has shape \[9, 3, 16, 16\], the example has \[8, 3"),
+    ],
+)
+def test_samples_that_do_not_fit_are_refused(
+    method: str, samples: list[dict[str, Tensor]], message: str
+) -> None:
+    fields = {"name": "test", "weights": {"module": {"bits": 8, "granularity": "per_channel"}}}
+    rule = Recipe.from_dict({**fields, "calibration": {"method": method}})
+    with pytest.raises(GracecError, match=message):
+        prepare_module(grouped(), SAMPLES[0], rule, samples)
+
+
+def test_quantizing_needs_samples() -> None:
+    with pytest.raises(GracecError, match="there are no samples; give some, or use prepare_module"):
+        quantize_module(grouped(), SAMPLES[0], FOUR_BITS, [])
+
+
+def test_outputs_that_are_worse_than_rounded_ones_are_an_error_in_strict_mode(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module_, "rounding", lambda recipe, analysis: analysis)  # rounds nothing
+    given = grouped(), SAMPLES[0], FOUR_BITS, SAMPLES[:1]
+    with pytest.raises(GateError, match="outputs are off by .*, plain rounding by 0; give more"):
+        quantize_module(*given, strict=True)
+    assert quantize_module(*given).notes[-1].text.endswith("plain rounding by 0")
 
 
 class Branching(nn.Module):
