@@ -37,7 +37,13 @@ PUBLIC = {
     "gracec.gates": ["LogitAgreement", "logit_agreement"],
     "gracec.ir": ["diff", "format"],
     "gracec.models": ["load_config", "load_model", "load_processor"],
-    "gracec.module": ["capture_module", "export_module", "freeze_module", "prepare_module"],
+    "gracec.module": [
+        "capture_module",
+        "export_module",
+        "freeze_module",
+        "prepare_module",
+        "quantize_module",
+    ],
     "gracec.objective": [
         "DualAscentController",
         "EpochLagrangianController",

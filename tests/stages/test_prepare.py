@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,13 +13,18 @@ import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from gracec import quant
+import gracec
+from gracec import gates, quant
+from gracec.compiled import CompiledModel
 from gracec.errors import GateError, GracecError
 from gracec.frozen import Frozen
 from gracec.ir.program import Program
 from gracec.journal import Error, Journal
 from gracec.passes import run_passes
+from gracec.passes.freeze import DEQUANTIZE, frozen_weights
+from gracec.passes.insert_fake_quant import fake_quantized
 from gracec.passes.plan_quantization import PlanQuantization
+from gracec.quant.frozen import code_hash
 from gracec.quant.observers import weight_scales
 from gracec.recipe import Recipe
 from gracec.request import Request
@@ -35,6 +41,10 @@ After = Callable[[str], Program]
 NORM = "model.model.language_model.norm.weight"
 TWO_SIZES = Recipe.from_dict(
     {"name": "two", "weights": {"decoder": {"group_size": 32}, "projector": {"group_size": 64}}}
+)
+
+HEAD = Recipe.from_dict(
+    {"name": "head", "weights": {"decoder": {"group_size": 32}, "head": {"group_size": 32}}}
 )
 
 
@@ -88,6 +98,90 @@ def test_what_the_passes_say_is_in_the_journal(
     assert {note.source for note in journal.notes} >= {
         *("plan-quantization", "observe-second-moments", "insert-fake-quant")
     }
+
+
+def texts(seed: int = 0) -> list[dict[str, str]]:
+    chosen = random.Random(seed)
+    return [{"text": " ".join(chosen.choices(WORDS, k=300))} for _ in range(4)]
+
+
+def with_data(model: Any, **options: Any) -> dict[str, Any]:
+    """What corrects the codes of a decoder on texts."""
+    rule = {"bits": 4, "group_size": 32, "signed": True}
+    recipe = Recipe.from_dict({"name": "test", "weights": {"decoder": rule}})
+    return {
+        "model": model,
+        "recipe": recipe,
+        "processor": tiny_processor(),
+        "train_data": texts(),
+        "formats": (),
+        "progress": False,
+        **options,
+    }
+
+
+@pytest.fixture(scope="module")
+def calibrated(block: LlavaForConditionalGeneration) -> CompiledModel:
+    return gracec.compile(**with_data(block))
+
+
+def test_what_data_has_corrected_is_in_the_report(calibrated: CompiledModel) -> None:
+    figures: dict[str, Any] = {**calibrated.report.gates}
+    assert 0 < figures["output_error"].value < 0.8
+    rounded, corrected = figures["rounded_logits"], figures["corrected_logits"]
+    assert 0 < corrected.kl < rounded.kl == corrected.bound
+    assert "frozen_equals_fake_quantized" in figures
+    notes = [str(note) for note in calibrated.report.notes]
+    assert any("correct-codes: codes of 7 weights corrected on" in note for note in notes)
+
+
+def test_codes_are_those_that_were_chosen_and_the_same_every_time(
+    block: LlavaForConditionalGeneration, calibrated: CompiledModel
+) -> None:
+    asked = Request.checked(**with_data(block))
+    again = prepare(load_source(block, asked, Journal()), asked, Journal())
+    chosen = {fqn: code_hash(weight) for fqn, weight in frozen_weights(again.program).items()}
+    found = {fqn: code_hash(weight) for fqn, weight in calibrated.frozen.weights.items()}
+    assert chosen == found and len(found) == 7
+
+
+def test_a_head_that_was_tied_is_corrected(block: LlavaForConditionalGeneration) -> None:
+    asked = Request.checked(**with_data(block, recipe=HEAD))
+    source = load_source(block, asked, Journal())
+    prepared = prepare(source, asked, Journal())
+    assert {fqn for fqn in frozen_weights(prepared.program) if "head" in fqn} == {"lm_head.weight"}
+    assert not list(fake_quantized(prepared.program))
+
+
+def test_logits_that_are_worse_than_rounded_ones_are_told_and_an_error_in_strict_mode(
+    block: LlavaForConditionalGeneration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agreement_on = gates.agreement_on
+
+    def worse(program: Program, other: Program, samples: Any) -> Any:
+        found = agreement_on(program, other, samples)
+        return replace(found, kl=float(any(other.nodes(DEQUANTIZE))))
+
+    monkeypatch.setattr(gates, "agreement_on", worse)
+    what = "corrected codes are off by KL 1, plain rounding by 0"
+    for strict in (False, True):
+        asked, journal = Request.checked(**with_data(block, strict=strict)), Journal()
+        source = load_source(block, asked, Journal())
+        if strict:
+            with pytest.raises(GateError, match=f"{what}; give more samples, or drop strict"):
+                prepare(source, asked, journal)
+        else:
+            prepare(source, asked, journal)
+            assert what in [note.text for note in journal.notes]
+
+
+def test_one_sample_alone_is_compared_with_no_other(block: LlavaForConditionalGeneration) -> None:
+    asked = Request.checked(**with_data(block, train_data=[{"text": "what is this ?"}]))
+    journal = Journal()
+    prepare(load_source(block, asked, Journal()), asked, journal)
+    told = [note.text for note in journal.notes]
+    assert "one sample alone was given: nothing is compared on others" in told
+    assert "output_error" in journal.figures and "corrected_logits" not in journal.figures
 
 
 def test_a_format_that_cannot_hold_the_plan_is_refused(planned: Prepared, tmp_path: Path) -> None:
