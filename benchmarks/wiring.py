@@ -89,6 +89,11 @@ ON_PREPARE, ON_FREEZE, ON_LOWER, ON_PUBLISH, ON_EXAMINE, ON_TRAIN = (
     for name in ("prepare", "freeze", "lower", "write_artifact", "examine", "train")
 )
 RELOAD = "tests/test_reload.py::test_the_figure_is_in_both_reports"
+ROWS, GPTQ = "gracec/ir/matmul_rows.py", "gracec/quant/gptq.py"
+CORRECT, ON_CORRECT = "gracec/passes/correct_codes.py", "tests/passes/test_correct_codes.py"
+ON_GPTQ = f"{ON_CORRECT}::test_codes_are_those_of_gptq_on_what_the_quantized_layers_feed"
+ON_ROWS = "tests/ir/test_matmul_rows.py"
+ON_CALIBRATION_RUN = "tests/training/test_calibration_run.py"
 ON_WRITE = ("tests/backends/onnx/test_write.py",)
 ON_GENAI = ("tests/backends/onnx/test_genai.py::test_every_header_is_looked_at",)
 
@@ -228,9 +233,25 @@ WIRING: tuple[Mutation, ...] = (
     Mutation(
         "notes of calibration",
         PREPARE,
-        '        journal.note("calibration", *data.notes)\n',
+        '    journal.note("calibration", *notes())\n',
         "",
         ("tests/test_activations.py::test_a_sample_that_does_not_calibrate_is_reported",),
+    ),
+    Mutation(
+        "corrected logits are held beside rounded ones",
+        PREPARE,
+        "    _compare(program, result.program, observed, request, journal)\n",
+        "",
+        (f"{ON_PREPARE[0]}::test_what_data_has_corrected_is_in_the_report",),
+    ),
+    Mutation(
+        "corrected logits that are worse are an error in strict mode",
+        PREPARE,
+        "        if request.strict:\n            raise GateError(what",
+        "        if False:\n            raise GateError(what",
+        (
+            f"{ON_PREPARE[0]}::test_logits_that_are_worse_than_rounded_ones_are_told_and_an_error_in_strict_mode",
+        ),
     ),
     Mutation(
         "formats are asked before a training",
@@ -286,10 +307,10 @@ WIRING: tuple[Mutation, ...] = (
     ),
     Mutation(
         "an interrupted training is not overwritten",
-        TRAIN,
-        '            journal.note("training", *open_run(directory, resume=request.resume))\n',
-        "            pass\n",
-        ON_TRAIN,
+        COMPILER,
+        '        journal.note("", *open_run(request.training_dir, resume=request.resume))\n',
+        "        pass\n",
+        (f"{ON_CALIBRATION_RUN}::test_an_interrupted_calibration_resumes_to_the_same_codes",),
     ),
     # freeze
     Mutation(
@@ -636,7 +657,99 @@ WIRING: tuple[Mutation, ...] = (
         "        if False:\n",
         ON_GENAI,
     ),
+    # What codes and scales are calibrated on.
+    Mutation(
+        "each group of a convolution multiplies rows of its own",
+        ROWS,
+        "yield group, rows[:, group]",
+        "yield group, rows[:, 0]",
+        (ON_ROWS,),
+    ),
+    Mutation(
+        "each expert multiplies rows of its own",
+        ROWS,
+        "yield expert, x[rows]",
+        "yield expert, x",
+        (ON_ROWS,),
+    ),
+    Mutation(
+        "values are let go of when nobody looks at them",
+        "gracec/ir/stream.py",
+        "        self._watched.discard(node)\n",
+        "",
+        (f"{ON_CORRECT}::test_nothing_is_left_in_the_streams",),
+    ),
+    Mutation(
+        "both signs of a scale are tried",
+        "gracec/quant/scale_search.py",
+        "scales = torch.cat([scales, -scales])",
+        "scales = torch.cat([scales, scales])",
+        ("tests/quant/test_scale_search.py",),
+    ),
+    Mutation(
+        "columns are corrected in the order of falling moments",
+        GPTQ,
+        "descending=True",
+        "descending=False",
+        ("tests/quant/test_gptq.py",),
+    ),
+    Mutation(
+        "a feature that is always 0 does not keep a matrix from being factored",
+        GPTQ,
+        "torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal))",
+        "diagonal",
+        (f"{ON_CORRECT}::test_inputs_that_are_always_0_are_no_error",),
+    ),
+    Mutation(
+        "what is observed weighs the search of scales",
+        "gracec/passes/insert_fake_quant.py",
+        "            if observer.moments.seen:\n",
+        "            if False:\n",
+        ("tests/passes/test_observe_second_moments.py",),
+    ),
+    Mutation(
+        "what is held out is not calibrated on",
+        CORRECT,
+        "self.calibrating = range(len(samples))",
+        "self.calibrating = range(count)",
+        (ON_GPTQ,),
+    ),
+    Mutation(
+        "what is before a layer is quantized when it is calibrated",
+        CORRECT,
+        "until, self._quantized(found))",
+        "until, self._quantized({}))",
+        (ON_GPTQ,),
+    ),
+    Mutation(
+        "a text says nothing about the inputs of a tower",
+        CORRECT,
+        'return not (text_alone and annotation(each.x).get("modality") == "vision")',
+        "return True",
+        (f"{ON_CORRECT}::test_a_text_corrects_no_weight_of_the_tower",),
+    ),
+    Mutation(
+        "the divergence decides how much of the asymmetric correction is taken",
+        CORRECT,
+        "if not found or divergence < least:",
+        "if not found:",
+        (f"{ON_CORRECT}::test_shares_are_tried_at_few_bits_and_the_divergence_decides",),
+    ),
+    Mutation(
+        "codes that are worse than plain rounding are not taken",
+        CORRECT,
+        "if not errors[chosen] <= errors[0]:",
+        "if False:",
+        (f"{ON_CORRECT}::test_where_correcting_is_worse_on_held_out_inputs_the_weight_is_rounded",),
+    ),
     # Modules that are no vision-language models.
+    Mutation(
+        "outputs of a module that are worse than rounded ones are an error in strict mode",
+        MODULE,
+        "if strict and not errors[0] <= errors[1]:",
+        "if False:",
+        (f"{MODULES}::test_outputs_that_are_worse_than_rounded_ones_are_an_error_in_strict_mode",),
+    ),
     Mutation(
         "a captured module computes the same",
         "gracec/capture/module.py",
