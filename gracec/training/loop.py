@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gracec.data.collate import EmptyBatch
 from gracec.data.conversations import epoch_order
 from gracec.errors import GracecError
-from gracec.objective import Outputs, means
+from gracec.objective import EpochLagrangianController, Outputs, means
 from gracec.passes.insert_fake_quant import signs_of_scales
 from gracec.quant.frozen import FrozenWeight
 from gracec.recipe import Training
@@ -166,8 +166,9 @@ class Run:
                 self._try(self.candidate, held_out, log)
         while self.step < self.steps:
             row = self.take_step()
-            if self.step % self.steps_an_epoch == 0:
-                self.controller.end_epoch(capacity(self.student.program))
+            ended = self.step % self.steps_an_epoch == 0
+            if ended and isinstance(self.controller, EpochLagrangianController):
+                self.controller.end_epoch(capacity(self.student.program))  # looks at every code
             self._report(row, log)
             last = self.step == self.steps
             if last or self.step % self.rule.evaluate_every == 0:

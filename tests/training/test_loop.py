@@ -408,6 +408,18 @@ def test_a_micro_batch_is_read_once_for_student_and_teacher(
     }
 
 
+def test_the_rule_that_goes_by_epochs_hears_of_their_end(
+    student: Learner, teacher: Learner
+) -> None:
+    rows = go(
+        student,
+        teacher,
+        rule(steps=6, distillation={"controller": "epoch-lagrangian", "eta": 0.1, "omega": 0}),
+    ).rows
+    first, second = ({row["beta"] for row in part} for part in (rows[:3], rows[3:]))
+    assert len(first) == len(second) == 1 and first != second
+
+
 def test_terms_can_be_switched_off(student: Learner) -> None:
     options = rule(steps=2, distillation={"kind": "none", "omega": 0})
     curve = go(student, None, options)
