@@ -92,10 +92,10 @@ def test_float_weights_leave_and_the_parameters_are_the_scales(after: After) -> 
     freed = FreeScales().run(after(FAKE)).program
     plan = plan_of(after(FAKE))
     names = {name for names in freed.fqns.values() for name in names}
-    for fqn in plan.quantized:
+    for fqn, spec in plan.quantized.items():
         assert fqn not in names
         assert {f"{fqn}.codes", f"{fqn}_scale"} <= names
-        assert f"{fqn}.scales" not in names and f"{fqn}_scale_sign" not in names
+        assert f"{fqn}.scales" not in names and (f"{fqn}_scale_sign" in names) == spec.signed
     assert plan_of(freed) == plan
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import nn
@@ -20,9 +18,6 @@ from gracec.quant.frozen import code_hash
 from gracec.recipe import Recipe
 from gracec.training.candidate import tensors_of, write_codes
 from tests.tiny_experts import tiny_experts
-
-After = Callable[[str], Program]
-FAKE = "analyze-modality,plan-quantization,insert-fake-quant{candidates=8}"
 
 
 def with_own_tensors(program: Program) -> Program:
@@ -106,8 +101,8 @@ def test_what_is_not_in_it_stays(captured: Program) -> None:
     assert {id(program.tensor(target)) for target in changed} == written
 
 
-def test_what_cannot_be_held_exactly_is_refused(captured: Program, after: After) -> None:
-    program = with_own_tensors(after(FAKE))
+def test_what_cannot_be_held_exactly_is_refused(captured: Program) -> None:
+    program = fake(captured)
     fqn, weight = next(iter(other_codes(program).items()))
     negative = FrozenWeight(weight.stored, -weight.scales, weight.spec)
     for scales in (negative.scales, weight.scales * 1.001):
