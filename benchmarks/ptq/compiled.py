@@ -109,7 +109,7 @@ def main() -> None:
         target = Path(folder) / "artifact"
         compiled.save_pretrained(target, formats=())
         weights, also = codes_of(target, original)
-        facts = {"recipe": compiled.report.recipe, "notes": list(compiled.report.notes)}
+        facts = {"recipe": compiled.report.recipe, "notes": list(map(str, compiled.report.notes))}
         hand_over(asked, weights, original, clock, ("torch", "torchao"), also=also, **facts)
         if asked.runtime:
             decoder = load(asked.model)
