@@ -415,6 +415,10 @@ def decode_table(result: str, model: str, variants: Collection[str] = ()) -> str
     )
 
 
+DATA = {"none": "nothing", "foreign": "other text", "same": "the same text"}
+"""Protocols of benchmarks/ptq, in words."""
+
+
 def ptq_table(model: str, bits: int | None = None, group_size: int | None = None) -> str:
     """What rounding costs a language model with real weights, by gracec and by others.
 
@@ -424,9 +428,7 @@ def ptq_table(model: str, bits: int | None = None, group_size: int | None = None
     """
     columns: dict[str, Callable[[Row], str]] = {
         "weights": lambda row: row["weights"],
-        "calibrated on": lambda row: {"none": "nothing", "foreign": "other text"}.get(
-            row["calibration"], "the same text"
-        ),
+        "calibrated on": lambda row: DATA[row["calibration"]],
         "bits": lambda row: str(row["bits"]),
         "group": lambda row: str(row["group_size"]),
         "bits a weight": lambda row: f"{row['bits_per_weight']:.2f}",
@@ -442,6 +444,26 @@ def ptq_table(model: str, bits: int | None = None, group_size: int | None = None
         [cell(row) for cell in columns.values()]
         for row in ptq.rows(model)
         if bits in (None, row["bits"]) and group_size in (None, row["group_size"])
+    ]
+    return table(list(columns), rows)
+
+
+def which_recipe_table(model: str) -> str:
+    """What gracec's own recipes cost a language model, by bits, group and data."""
+    columns: dict[str, Callable[[Row], str]] = {
+        "bits": lambda row: str(row["bits"]),
+        "group": lambda row: str(row["group_size"]),
+        "bits a weight": lambda row: f"{row['bits_per_weight']:.2f}",
+        "data": lambda row: DATA[row["calibration"]],
+        "loss, nats": lambda row: f"{row['loss_change_nats']:+.3f} ±{row['standard_error']:.3f}",
+        "KL, nats": lambda row: f"{row['kl_nats']:.3f}",
+        "same top-1, %": lambda row: f"{100 * row['top1']:.1f}",
+        "seconds": lambda row: f"{row['cpu_seconds']:.0f}",
+    }
+    rows = [
+        [cell(row) for cell in columns.values()]
+        for row in ptq.rows(model)
+        if row["weights"] == ptq.NAMES["gracec", "auto"]
     ]
     return table(list(columns), rows)
 
@@ -561,9 +583,14 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "decode 1b": partial(decode_table, "decode_1b", "1.1 billion random weights"),
     },
     "../README.md": {
+        "quality": partial(ptq_table, "smollm2", 4, 128),
         "speed": partial(decode_table, "decode_1b", "1.1 billion random weights", FIRST_PAGE)
     },
     "recipes.md": {"recipes": recipes_table, "fields": fields_table},
+    "which-recipe.md": {
+        "smollm2": partial(which_recipe_table, "smollm2"),
+        "gemma3": partial(which_recipe_table, "gemma3"),
+    },
     "write-your-own-pass.md": sources("gracec_example/protect_fragile.py"),
 }
 

@@ -152,6 +152,7 @@ def _calibrated() -> Iterator[Condition]:
         given |= {"scenes": CALIBRATION_SCENES}
         yield Condition("calibrated", f"w{bits}-calibrated", NO_TRAINING, **given)
     given = {"scenes": ALL_SCENES, "steps": 200, "weights": STRESS, "calibrated": True}
+    given["seeds"] = (0, 1)
     yield Condition("calibrated", "w2-qat-calibrated", "w4a16-qat", **given)
     yield Condition("calibrated", "w2-grace-calibrated", "w4a16", "teacher", **given)
 
