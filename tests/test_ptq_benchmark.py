@@ -174,14 +174,15 @@ def test_weights_with_too_many_levels_are_not_measured(
 
 def test_larger_decoders_are_estimated_by_their_operations(bench: SimpleNamespace) -> None:
     large = bench.large
-    assert large.MEASURED.weights == 22 * 2048 * (2 * 2048 + 2048 + 3 * 5632)
-    row = {"tokens": 16384, "minutes": 10.0}
-    (small, big) = large.extrapolated(row)
-    assert small["linear_weights_billion"] == pytest.approx(1.3, abs=0.1)
-    assert big["linear_weights_billion"] == pytest.approx(6.5, abs=0.1)
-    assert 10 < small["minutes"] < big["minutes"]
-    shares = [value for key, value in big.items() if key.endswith("_share")]
-    assert sum(shares) == pytest.approx(1, abs=0.02)
+    own = large.MEASURED.operations(16384)
+    assert own["search"] == 22 * 2048 * (2 * 2048 + 2048 + 3 * 5632)
+    row = {"tokens": 16384, **{f"seconds of {kind}": 60.0 for kind in own}}
+    small, big = large.extrapolated(row)
+    assert big["minutes"] > small["minutes"] > 0 and not big["measured"]
+    grown = large.OTHERS["7B (as LLaVA-1.5-7B)"].operations(16384)["factorization"]
+    expected = round(60.0 * grown / own["factorization"])
+    assert big["seconds of factorization"] == expected
+
 
 
 def test_rows_are_read_from_the_cells(bench: SimpleNamespace, tmp_path: Path) -> None:

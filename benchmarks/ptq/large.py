@@ -4,16 +4,19 @@
 
 The weights are random, so that only seconds and memory mean something. The model is made in
 bfloat16 and quantized to 4 bits in groups of 128 on plain text, 32 windows of 512 random words. The
-peak is the largest resident set of the process while it compiles. Other sizes are extrapolated:
-seconds of the whole measured compilation, shared out by the operations of each kind of work, for
-each decoder linear of N outputs and K inputs and n tokens:
+peak is the largest resident set of the process while it compiles. Other sizes are extrapolated: the
+seconds of each kind of work are measured, and scaled by its operations, for each decoder linear of
+N outputs and K inputs and n tokens:
 
-    forward         2 n N K, three times: to observe, and as original and quantized prefix
-    second moments  2 n K^2 for each set of linears that share their inputs
-    factorization   K^3 for each such set, in float64, counted four times
+    forward         n N K, the quantized prefix
+    second moments  n K^2 for each set of linears that share their inputs
+    factorization   K^3 for each such set, in float64
+    search          N K, of scales
     rounding        N K^2
+    comparison      n N K, with plain rounding on held-out tokens
+    the rest        N K: capture, gates, packing
 
-so that what grows with K^3 takes a larger part there. It is an estimate, not a measurement.
+It is an estimate, not a measurement.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import json
 import os
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,19 +59,18 @@ class Shape:
         )
 
     def operations(self, tokens: int) -> dict[str, float]:
-        """Kind of work -> operations of all blocks."""
+        """Kind of work -> what its seconds grow with, of all blocks."""
         pairs = self.sets()
         of_block = {
-            "forward": sum(3 * 2 * tokens * n * k for n, k in pairs),
-            "second_moments": sum(2 * tokens * k**2 for _, k in pairs),
-            "factorization": sum(4 * k**3 for _, k in pairs),
+            "forward": sum(tokens * n * k for n, k in pairs),
+            "second moments": sum(tokens * k**2 for _, k in pairs),
+            "factorization": sum(k**3 for _, k in pairs),
+            "search": sum(n * k for n, k in pairs),
             "rounding": sum(n * k**2 for n, k in pairs),
+            "comparison": sum(tokens * n * k for n, k in pairs),
+            "the rest": sum(n * k for n, k in pairs),
         }
         return {kind: float(self.layers * value) for kind, value in of_block.items()}
-
-    @property
-    def weights(self) -> int:
-        return self.layers * sum(n * k for n, k in self.sets())
 
 
 MEASURED = Shape(22, 2048, 5632, 1024)
@@ -75,6 +78,37 @@ OTHERS: Mapping[str, Shape] = {
     "2B (as Qwen2-VL-2B)": Shape(28, 1536, 8960, 256),
     "7B (as LLaVA-1.5-7B)": Shape(32, 4096, 11008, 4096),
 }
+
+
+class Stopwatch:
+    """Seconds of the kinds of work of a calibration."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def watch(self, owner: Any, name: str, kind: str) -> None:
+        """Have a function of a module or a class timed from now on."""
+        timed = getattr(owner, name)
+
+        def run(*arguments: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return timed(*arguments, **named)
+            finally:
+                self.seconds[kind] += time.perf_counter() - start
+
+        setattr(owner, name, run)
+
+    def watch_calibration(self) -> None:
+        from gracec import quant
+        from gracec.passes import correct_codes
+
+        self.watch(correct_codes.Stream, "advance", "forward")
+        self.watch(correct_codes.SecondMoments, "add", "second moments")
+        self.watch(correct_codes, "factor", "factorization")
+        self.watch(quant, "search_scales", "search")
+        self.watch(correct_codes, "corrected_codes", "rounding")
+        self.watch(correct_codes.Candidates, "of", "comparison")
 
 
 def measure(tokens: int, threads: int) -> dict[str, Any]:
@@ -100,6 +134,8 @@ def measure(tokens: int, threads: int) -> dict[str, Any]:
         }
     )
     words = processor(vocabulary)
+    watch = Stopwatch()
+    watch.watch_calibration()
     forget_peak()
     start = time.perf_counter()
     compiled = gracec.compile(
@@ -107,6 +143,7 @@ def measure(tokens: int, threads: int) -> dict[str, Any]:
     )
     seconds = time.perf_counter() - start
     peak = peak_mib()
+    watch.seconds["the rest"] = seconds - sum(watch.seconds.values())
     return {
         "decoder": "1.1 billion random weights",
         "measured": True,
@@ -117,21 +154,25 @@ def measure(tokens: int, threads: int) -> dict[str, Any]:
         "bf16_mib": round(bf16),
         "peak_over_bf16": round(peak / bf16, 2),
         "int4_weights": compiled.report.gates["int4_kernels"].count,
+        **{f"seconds of {kind}": round(one) for kind, one in watch.seconds.items()},
     }
 
 
 def extrapolated(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the other decoders, by operations."""
-    own = sum(MEASURED.operations(row["tokens"]).values())
+    """Rows of the other decoders, each kind of work scaled by its operations."""
+    own = MEASURED.operations(row["tokens"])
     found = []
     for name, shape in OTHERS.items():
         work = shape.operations(row["tokens"])
-        total = sum(work.values())
-        shares = {f"{kind}_share": round(value / total, 2) for kind, value in work.items()}
-        minutes = round(row["minutes"] * total / own, 1)
+        seconds = {
+            kind: row[f"seconds of {kind}"] * work[kind] / own[kind]
+            for kind in work
+            if f"seconds of {kind}" in row
+        }
         known = {"decoder": name, "measured": False, "tokens": row["tokens"]}
-        known |= {"linear_weights_billion": round(shape.weights / 1e9, 2), "minutes": minutes}
-        found.append(known | shares)
+        known |= {"minutes": round(sum(seconds.values()) / 60, 1)}
+        known |= {f"seconds of {kind}": round(one) for kind, one in seconds.items()}
+        found.append(known)
     return found
 
 
