@@ -43,8 +43,9 @@ def with_halves_negative(program: Program) -> Program:
 
 
 def negated_by_halves(weight: FrozenWeight) -> FrozenWeight:
-    """Nearly the same weight, with codes and scales of every other group negated."""
-    signs = half_negative(weight.scales)
+    """Nearly the same weight, with the codes of a group negated wherever its scale has another sign
+    than it is to have: every other one negative."""
+    signs = half_negative(weight.scales) * weight.scales.sign().to(torch.int8)
     groups = quant.grouped(weight.codes.short(), weight.group_size) * signs.unsqueeze(-1)
     codes = groups.clamp(*quant.code_range(weight.spec.bits)).reshape(weight.shape)
     return replace(

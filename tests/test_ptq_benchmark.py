@@ -184,7 +184,6 @@ def test_larger_decoders_are_estimated_by_their_operations(bench: SimpleNamespac
     assert big["seconds of factorization"] == expected
 
 
-
 def test_rows_are_read_from_the_cells(bench: SimpleNamespace, tmp_path: Path) -> None:
     for path in bench.tables.FOLDER.glob("*.json"):
         cell = json.loads(path.read_text(encoding="utf-8"))

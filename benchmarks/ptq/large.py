@@ -119,7 +119,7 @@ def measure(tokens: int, threads: int) -> dict[str, Any]:
     from gracec.recipe import Recipe
 
     torch.set_num_threads(threads)
-    model = as_llava(random_decoder("1b").to(torch.bfloat16))
+    model = as_llava(random_decoder("1b")).to(torch.bfloat16)
     bf16 = sum(parameter.numel() for parameter in model.parameters()) * 2 / 2**20
     vocabulary = model.config.text_config.vocab_size
     drawn = torch.randint(

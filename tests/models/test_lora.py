@@ -39,7 +39,14 @@ Batch = dict[str, Tensor]
 EVERYWHERE = ["q_proj", "down_proj", "linear_1"]
 ATTENTION = r".*language_model.*\.(q|v)_proj"
 WEIGHTS = {part: {"group_size": 32} for part in ("projector", "decoder")}
-RECIPE = Recipe.from_dict({"name": "lora", "weights": WEIGHTS, "deploy": {"dtype": "float32"}})
+RECIPE = Recipe.from_dict(
+    {
+        "name": "lora",
+        "weights": WEIGHTS,
+        "calibration": {"method": "weights"},
+        "deploy": {"dtype": "float32"},
+    }
+)
 
 
 def adapted(model: LlavaForConditionalGeneration, **options: Any) -> PeftModel:
