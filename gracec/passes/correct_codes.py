@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, fx
 
 from gracec import quant
+from gracec._memory import trim
 from gracec.ir.annotations import experts_of, planned_quant
 from gracec.ir.matmul_rows import matmul_rows, matmul_shape, rows_operands
 from gracec.ir.program import Program, annotate, annotation
@@ -243,6 +244,7 @@ class _Run:
             for stream in streams:
                 for node in set(each.watched) - later:
                     stream.release(node)
+            trim()  # what is left between the values of many samples is as large as they are
         return found, self.notes
 
     def divergence(self, found: Mapping[str, Corrected]) -> float:
@@ -307,7 +309,7 @@ class _Run:
         if cross is not None:
             counts = torch.tensor(moments.counts, device=device).clamp_min(1)
             cross /= counts.view(-1, 1, 1)
-        inputs = self._inputs(each, moments.means(), cross, quantized, original)
+        inputs = self._inputs(each, moments.means(inplace=True), cross, quantized, original)
         return {
             fqn: self._joined(fake, [self._matrix(fake, n, one) for n, one in enumerate(inputs)])
             for fqn, fake in each.weights.items()
@@ -362,15 +364,10 @@ class _Run:
         for part, pairs in enumerate(rows):
             place = min(part, len(means) - 1)
             pairs = pairs or [(empty, empty)]
-            inputs.append(
-                Inputs(
-                    means[place],
-                    None if cross is None else cross[place],
-                    found[place],
-                    torch.cat([given for given, _ in pairs]),
-                    torch.cat([wanted for _, wanted in pairs]),
-                )
-            )
+            given = torch.cat([one for one, _ in pairs])
+            wanted = given if original is None else torch.cat([one for _, one in pairs])
+            own = None if cross is None else cross[place]
+            inputs.append(Inputs(means[place], own, found[place], given, wanted))
         return inputs
 
     def _matrix(self, fake: FakeQuantized, number: int, inputs: Inputs) -> Candidates:

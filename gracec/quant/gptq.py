@@ -64,7 +64,7 @@ def factor(moments: Tensor, damping: float = 0.01, *, by_activation: bool = True
     turned = order.flip(0)
     for attempt in range(ATTEMPTS):
         added = damping * 10**attempt
-        matrix = moments[turned][:, turned].to(torch.float64)
+        matrix = moments[turned[:, None], turned].to(torch.float64)
         matrix.diagonal().copy_(diagonal[turned] + added * diagonal.mean())
         lower, failed = torch.linalg.cholesky_ex(matrix)
         del matrix  # these are the largest tensors of a calibration

@@ -59,8 +59,12 @@ class SecondMoments:
         """How many matrices no row was for."""
         return self.counts.count(0)
 
-    def means(self) -> Tensor:
+    def means(self, *, inplace: bool = False) -> Tensor:
         """H of each matrix, [P, K, K] or [P, K]; that of all rows where a matrix saw none.
+
+        Args:
+            inplace: the sums become the means, where there is hardly room for both; nothing can be
+                added or asked afterwards.
 
         Raises:
             GracecError: if there was no row at all, or a sum is not finite.
@@ -70,12 +74,10 @@ class SecondMoments:
             raise GracecError("no input was observed", fix="give calibration data")
         if not torch.isfinite(self.sums).all():
             raise GracecError("an input holds NaN or infinity", fix="check the checkpoint")
-        found = self.sums.clone()
+        found = self.sums if inplace else self.sums.clone()
+        overall = self.sums.sum(0) / total if 0 in self.counts else None
         for part, count in enumerate(self.counts):
-            if count:
-                found[part] /= count
-            else:
-                torch.sum(self.sums, 0, out=found[part]).div_(total)
+            found[part] = found[part].div_(count) if overall is None or count else overall
             for start in range(COLUMNS, len(found[part]), COLUMNS) if self.full else ():
                 end = start + COLUMNS
                 found[part, start:end, :start] = found[part, :start, start:end].t()
