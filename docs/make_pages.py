@@ -584,7 +584,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "../README.md": {
         "quality": partial(ptq_table, "smollm2", 4, 128),
-        "speed": partial(decode_table, "decode_1b", "1.1 billion random weights", FIRST_PAGE)
+        "speed": partial(decode_table, "decode_1b", "1.1 billion random weights", FIRST_PAGE),
     },
     "recipes.md": {"recipes": recipes_table, "fields": fields_table},
     "which-recipe.md": {
