@@ -151,6 +151,9 @@ def _calibrated() -> Iterator[Condition]:
         yield Condition("calibrated", f"w{bits}-no-data", NO_TRAINING, **given)
         given |= {"scenes": CALIBRATION_SCENES}
         yield Condition("calibrated", f"w{bits}-calibrated", NO_TRAINING, **given)
+    for bits in (3, 2):
+        given = {"weights": both(bits), "calibrated": True, "scenes": CALIBRATION_SCENES}
+        yield Condition("calibrated", f"w{bits}-scales", "w4a16-scales", "self", steps=120, **given)
     given = {"scenes": ALL_SCENES, "steps": 200, "weights": STRESS, "calibrated": True}
     given["seeds"] = (0, 1)
     yield Condition("calibrated", "w2-qat-calibrated", "w4a16-qat", **given)

@@ -497,6 +497,7 @@ CALIBRATED = [
             ("weights alone", plain),
             ("no data", f"w{bits}-no-data"),
             ("calibrated", f"w{bits}-calibrated"),
+            ("calibrated, then scales trained", f"w{bits}-scales"),
         )
     ),
     ("2 bits, trained by cross-entropy, from weights alone", "w2-qat", "student"),
@@ -675,8 +676,10 @@ CALIBRATED_TEXT = """Post-training quantization of decoder and projector (g128),
 the float32 student. "weights alone" searches scales of least squared error of the weights, which is
 what every other row of this page starts from; "no data" weighs that search by random words and
 noise pictures; "calibrated" corrects codes on 128 of the questions about {scenes} training scenes,
-seconds of work. In the last two, scales may be negative. The trained rows are those of "Two bits"
-with the calibrated scales to start from.
+seconds of work. In the last two, scales may be negative. "then scales trained" is 120 steps of
+`w4a16-scales` on the same questions, without their answers: codes stay, scales learn what the
+original would say. The trained rows are those of "Two bits" with the calibrated scales to start
+from.
 """
 ABLATION_TEXT = """The same two bits, 100 scenes (so that there are epochs), the bigger teacher,
 {steps} steps of which the last state is kept, two seeds. Each row changes one thing in GRACE; a

@@ -89,6 +89,7 @@ def cells() -> Iterator[Cell]:
         for tool, runs in PEERS.items():
             for method, protocol in runs:
                 yield Cell(model, tool, method, protocol, bits, group)
+    yield Cell("smollm2", "gracec", "scales", "foreign", 4, 128)
     for group in RUNTIME_GROUPS:
         for runtime in RUNTIMES:
             yield Cell("smollm2", "gracec", "auto", "none", 4, group, runtime)

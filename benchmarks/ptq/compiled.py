@@ -36,7 +36,8 @@ SEED = 0
 
 def recipe(asked: argparse.Namespace, ids: Tensor | None) -> Recipe:
     """Post-training quantization of the decoder; all else as a user has it by default."""
-    fields: dict[str, Any] = {
+    fields: dict[str, Any] = {} if asked.method != "scales" else of_scales()
+    fields |= {
         "name": f"w{asked.bits}-g{asked.group_size}-{asked.method}",
         "weights": {
             "decoder": {
@@ -47,12 +48,18 @@ def recipe(asked: argparse.Namespace, ids: Tensor | None) -> Recipe:
         },
     }
     if "calibration" in Recipe.model_fields:
-        fields["calibration"] = {"method": asked.method, "seed": SEED}
+        method = "auto" if asked.method == "scales" else asked.method
+        fields["calibration"] = {"method": method, "seed": SEED}
         if ids is not None:
             fields["calibration"] |= {"samples": len(ids), "tokens": ids.numel()}
-    elif asked.method != "weights":
+    elif asked.method not in ("weights", "scales"):
         raise SystemExit("this gracec has no `calibration` in its recipes")
     return Recipe.from_dict(fields)
+
+
+def of_scales() -> dict[str, Any]:
+    """The training of w4a16-scales."""
+    return {"training": Recipe.load("w4a16-scales").to_dict()["training"]}
 
 
 def codes_of(directory: Path, original: dict[str, Tensor]) -> tuple[dict[str, Tensor], ...]:
@@ -89,7 +96,7 @@ def runtime(compiled: Any, name: str, folder: Path) -> Any:
 
 
 def main() -> None:
-    asked = options(("weights", "auto"))
+    asked = options(("weights", "auto", "scales"))
     ids = None if asked.windows is None else calibration(asked)
     decoder = load(asked.model)
     original = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}

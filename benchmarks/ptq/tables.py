@@ -13,6 +13,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "results" / "ptq"
 NAMES: Mapping[tuple[str, str], str] = {
     ("gracec", "weights"): "gracec, weights alone",
     ("gracec", "auto"): "gracec",
+    ("gracec", "scales"): "gracec, scales trained (w4a16-scales)",
     ("llmcompressor", "rtn"): "llm-compressor RTN",
     ("llmcompressor", "gptq"): "llm-compressor GPTQ",
     ("llmcompressor", "awq"): "llm-compressor AWQ",
