@@ -723,8 +723,8 @@ WIRING: tuple[Mutation, ...] = (
     ),
     Mutation(
         "a text says nothing about the inputs of a tower",
-        CORRECT,
-        'return not (text_alone and annotation(each.x).get("modality") == "vision")',
+        "gracec/passes/insert_observers.py",
+        'return not (text_alone and annotation(activation).get("modality") == "vision")',
         "return True",
         (f"{ON_CORRECT}::test_a_text_corrects_no_weight_of_the_tower",),
     ),

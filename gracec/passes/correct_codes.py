@@ -39,16 +39,12 @@ from gracec._memory import trim
 from gracec.ir.annotations import experts_of, planned_quant
 from gracec.ir.matmul_rows import matmul_rows, matmul_shape, rows_operands
 from gracec.ir.program import Program, annotate, annotation
-from gracec.ir.queries import EXPERT_LINEAR, seen_through
+from gracec.ir.queries import EXPERT_LINEAR
 from gracec.ir.stream import Stream
 from gracec.passes.base import Pass, PassResult
-from gracec.passes.freeze import (
-    DEQUANTIZE,
-    drop_dead_tensors,
-    frozen_nodes,
-    replace_by_codes,
-)
+from gracec.passes.freeze import DEQUANTIZE, drop_dead_tensors, frozen_nodes, replace_fake
 from gracec.passes.insert_fake_quant import FAKE_QUANTIZE, FakeQuantized, fake_quantized, reader
+from gracec.passes.insert_observers import sees
 from gracec.quant import FrozenWeight
 from gracec.quant.gptq import Factor, compensated, corrected_codes, factor
 from gracec.quant.observers import weight_scales
@@ -158,7 +154,7 @@ class CorrectCodes(Pass):
         sets = [
             each
             for each in fused_sets(program)
-            if any(_calibrates(program, each, sample) for sample in samples)
+            if any(sees(program, each.x, sample) for sample in samples)
         ]
         specs = [planned_quant(reader(fake.node)) for s in sets for fake in s.weights.values()]
         shares: tuple[float, ...] = (self.asymmetric or 0.0,)
@@ -196,11 +192,9 @@ class CorrectCodes(Pass):
 
     @staticmethod
     def _replace(program: Program, fake: FakeQuantized, corrected: Corrected) -> None:
-        operand, linear = fake.node.args[0], reader(fake.node)
-        assert isinstance(operand, fx.Node)
         errors = [float(f"{error:.4g}") for error in corrected.errors]
-        annotate(linear, output_error=errors, codes=corrected.how)
-        replace_by_codes(program, fake.node, seen_through(operand), corrected.weight)
+        annotate(reader(fake.node), output_error=errors, codes=corrected.how)
+        replace_fake(program, fake, corrected.weight)
 
 
 class _Run:
@@ -319,7 +313,7 @@ class _Run:
         self, each: FusedSet, sample: int, quantized: Stream, original: Stream | None
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """float32 rows of each matrix as the quantized model feeds them, and as the original."""
-        if not _calibrates(self.program, each, self.samples[sample]):
+        if not sees(self.program, each.x, self.samples[sample]):
             return
         how = tuple(
             quantized.value(operand, sample) if isinstance(operand, fx.Node) else operand
@@ -519,12 +513,6 @@ def _keeps_scales(linear: fx.Node) -> bool:
     """Whether the scales that a weight has are another observer's, or one for all of it."""
     observer = annotation(linear).get("weight_observer", "mse")
     return observer != "mse" or planned_quant(linear).granularity == "per_tensor"
-
-
-def _calibrates(program: Program, each: FusedSet, sample: Mapping[str, Tensor]) -> bool:
-    """Whether a sample says something about the inputs of a set: a text nothing about pictures."""
-    text_alone = sample.keys() < program.example_inputs.keys()
-    return not (text_alone and annotation(each.x).get("modality") == "vision")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -26,6 +26,7 @@ from gracec.passes.base import Pass, PassResult
 from gracec.passes.insert_fake_quant import (
     FAKE_QUANTIZE,
     FAKE_QUANTIZE_ACTIVATION,
+    FakeQuantized,
     fake_quantized,
     reader,
 )
@@ -74,13 +75,12 @@ def freeze_weights(program: Program) -> int:
     """Put codes in the place of every fake-quantized weight, and say how many there were."""
     count = 0
     for fake in fake_quantized(program):
-        operand, linear = fake.node.args[0], reader(fake.node)
-        assert isinstance(operand, fx.Node)
+        linear = reader(fake.node)
         codes = quant.quantize(fake.weight, fake.scales, fake.bits, fake.group_size)
         frozen = FrozenWeight.from_codes(
             codes, fake.scales, planned_quant(linear), experts_of(linear)
         )
-        replace_by_codes(program, fake.node, seen_through(operand), frozen)
+        replace_fake(program, fake, frozen)
         count += 1
     return count
 
@@ -90,9 +90,7 @@ def with_codes(program: Program, weights: Mapping[str, FrozenWeight]) -> Program
     program = program.copy()
     for fake in fake_quantized(program):
         if fake.fqn in weights:
-            operand = fake.node.args[0]
-            assert isinstance(operand, fx.Node)
-            replace_by_codes(program, fake.node, seen_through(operand), weights[fake.fqn])
+            replace_fake(program, fake, weights[fake.fqn])
     drop_dead_tensors(program)
     program.recompile()
     return program
@@ -143,6 +141,13 @@ def _freeze_activation(program: Program, node: fx.Node) -> None:
     frozen.meta = dict(node.meta)
     node.replace_all_uses_with(frozen)
     program.graph.erase_node(node)
+
+
+def replace_fake(program: Program, fake: FakeQuantized, frozen: FrozenWeight) -> None:
+    """Put `dequantize(codes, scales)` in the place of a fake-quantized weight."""
+    operand = fake.node.args[0]
+    assert isinstance(operand, fx.Node)
+    replace_by_codes(program, fake.node, seen_through(operand), frozen)
 
 
 def replace_by_codes(

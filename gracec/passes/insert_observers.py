@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -66,18 +66,7 @@ class InsertObservers(Pass):
                 "give calibration samples for scales that mean something"
             ]
             samples = [program.example_inputs]
-        watching = [
-            (_observer(program, node), annotation(node).get("modality"))
-            for node in observers.values()
-        ]
-        for sample in samples:
-            text_alone = sample.keys() < program.example_inputs.keys()
-            for observer, modality in watching:
-                observer.watching = not (text_alone and modality == "vision")
-            with torch.no_grad():
-                program(**{**program.example_inputs, **sample})
-        for observer, _ in watching:  # what runs the program later shall not move the scales
-            observer.watching = False
+        run_observers(program, {n: _observer(program, n) for n in observers.values()}, samples)
         return PassResult(program, True, tuple(notes))
 
     def ensures(self, before: Program, after: Program) -> None:
@@ -103,6 +92,30 @@ class InsertObservers(Pass):
         node.meta["nn_module_stack"] = dict(linear.meta.get("nn_module_stack") or {})
         annotate(node, modality=annotation(source).get("modality"), observer=spec.observer)
         return node
+
+
+def sees(program: Program, activation: fx.Node, sample: Mapping[str, Tensor]) -> bool:
+    """Whether a sample says something about an activation: a text alone nothing about pictures."""
+    text_alone = sample.keys() < program.example_inputs.keys()
+    return not (text_alone and annotation(activation).get("modality") == "vision")
+
+
+@torch.no_grad()
+def run_observers(
+    program: Program, observers: Mapping[fx.Node, Any], samples: Sequence[Mapping[str, Tensor]]
+) -> None:
+    """Run a program on samples, each watched by the observers that it says something to.
+
+    Args:
+        observers: node -> module whose `watching` says whether it looks; none does afterwards,
+            since what runs the program later shall not count.
+    """
+    for sample in samples:
+        for node, observer in observers.items():
+            observer.watching = sees(program, node, sample)
+        program(**{**program.example_inputs, **sample})
+    for observer in observers.values():
+        observer.watching = False
 
 
 def observer_nodes(program: Program) -> Iterator[fx.Node]:

@@ -15,13 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, fx, nn
 
 from gracec.ir.matmul_rows import matmul_rows, matmul_shape, rows_operands
 from gracec.ir.program import Program, annotate, annotation
 from gracec.ir.queries import value
 from gracec.passes.base import Pass, PassResult
+from gracec.passes.insert_observers import run_observers
 from gracec.quant.second_moments import SecondMoments
 
 PREFIX = "second_moments"
@@ -84,15 +84,7 @@ class ObserveSecondMoments(Pass):
         program.recompile()
         samples = self.samples or [program.example_inputs]
         observers = dict(moment_observers(program))
-        for sample in samples:
-            text_alone = sample.keys() < program.example_inputs.keys()
-            for node, observer in observers.items():
-                vision = annotation(node).get("modality") == "vision"
-                observer.watching = not (text_alone and vision)
-            with torch.no_grad():
-                program(**{**program.example_inputs, **sample})
-        for observer in observers.values():  # what runs the program later shall not count
-            observer.watching = False
+        run_observers(program, observers, samples)
         on = f"{len(self.samples)} samples" if self.samples else "the example inputs"
         return PassResult(program, True, (f"{len(observers)} inputs observed on {on}",))
 

@@ -137,9 +137,8 @@ def prepare(source: Source, request: Request, journal: Journal) -> Prepared:
     before_correction: list[Program] = []
 
     def watch(item: Pass, before: Program, result: PassResult) -> None:
-        if (
-            item.name == PlanQuantization.name
-        ):  # refuse what nothing can hold before that takes long
+        if item.name == PlanQuantization.name:
+            # What nothing can hold is refused before it is calibrated, which may take long.
             accept(Prepared(source, model, result.program), request)
         if item.name == CorrectCodes.name:
             before_correction.append(before)

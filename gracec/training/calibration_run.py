@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +29,7 @@ from gracec.json_files import JsonModel, check_fields, parse_json
 from gracec.passes.correct_codes import Corrected
 from gracec.quant import FrozenWeight, QuantSpec
 from gracec.quant.frozen import Experts, check_frozen
-from gracec.training.checkpoints.fingerprint import Fingerprint
+from gracec.training.checkpoints.fingerprint import Fingerprint, FingerprintFields
 
 CALIBRATED = "calibrated"
 """Name of the folder in that of a run."""
@@ -48,25 +48,10 @@ class _Weight(JsonModel):
     how: str
 
 
-class _Run(JsonModel):
-    """Fields of a `Fingerprint`."""
-
-    model: str
-    teacher: str
-    data: str
-    processor: str
-    recipe: str
-    calibration: str
-    threads: int
-    torch: str
-    gracec: str
-    device: str
-
-
 class _Set(JsonModel):
     """What a file says."""
 
-    fingerprint: _Run
+    fingerprint: FingerprintFields
     weights: dict[str, _Weight]
 
 
@@ -168,8 +153,7 @@ def _read(path: Path, expected: Fingerprint) -> dict[str, Corrected]:
         raise GracecError(f"is damaged ({first_line(error)})", where=where, fix=_REMOVE) from error
     says = parse_json(metadata.get("gracec", "{}"), where=where, fix=_REMOVE)
     found = check_fields(_Set, says, where=where, fix=_REMOVE)
-    run = found.fingerprint
-    written = Fingerprint(**{field.name: getattr(run, field.name) for field in fields(Fingerprint)})
+    written = Fingerprint(**found.fingerprint.model_dump())
     difference = written.difference(expected)
     if difference:
         raise GracecError(difference, where=where, fix=written.remedy(expected))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gracec._version import __version__
 from gracec.errors import GracecError
+from gracec.json_files import JsonModel
 
 CHUNK = 1 << 22
 """Elements that are read back from a device and hashed at a time."""
@@ -80,6 +81,21 @@ class Fingerprint:
     def _first_difference(self, other: Fingerprint) -> str:
         names = (item.name for item in fields(self))
         return next((n for n in names if getattr(self, n) != getattr(other, n)), "")
+
+
+class FingerprintFields(JsonModel):
+    """A `Fingerprint` in a file."""
+
+    model: str
+    teacher: str
+    data: str
+    processor: str
+    recipe: str
+    calibration: str = ""
+    threads: int
+    torch: str
+    gracec: str
+    device: str
 
 
 def fingerprint_of_tensors(tensors: Mapping[str, Tensor]) -> str:

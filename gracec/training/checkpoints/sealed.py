@@ -20,6 +20,7 @@ from gracec.file_hashes import file_sha256
 from gracec.json_files import JsonModel, check_fields, read_json
 from gracec.training.checkpoints.fingerprint import (
     Fingerprint,
+    FingerprintFields,
     check_json,
     fingerprint_of_json,
     plain,
@@ -43,21 +44,6 @@ class _Optimizer(JsonModel):
     state: dict[str, dict[str, Any]]
 
 
-class _Run(JsonModel):
-    """The fields of a `Fingerprint`."""
-
-    model: str
-    teacher: str
-    data: str
-    processor: str
-    recipe: str
-    calibration: str = ""
-    threads: int
-    torch: str
-    gracec: str
-    device: str
-
-
 class _Contents(JsonModel):
     """What a checkpoint holds beside tensors; see `Checkpoint`."""
 
@@ -71,7 +57,7 @@ class _Contents(JsonModel):
     extra: dict[str, Any]
     optimizer: _Optimizer
     rng: _Rng
-    fingerprint: _Run
+    fingerprint: FingerprintFields
 
 
 class _Sealed(JsonModel):
