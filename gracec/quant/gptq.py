@@ -27,6 +27,8 @@ from gracec.quant.codes import code_range
 
 BLOCK = 128
 """Columns that are rounded before the others learn of it: one matmul instead of many products."""
+COLUMNS = 512
+"""Columns of a triangular matrix that are inverted at once."""
 ASYMMETRIC_DAMPING = 0.05
 ATTEMPTS = 5
 """Times that the damping is raised tenfold where a matrix cannot be factored."""
@@ -66,15 +68,25 @@ def factor(moments: Tensor, damping: float = 0.01, *, by_activation: bool = True
         added = damping * 10**attempt
         matrix = moments[turned[:, None], turned].to(torch.float64)
         matrix.diagonal().copy_(diagonal[turned] + added * diagonal.mean())
-        lower, failed = torch.linalg.cholesky_ex(matrix)
-        del matrix  # these are the largest tensors of a calibration
+        failed = torch.empty((), dtype=torch.int32, device=moments.device)
+        # In its own place: these are the largest tensors of a calibration.
+        torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
         if not failed:
-            inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
-            upper = inverse.flip(0, 1).to(torch.float32)
+            upper = _inverse(matrix).flip(0, 1)
             if torch.isfinite(upper).all():
                 return Factor(upper, order, added)
     return None
+
+
+def _inverse(lower: Tensor) -> Tensor:
+    """float32 inverse of a float64 lower triangular matrix, some columns at a time."""
+    found = torch.empty(lower.shape, dtype=torch.float32, device=lower.device)
+    for start in range(0, len(lower), COLUMNS):
+        unit = torch.zeros_like(lower[:, start : start + COLUMNS])
+        unit[start:].diagonal().fill_(1)
+        torch.linalg.solve_triangular(lower, unit, upper=False, out=unit)
+        found[:, start : start + COLUMNS] = unit
+    return found
 
 
 def corrected_codes(
