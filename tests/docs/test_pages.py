@@ -56,7 +56,7 @@ def test_the_page_on_extensions_shows_the_whole_example(make_pages: ModuleType) 
 
 def test_the_bound_on_the_logits_is_the_one_written(make_pages: ModuleType) -> None:
     dense = gates.LogitAgreement(kl=1e-3, top1=1.0, top1_clear=1.0)
-    bound = make_pages.KL_FACTOR * dense.kl + make_pages.KL_SLACK
+    bound = gates.KL_FACTOR * dense.kl + make_pages.KL_SLACK
     gates.lowered_is_as_good_as_dense(gates.LogitAgreement(bound * 0.999, 1.0, 1.0), dense)
     with pytest.raises(GateError):
         gates.lowered_is_as_good_as_dense(gates.LogitAgreement(bound * 1.001, 1.0, 1.0), dense)
