@@ -99,6 +99,7 @@ def gdkd_term(
     gate: bool = True,
     ignore_index: int = IGNORE_INDEX,
     chunk_size: int = 2048,
+    vocabulary: int | None = None,
 ) -> Term:
     """Σ g_i L_i and Σ g_i of L_GDKD; arguments, shapes and errors as in `gdkd_loss`."""
     (term,) = position_terms(
@@ -108,6 +109,7 @@ def gdkd_term(
         labels,
         ignore_index=ignore_index,
         chunk_size=chunk_size,
+        vocabulary=vocabulary,
     )
     return term
 
@@ -122,6 +124,7 @@ def gdkd_loss(
     ignore_index: int = IGNORE_INDEX,
     chunk_size: int = 2048,
     gate: bool = True,
+    vocabulary: int | None = None,
 ) -> Tensor:
     """L_GDKD = Σ g_i T² (α TCKD_i + β NCKD_i) / Σ g_i over the supervised positions, in nats.
 
@@ -130,7 +133,8 @@ def gdkd_loss(
     Args:
         student_logits: [S, V] or [B, T, V], any float dtype, or `LazyLogits`. float64 is computed
             in float64, everything else in float32.
-        teacher_logits: the same positions and vocabulary; gets no gradient.
+        teacher_logits: the same positions, and vocabulary unless `vocabulary` says what is
+            compared; gets no gradient.
         labels: int64 [S], the target of each row; or [B, T] as Hugging Face has them, when
             logits at t are matched with the label at t + 1 here.
         temperature: T, of both distributions but not of the gate.
@@ -140,6 +144,8 @@ def gdkd_loss(
         chunk_size: positions that are looked at in one go; bounds the temporary memory in forward
             and backward.
         gate: weigh positions by the teacher's confidence; otherwise each counts the same.
+        vocabulary: how many logits of both, the first ones, are compared, where one vocabulary is
+            padded otherwise; labels are below it, and what is beyond is ignored. By default all.
 
     Returns:
         A scalar; zero with a graph when nothing is supervised.
@@ -157,4 +163,5 @@ def gdkd_loss(
         gate=gate,
         ignore_index=ignore_index,
         chunk_size=chunk_size,
+        vocabulary=vocabulary,
     ).mean()

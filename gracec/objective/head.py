@@ -83,6 +83,7 @@ def position_terms(
     *,
     ignore_index: int,
     chunk_size: int,
+    vocabulary: int | None = None,
 ) -> list[Term]:
     """The terms of several losses, from one walk over the positions.
 
@@ -91,6 +92,10 @@ def position_terms(
         teacher: the same positions and vocabulary; gets no gradient. None if no loss needs it.
         labels: int64 [S] or [B, T]; `ignore_index` where nothing is supervised.
         chunk_size: positions that are looked at in one go; bounds the temporary memory.
+        vocabulary: how many logits, the first ones, a loss sees of both sides if it compares them,
+            where student and teacher pad one vocabulary otherwise; labels of these positions are
+            below it. What is beyond may hold anything and gets no gradient. A loss that needs no
+            teacher sees all of the student's.
 
     Raises:
         GracecError: if shapes, vocabularies or the chunk size do not fit.
@@ -100,11 +105,18 @@ def position_terms(
     reference = None
     if teacher is not None:
         reference, _ = _source(teacher, labels, ignore_index, "teacher_logits")
-        _check_vocabularies(source.vocabulary, reference.vocabulary)
+        reference = reference.first(vocabulary)
+        _check_vocabularies(source.first(vocabulary).vocabulary, reference.vocabulary)
     elif any(loss.needs_teacher for loss in losses):
         raise GracecError("distillation needs the teacher's logits", where="teacher_logits")
     values, weights = _Walk.apply(  # type: ignore[no-untyped-call]
-        tuple(losses), targets, ignore_index, chunk_size, *source, *(reference or (None, None))
+        tuple(losses),
+        targets,
+        ignore_index,
+        chunk_size,
+        vocabulary,
+        *source,
+        *(reference or (None, None)),
     )
     totals = (values * weights).sum(1)
     return [Term(t, w) for t, w in zip(totals.unbind(), weights.sum(1).unbind(), strict=True)]
@@ -112,11 +124,18 @@ def position_terms(
 
 @torch.no_grad()
 def position_weight(
-    loss: PositionLoss, teacher: Logits, labels: Tensor, *, ignore_index: int, chunk_size: int
+    loss: PositionLoss,
+    teacher: Logits,
+    labels: Tensor,
+    *,
+    ignore_index: int,
+    chunk_size: int,
+    vocabulary: int | None = None,
 ) -> Tensor:
     """The weight that `position_terms` gives the term of one loss, before the student has run."""
     _check_chunk(chunk_size)
     source, targets = _source(teacher, labels, ignore_index, "teacher_logits")
+    source = source.first(vocabulary)
     weights = wide(source.matrix.new_zeros(len(targets)))
     with no_autocast(source.matrix):
         for chunk in _chunks(len(targets), chunk_size):
@@ -133,6 +152,12 @@ class _Source(NamedTuple):
     @property
     def vocabulary(self) -> int:
         return self.matrix.shape[1] if self.head is None else len(self.head)
+
+    def first(self, count: int | None) -> _Source:
+        """The same without the logits beyond the first so many."""
+        if self.head is None:
+            return _Source(self.matrix[:, :count], None)
+        return _Source(self.matrix, self.head[:count])
 
     def logits(self, chunk: slice) -> Tensor:
         """Logits [C, V] of a chunk, rounded as the model would round them, then widened."""
@@ -153,6 +178,7 @@ class _Walk(torch.autograd.Function):
         targets: Tensor,
         ignore_index: int,
         chunk_size: int,
+        vocabulary: int | None,
         student: Tensor,
         head: Tensor | None,
         teacher: Tensor | None,
@@ -169,12 +195,13 @@ class _Walk(torch.autograd.Function):
                 s = source.logits(chunk)
                 t = s if reference is None else reference.logits(chunk)
                 for row, loss in enumerate(losses):
-                    values[row, chunk] = loss.values(s, t, labels[chunk])
+                    seen = s[:, :vocabulary] if loss.needs_teacher else s
+                    values[row, chunk] = loss.values(seen, t, labels[chunk])
                     weights[row, chunk] = loss.weights(t)
         values.masked_fill_(ignored, 0)
         weights.masked_fill_(ignored, 0)
         ctx.save_for_backward(ignored, labels, student, head, teacher, teacher_head)
-        ctx.losses, ctx.chunk_size = losses, chunk_size
+        ctx.losses, ctx.chunk_size, ctx.vocabulary = losses, chunk_size, vocabulary
         ctx.mark_non_differentiable(weights)
         return values, weights
 
@@ -182,7 +209,7 @@ class _Walk(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         ignored, labels, student, head, teacher, teacher_head = ctx.saved_tensors
-        needs_student, needs_head = ctx.needs_input_grad[4:6]
+        needs_student, needs_head = ctx.needs_input_grad[5:7]
         grad_student = torch.empty_like(student) if needs_student else None
         grad_head = torch.zeros_like(wide(head)) if needs_head else None
         source = _Source(student, head)
@@ -193,7 +220,9 @@ class _Walk(torch.autograd.Function):
                 t = s if reference is None else reference.logits(chunk)
                 grad = torch.zeros_like(s)
                 for loss, upstream in zip(ctx.losses, grad_values[:, chunk], strict=True):
-                    grad.addcmul_(loss.gradient(s, t, labels[chunk]), upstream.unsqueeze(1))
+                    count = ctx.vocabulary if loss.needs_teacher else None
+                    one = loss.gradient(s[:, :count], t, labels[chunk])
+                    grad[:, :count].addcmul_(one, upstream.unsqueeze(1))
                 del s, t
                 # A row that is ignored may hold anything, NaN too.
                 grad = grad.masked_fill_(ignored[chunk].unsqueeze(1), 0).to(student.dtype)
@@ -203,7 +232,7 @@ class _Walk(torch.autograd.Function):
                     grad_student[chunk] = grad if head is None else grad @ head.to(grad.dtype)
         if grad_head is not None:
             grad_head = grad_head.to(head.dtype)
-        return None, None, None, None, grad_student, grad_head, None, None
+        return None, None, None, None, None, grad_student, grad_head, None, None
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -239,7 +268,7 @@ def _check_vocabularies(student: int, teacher: int) -> None:
         raise GracecError(
             f"the student has {student} logits, the teacher {teacher}",
             where="teacher_logits",
-            fix="both need one tokenizer; if only the padding differs, cut the longer one",
+            fix="both need one tokenizer; if only the padding differs, give vocabulary=",
         )
 
 

@@ -88,6 +88,7 @@ def kl_term(
     gate: bool = False,
     ignore_index: int = IGNORE_INDEX,
     chunk_size: int = 2048,
+    vocabulary: int | None = None,
 ) -> Term:
     """Σ g_i L_i and Σ g_i of L_KL; arguments, shapes and errors as in `kl_loss`."""
     (term,) = position_terms(
@@ -97,6 +98,7 @@ def kl_term(
         labels,
         ignore_index=ignore_index,
         chunk_size=chunk_size,
+        vocabulary=vocabulary,
     )
     return term
 
@@ -109,19 +111,23 @@ def kl_loss(
     gate: bool = False,
     ignore_index: int = IGNORE_INDEX,
     chunk_size: int = 2048,
+    vocabulary: int | None = None,
 ) -> Tensor:
     """L_KL = Σ g_i T² KL(p_t || p_s) / Σ g_i over the supervised positions, in nats.
 
     Args:
         student_logits: [S, V] or [B, T, V], any float dtype, or `LazyLogits`. float64 is computed
             in float64, everything else in float32.
-        teacher_logits: the same positions and vocabulary; gets no gradient.
+        teacher_logits: the same positions, and vocabulary unless `vocabulary` says what is
+            compared; gets no gradient.
         labels: int64 [S] aligned, or [B, T] as in `gracec.objective.labels`; they only say which
             positions are supervised.
         temperature: T.
         gate: weigh positions by the confidence gate of L_GDKD; otherwise each counts the same.
         ignore_index: label of positions without supervision.
         chunk_size: positions that are looked at in one go; bounds the temporary memory.
+        vocabulary: how many logits of both, the first ones, are compared, where one vocabulary is
+            padded otherwise; labels are below it, and what is beyond is ignored. By default all.
 
     Returns:
         A scalar; zero with a graph when nothing is supervised.
@@ -137,4 +143,5 @@ def kl_loss(
         gate=gate,
         ignore_index=ignore_index,
         chunk_size=chunk_size,
+        vocabulary=vocabulary,
     ).mean()

@@ -99,6 +99,9 @@ class GraceObjective:
         min_tokens: images with fewer visual tokens are left out of L_RCKA.
         ignore_index: label of positions without supervision.
         chunk_size: positions whose logits are looked at in one go.
+        vocabulary: how many logits of both sides, the first ones, L_D compares, where student and
+            teacher pad one vocabulary otherwise; by default all. The cross-entropy sees all of the
+            student's in any case, since it generates from all of them.
 
     Classical distillation is distillation="kl" with gate=False. β is the controller's.
 
@@ -117,6 +120,7 @@ class GraceObjective:
     min_tokens: int = MIN_TOKENS
     ignore_index: int = IGNORE_INDEX
     chunk_size: int = 256
+    vocabulary: int | None = None
 
     def __post_init__(self) -> None:
         if self.distillation not in get_args(Distillation):
@@ -158,6 +162,7 @@ class GraceObjective:
                 labels,
                 ignore_index=self.ignore_index,
                 chunk_size=self.chunk_size,
+                vocabulary=self.vocabulary,
             )
         if self.omega:
             hidden, index = _visual(_required(teacher), targets)
@@ -185,6 +190,7 @@ class GraceObjective:
                 targets.labels,
                 ignore_index=self.ignore_index,
                 chunk_size=self.chunk_size,
+                vocabulary=self.vocabulary,
             )
         return Terms(
             ce=found[0] if self.ce else off,

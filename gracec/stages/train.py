@@ -39,7 +39,12 @@ from gracec.training.loop import train as train_learner
 from gracec.training.micro_batch import Batch
 from gracec.training.ranks import join_ranks, rank
 from gracec.training.samples import Samples, open_samples
-from gracec.training.teacher import check_teacher, check_tokenizers
+from gracec.training.teacher import (
+    check_teacher,
+    check_tokenizers,
+    taught_ids,
+    vocabulary_rows,
+)
 
 
 def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
@@ -61,7 +66,10 @@ def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
         raise GracecError("training needs the model's processor", fix="pass processor=")
     join_ranks()
     taps = learning(rule)
-    taught = _teacher(prepared, request, taps) if rule.distillation.needs_teacher else None
+    taught = None
+    if rule.distillation.needs_teacher:
+        taught = _teacher(prepared, request, taps)
+        journal.note("training", *_ignored_rows(prepared.model, taught))
     owned = prepared.owned()
     del prepared  # its floats may go, if nobody else has them
     if rule.learns == "scales":
@@ -115,9 +123,22 @@ def _teacher(prepared: Prepared, request: Request, taps: Pipeline) -> Learner:
     found: PreTrainedModel = source.model if teacher is None else teacher
     found.eval()
     check_teacher(prepared.model, found)
+    ids = taught_ids(prepared.model, found, source.processor)
     program = run_passes(capture(found), ANALYSIS).program
     blocks_equal_hidden_states(program, found)
-    return Learner(run_passes(program, taps).program, found)
+    return Learner(run_passes(program, taps).program, found, ids)
+
+
+def _ignored_rows(student: PreTrainedModel, teacher: Learner) -> list[str]:
+    """What is said of models that pad their vocabulary to different sizes."""
+    ids = teacher.vocabulary
+    if ids is None:
+        return []
+    own, other = (vocabulary_rows(model) - ids for model in (student, teacher.model))
+    return [
+        f"distilled over the {ids:,} ids of the tokenizer; {own:,} rows of the student and "
+        f"{other:,} of the teacher beyond are ignored"
+    ]
 
 
 @dataclass(frozen=True)

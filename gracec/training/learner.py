@@ -26,10 +26,13 @@ class Learner:
     Attributes:
         program: with logits at `supervised_index` and, where L_RCKA is on, `hidden`.
         model: that it was captured from.
+        vocabulary: of a teacher, how many of its logits, the first ones, its student learns from;
+            None for all.
     """
 
     program: Program
     model: PreTrainedModel
+    vocabulary: int | None = None
 
     def inputs(self, micro: MicroBatch) -> dict[str, Tensor]:
         """What the program takes, in order, in the dtype and on the device of the model."""
@@ -52,7 +55,8 @@ class HeldOut:
         loss: cross-entropy for each target, in nats.
         exact: share of samples whose every target is the likeliest token.
         kl: divergence of the student from the teacher for each target, in nats; with a teacher.
-        top1: share of targets where both have the same likeliest token; with a teacher.
+        top1: share of targets where both have the same likeliest token; with a teacher, and like
+            `kl` over the ids that are learnt from it.
     """
 
     loss: float
@@ -103,9 +107,10 @@ def score(
         exact += int((wrong == 0).sum())
         samples += len(wrong)
         if teacher is not None:
-            taught = _logits(teacher, micro)
-            kl += kl_term(logits, taught, labels, temperature=1.0).total.item()
-            same += int((likeliest == taught.argmax(-1)).sum())
+            count = teacher.vocabulary
+            said, taught = logits[:, :count], _logits(teacher, micro)[:, :count]
+            kl += kl_term(said, taught, labels, temperature=1.0).total.item()
+            same += int((said.argmax(-1) == taught.argmax(-1)).sum())
     if not tokens:
         raise GracecError("no sample of the held-out data can be used", fix="mend the data")
     found = HeldOut(total / tokens, exact / samples)

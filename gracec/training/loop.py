@@ -118,7 +118,8 @@ class Run:
         self.ranks = dist.get_world_size() if self.ranked else 1
         self.steps_an_epoch = math.ceil(samples / rule.batch_size)
         self.steps = steps_of(rule, samples)
-        self.objective = objective_of(rule, self.steps)
+        vocabulary = None if self.teacher is None else self.teacher.vocabulary
+        self.objective = objective_of(rule, self.steps, vocabulary)
         self.controller = controller_of(rule, self.steps)
         self.parameters = trainable(student.program, rule.frozen, rule.learns)
         if not self.parameters:

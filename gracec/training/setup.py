@@ -34,8 +34,12 @@ PART_OF = {"vision": Part.VISION, "fused": Part.DECODER, "text": Part.DECODER}
 """Part of what is no matmul, by its modality: norms, embeddings, biases."""
 
 
-def objective_of(rule: Training, steps: int) -> GraceObjective:
-    """The objective of a recipe; the warm-up of ω takes at most half of the run."""
+def objective_of(rule: Training, steps: int, vocabulary: int | None = None) -> GraceObjective:
+    """The objective of a recipe; the warm-up of ω takes at most half of the run.
+
+    Args:
+        vocabulary: how many ids student and teacher are compared over; by default all.
+    """
     d = rule.distillation
     return GraceObjective(
         ce=rule.cross_entropy,
@@ -46,6 +50,7 @@ def objective_of(rule: Training, steps: int) -> GraceObjective:
         gate=d.gate,
         omega=d.omega,
         omega_warmup=min(d.omega_warmup, steps // 2),
+        vocabulary=vocabulary,
     )
 
 

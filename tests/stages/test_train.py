@@ -99,8 +99,10 @@ def test_output_errors_are_those_of_the_codes_that_were_kept(
 
 def test_a_teacher_that_does_not_fit_is_refused(trained: Callable[..., Journal]) -> None:
     trained(teacher=tiny_llava(seed=1))
-    with pytest.raises(GracecError, match="the vocabulary is 128 for the student and 160"):
-        trained(teacher=tiny_llava(vocab_size=160))
+    with pytest.raises(GracecError, match="the image token is 4 for the student and 7"):
+        trained(teacher=tiny_llava(image_token_index=7))
+    with pytest.raises(GracecError, match="teacher: it has 96 rows for a vocabulary of 128 ids"):
+        trained(teacher=tiny_llava(vocab_size=96))
 
 
 def test_a_teacher_whose_blocks_are_others_is_refused(
