@@ -294,7 +294,7 @@ WIRING: tuple[Mutation, ...] = (
     Mutation(
         "the tokenizers are the same",
         TRAIN,
-        "        check_tokenizers(source.processor, load_processor(teacher))\n",
+        "        check_tokenizers(source.processor, load_processor(path))\n",
         "",
         ON_TRAIN,
     ),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from gracec.backends.onnx.format import Onnx
 from gracec.errors import GracecError
 from gracec.frozen import Frozen
 from gracec.ir.program import Program
+from gracec.models.devices import device_named, dtype_named
+from gracec.models.hub import find_artifact
 from gracec.quant.frozen import FrozenWeight
 from gracec.report import Report
 from gracec.stages.publish import read_artifact, write_artifact, write_formats
@@ -140,37 +143,118 @@ class CompiledModel:
         return getattr(self.runtime, name)
 
 
+class _Placement(TypedDict, total=False):
+    """Keywords of `load` that have the same meaning whatever is loaded."""
+
+    revision: str | None
+    device: str | torch.device | None
+    dtype: str | torch.dtype | None
+
+
 @overload
 def load(
-    directory: str | Path, target: Literal["torchao"] | None = None, *, backend: None = None
+    directory: str | Path,
+    target: Literal["torchao"] | None = None,
+    *,
+    backend: None = None,
+    **placement: Unpack[_Placement],
 ) -> CompiledModel: ...
 @overload
 def load(
-    directory: str | Path, target: Literal["onnx", "onnxruntime"], *, backend: None = None
+    directory: str | Path,
+    target: Literal["onnx", "onnxruntime"],
+    *,
+    backend: None = None,
+    **placement: Unpack[_Placement],
 ) -> OnnxModel: ...
 @overload
-def load(directory: str | Path, target: None = None, *, backend: Literal["onnx"]) -> OnnxModel: ...
+def load(
+    directory: str | Path,
+    target: None = None,
+    *,
+    backend: Literal["onnx"],
+    **placement: Unpack[_Placement],
+) -> OnnxModel: ...
 @overload
 def load(
-    directory: str | Path, target: str | Target | None = None, *, backend: str | None = None
+    directory: str | Path,
+    target: str | Target | None = None,
+    *,
+    backend: str | None = None,
+    **placement: Unpack[_Placement],
 ) -> Any: ...
 def load(
-    directory: str | Path, target: str | Target | None = None, *, backend: str | None = None
+    directory: str | Path,
+    target: str | Target | None = None,
+    *,
+    backend: str | None = None,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> Any:
     """Load what `CompiledModel.save_pretrained` wrote; the same codes, the same tokens.
 
     Args:
+        directory: an artifact, or "org/name" of a repository of the Hugging Face Hub that holds
+            one. A directory that exists is meant before a repository of its name.
         target: what runs it: "torchao" (the default); "onnxruntime", which also runs what
             `export_onnx` wrote; or one of another package.
         backend: the word for `target` in versions before.
+        revision: branch, tag or commit of the repository; by default its main branch.
+        device: where it runs, "cpu" or "cuda"; by default the processor. Codes are packed for the
+            kernels of that device.
+        dtype: of the activations, "bfloat16", "float16" or "float32"; by default that of the
+            recipe that it was compiled with. What is saved again is as it was.
 
     Raises:
-        GracecError: if the directory is not a whole artifact.
+        GracecError: if it is not a whole artifact, if there is no such device, or if there or in
+            this dtype no kernel takes a weight that one would take otherwise.
     """
     chosen = target_named(target or backend)
-    found = chosen.read(Path(directory))
+    place, precision = device_named(device), dtype_named(dtype)
+    path = find_artifact(directory, revision, onnx=chosen.reads).path
+    found = chosen.read(path)
     if found is not None:
+        _check_fixed(found, chosen, place, precision)
         return found
-    frozen, report = read_artifact(Path(directory))
-    runtime, _ = chosen.lower(frozen)
+    frozen, report = read_artifact(path)
+    runtime, _ = chosen.lower(_placed(frozen, chosen, place, precision))
     return CompiledModel(frozen, runtime, report)
+
+
+def _placed(
+    frozen: Frozen, target: Target, device: torch.device | None, dtype: torch.dtype | None
+) -> Frozen:
+    """A model on a device, to be run in a dtype.
+
+    Raises:
+        GracecError: if a weight would run dense there, and does not where it was compiled for.
+    """
+    placed = frozen if device is None else frozen.to(device)
+    placed = placed if dtype is None else replace(placed, dtype=dtype)
+    if placed is frozen:
+        return frozen
+    dense = target.dense(placed)
+    for fqn in sorted(dense.keys() - target.dense(frozen).keys()):
+        raise GracecError(
+            f"no kernel of {target.name} takes it there: {dense[fqn]}",
+            where=fqn,
+            fix="choose another device or dtype",
+        )
+    return placed
+
+
+def _check_fixed(
+    runtime: Runtime, target: Target, device: torch.device | None, dtype: torch.dtype | None
+) -> None:
+    """Refuse a device or dtype that a runtime from files does not have, and would ignore."""
+    for name, asked, own in (
+        ("device", device and device.type, runtime.device.type),
+        ("dtype", dtype, runtime.dtype),
+    ):
+        if asked is not None and asked != own:
+            raise GracecError(
+                f"target {target.name} has its graphs for {str(own).removeprefix('torch.')}",
+                where=f"{name} {str(asked).removeprefix('torch.')}",
+                fix=f"leave {name} out, or choose target torchao",
+            )

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedModel
 
 from gracec import reload
@@ -30,7 +31,7 @@ from gracec.stages.pipelines import lowering_passes
 from gracec.stages.prepare import accept, prepare
 from gracec.stages.publish import write_artifact
 from gracec.stages.source import load_source
-from gracec.stages.train import train
+from gracec.stages.train import find_teacher, train
 from gracec.targets.base import Runtime, Target
 from gracec.training.ranks import rank
 from gracec.training.run_directory import FROZEN, alone_in, kept_of_user, open_run, remove_run
@@ -57,20 +58,26 @@ def compile(
     adapters: Literal["merge", "float"] = "merge",
     check_reload: bool | None = None,
     progress: bool = True,
+    revision: str | None = None,
+    teacher_revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> CompiledModel:
     """Compile a vision-language model to INT4 weights.
 
     Args:
-        model: a Hugging Face model, or the directory of one; or a `PeftModel`, with LoRA adapters.
+        model: a Hugging Face model, the directory of one, or "org/name" of a repository of the
+            Hugging Face Hub; or a `PeftModel`, with LoRA adapters. A directory that exists is
+            meant before a repository of its name.
         recipe: a built-in name, the path of a YAML file, or a `Recipe`.
         teacher: what a training recipe distils from: a model of the same family and tokenizer, of
-            any width. Without one, a frozen copy of the original teaches.
-        train_data: LLaVA conversations, a `datasets` folder or a folder of questions; see
-            `gracec.data.conversations`. Without it a training recipe falls back to post-training
-            quantization and says so; in strict mode that is an error. Codes and scales are
-            calibrated on it, whether the recipe trains or not, unless `calibration.method` says
-            otherwise; without training it may be plain text, or questions without answers. A recipe
-            that quantizes activations needs it.
+            any width, named as `model` is. Without one, a frozen copy of the original teaches.
+        train_data: LLaVA conversations, a `datasets` folder, a folder of questions, or "org/name"
+            or "org/name:split" of a dataset of the Hub; see `gracec.data.conversations`. Without
+            it a training recipe falls back to post-training quantization and says so; in strict
+            mode that is an error. Codes and scales are calibrated on it, whether the recipe trains
+            or not, unless `calibration.method` says otherwise; without training it may be plain
+            text, or questions without answers. A recipe that quantizes activations needs it.
         eval_data: chooses the best state of a training, instead of a part of `train_data`, and is
             not calibrated on. A folder of questions is also answered before and after, and the
             accuracies go into the report.
@@ -92,6 +99,13 @@ def compile(
         check_reload: load what was saved in a process of its own and hold its logits to those in
             memory; by default yes, unless the environment says GRACEC_CHECK_RELOAD=0.
         progress: show a training on standard error.
+        revision, teacher_revision: branch, tag or commit of the repository that `model`, or
+            `teacher`, is; by default the main branch. The commit is in the report.
+        device: where everything is computed, "cpu" or "cuda:1": a model and a teacher that are
+            named are put there. A model in memory stays where it is, and so does the result.
+        dtype: what a model that is named is read in, "float32", "bfloat16" or "float16", and so
+            what is calibrated and compared with; by default as it is stored. What the result runs
+            in is `deploy.dtype` of the recipe.
 
     Raises:
         GracecError: if the model, the recipe, the data or the output directory does not fit.
@@ -115,6 +129,10 @@ def compile(
         inplace=inplace,
         adapters=adapters,
         progress=progress,
+        revision=revision,
+        teacher_revision=teacher_revision,
+        device=device,
+        dtype=dtype,
     )
     lowering_passes(request)  # one that has no place is refused before a weight is read
     journal = Journal(list(request.notes))
@@ -138,6 +156,7 @@ def clear_place(request: Request, journal: Journal) -> None:
 
 def quantize(model: Any, request: Request, journal: Journal) -> tuple[Frozen, Exam]:
     """From a model to its codes. No float weight that is the compiler's own outlives it."""
+    request = find_teacher(request, journal)
     source = load_source(model, request, journal)
     exam = examine_original(source, request)
     prepared = prepare(source, request, journal)

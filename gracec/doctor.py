@@ -26,7 +26,9 @@ from gracec.data.prompts import encode_questions
 from gracec.errors import GracecError
 from gracec.frozen import Frozen
 from gracec.ir.program import Program
-from gracec.models.loading import load_config, load_processor
+from gracec.models.devices import device_named, dtype_named
+from gracec.models.hub import find_model
+from gracec.models.loading import EITHER, load_config, load_processor
 from gracec.models.weight_files import checkpoint_files, checkpoint_tensors, first_not_finite
 from gracec.passes import parse_placed, run_passes
 from gracec.passes.plan_quantization import Plan, plan_of
@@ -96,19 +98,24 @@ def diagnose(
     directory: str | Path,
     recipe: str | Path | Recipe = "w4a16-ptq",
     report: Callable[[Check], None] = lambda check: None,
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> Diagnosis:
-    """Examine a directory, whatever it is.
+    """Examine a directory, or a repository of the Hugging Face Hub, whatever it is.
 
     Args:
         recipe: the one that has to be open; the others are looked at as well.
         report: called with each finding as it is made.
+        revision, device, dtype: as `gracec.compile` takes them.
 
     Raises:
-        GracecError: for an unknown recipe, and for nothing else.
+        GracecError: for an unknown recipe, device or dtype, and for nothing else.
     """
-    chosen = Recipe.load(recipe)
+    chosen, place, precision = Recipe.load(recipe), device_named(device), dtype_named(dtype)
     checks: list[Check] = []
-    patient = _Patient(Path(directory), chosen)
+    patient = _Patient(Path(directory), chosen, directory, revision, place, precision)
     # Without a kernel for them, compiled weights run dense: slower, not impossible. And who needs
     # one format or target does not need the others.
     steps = [
@@ -150,6 +157,10 @@ class _Patient:
 
     directory: Path
     recipe: Recipe
+    named: str | Path
+    revision: str | None = None
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
     config: Any = None
     model: PreTrainedModel | None = None
     weights_model: PreTrainedModel | None = None
@@ -160,6 +171,7 @@ class _Patient:
     plan: Plan | None = None
     processor: Any = None
     files: list[Path] = field(default_factory=list)
+    name: str = ""
 
     def steps(self) -> dict[str, Callable[[], str]]:
         """Name -> check, in order."""
@@ -182,8 +194,10 @@ class _Patient:
         }
 
     def check_directory(self) -> str:
+        place = find_model(self.named, self.revision)
+        self.directory, self.name = place.path, place.name
         if not self.directory.is_dir():
-            raise GracecError("no such directory", where=str(self.directory))
+            raise GracecError("no such directory", where=str(self.directory), fix=EITHER)
         if is_artifact(self.directory):
             raise GracecError(
                 "a gracec artifact, compiled already",
@@ -200,11 +214,12 @@ class _Patient:
             raise GracecError(f"not JSON: {error}", where=str(file)) from error
         if not isinstance(fields, dict):
             raise GracecError("not a JSON object", where=str(file))
-        return f"config.json is readable, model type {fields.get('model_type')!r}"
+        at = f" of revision {place.revision}" if place.revision else ""
+        return f"config.json{at} is readable, model type {fields.get('model_type')!r}"
 
     def check_model(self) -> str:
         self.config = load_config(self.directory)
-        model = stand_in_source(self.directory, self.recipe).model
+        model = stand_in_source(self.directory, self.recipe, self.dtype, self.device).model
         parts = ", ".join(
             f"{part} {getattr(config, 'model_type', '?')}"
             for part in ("vision", "text")
@@ -249,7 +264,7 @@ class _Patient:
     def check_weights(self) -> str:
         if not self.files:
             raise _Skip("needs: checkpoint files")
-        model = weights_source(self.directory, self.recipe).model
+        model = weights_source(self.directory, self.recipe, self.dtype, self.device).model
         if self.model is not None:
             self.weights_model = model
         return f"all there, {str(model.dtype).removeprefix('torch.')}"
@@ -313,7 +328,7 @@ class _Patient:
         """What freezing would give, with stand-ins as codes and scales."""
         _need(self.plan, "plan")
         program, model = _need(self.planned, "plan"), _need(self.model, "family")
-        source = Source(model, self.processor, self.directory.resolve().name, 0)
+        source = Source(model, self.processor, self.name, 0)
         dtype: torch.dtype = getattr(torch, self.recipe.deploy.dtype)
         return Prepared(source, model, program).planned(dtype)
 

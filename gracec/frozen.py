@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from gracec.models.devices import same_device
 from gracec.models.experts import GROUPED, compute_experts
 from gracec.models.lora import adapters_of
 from gracec.models.skeleton import stand_in, without_weights
@@ -55,6 +56,7 @@ class Frozen:
         dtype: what the model runs in.
         processor: of the model, or None.
         name: of the model that was compiled, for the model card; may be empty.
+        revision: its commit on the Hugging Face Hub; empty if it was a directory.
         passes: further passes, as text with their places, that lowering runs as well.
         reference: what models made from it are held to; an artifact that was read has none.
     """
@@ -65,6 +67,7 @@ class Frozen:
     dtype: torch.dtype
     processor: Any = None
     name: str = ""
+    revision: str = ""
     passes: tuple[str, ...] = ()
     reference: Reference | None = field(default=None, repr=False)
 
@@ -96,6 +99,29 @@ class Frozen:
         return cls(without_weights(model), weights, others, dtype, **more)
 
     @property
+    def device(self) -> torch.device:
+        """Of codes, scales and everything else."""
+        found: torch.device = self.skeleton.device
+        return found
+
+    def to(self, device: torch.device) -> Frozen:
+        """The same on a device, where targets pack the codes for its kernels."""
+        if same_device(self.device, device):
+            return self
+        moved = {name: tensor.to(device) for name, tensor in self.others.items()}
+        reference = self.reference
+        if reference is not None:
+            batch = {name: tensor.to(device) for name, tensor in reference.batch.items()}
+            reference = Reference(batch, reference.logits.to(device))
+        return replace(
+            self,
+            skeleton=without_weights(self.skeleton, device),
+            weights=_Moved(self.weights, device),
+            others=moved,
+            reference=reference,
+        )
+
+    @property
     def config(self) -> PreTrainedConfig:
         """Of the model; not to be changed."""
         found: PreTrainedConfig = self.skeleton.config
@@ -110,6 +136,22 @@ class Frozen:
     def adapters(self) -> dict[str, float]:
         """Linear -> scaling of the LoRA beside it, whose tensors are in `others`."""
         return adapters_of(self.skeleton)
+
+
+class _Moved(Mapping[str, FrozenWeight]):
+    """FQN -> a weight on a device, moved at each access and not kept there."""
+
+    def __init__(self, weights: Mapping[str, FrozenWeight], device: torch.device) -> None:
+        self._weights, self._device = weights, device
+
+    def __getitem__(self, fqn: str) -> FrozenWeight:
+        return self._weights[fqn].to(self._device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 def build(frozen: Frozen, dtype: torch.dtype | None = None) -> PreTrainedModel:

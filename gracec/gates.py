@@ -79,7 +79,7 @@ def matmul_error(packed: Mapping[str, PackedWeight], weights: Mapping[str, Froze
     }
     for fqn, weight in packed.items():
         dtype = weight.dtype
-        x = torch.randn(8, weight.shape[1], generator=generator).to(dtype)
+        x = torch.randn(8, weight.shape[1], generator=generator).to(weight.device, dtype)
         with torch.no_grad():
             result = functional.linear(x, weight).double()
         exact = x.double() @ exact_weights[fqn].dequantize().double().t()

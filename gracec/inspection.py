@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from gracec.capture import capture
+from gracec.models.hub import Named, find_description
 from gracec.models.loading import configured_dtype, load_config
 from gracec.passes.plan_quantization import plan_of
 from gracec.recipe import Recipe
@@ -21,16 +22,17 @@ from gracec.store import MANIFEST, read_manifest
 
 
 def inspect_model(
-    directory: Path,
+    model: Named,
     recipe: str | Path | Recipe = "w4a16-ptq",
     *,
     batch: int = 1,
     images: int = 1,
     text: int = 128,
 ) -> Inspection:
-    """Look at a Hugging Face directory.
+    """Look at a Hugging Face model.
 
     Args:
+        model: a directory, or "org/name" of the Hugging Face Hub, of which no weight is fetched.
         recipe: what would be quantized.
         batch, images, text: prompts, images a prompt and text tokens a prompt of the memory plan.
 
@@ -38,18 +40,19 @@ def inspect_model(
         GracecError: if the model cannot be captured or the recipe does not fit it.
     """
     recipe = Recipe.load(recipe)
-    model = stand_in_source(directory, recipe).model
-    captured = capture(model)
+    place = find_description(model)
+    shell = stand_in_source(place.path, recipe).model
+    captured = capture(shell)
     planned = plan(captured, recipe)
     found = plan_of(planned.program)
     return Inspection(
-        model=str(directory),
-        architecture=type(model).__name__,
+        model=str(place),
+        architecture=type(shell).__name__,
         family=captured.family,
         dtype=str(captured.dtype).removeprefix("torch."),
         recipe=recipe.name,
         blocks=len(list(planned.program.nodes(role="block_output"))),
-        parts=partition(model, planned.program, found),
+        parts=partition(shell, planned.program, found),
         tied=tuple(entry.fqns for entry in found.entries if len(entry.fqns) > 1),
         plan=plan_rows(found),
         coverage=found.coverage,
@@ -58,21 +61,25 @@ def inspect_model(
             *(f"compiling also runs {text}" for text in recipe.passes),
         ),
         memory=memory_plan(
-            model,
+            shell,
             found,
             getattr(torch, recipe.deploy.dtype),
             batch=batch,
             images=images,
             text=text,
-            stored=configured_dtype(load_config(directory)),
+            stored=configured_dtype(load_config(place.path)),
         ),
     )
 
 
-def inspect_artifact(directory: Path) -> Report:
+def inspect_artifact(artifact: Named) -> Report:
     """The report that was saved with a gracec artifact.
 
+    Args:
+        artifact: its directory, or "org/name" of the Hugging Face Hub.
+
     Raises:
-        GracecError: if the directory holds none.
+        GracecError: if it is none.
     """
+    directory = find_description(artifact).path
     return read_report(read_manifest(directory).report, where=str(directory / MANIFEST))

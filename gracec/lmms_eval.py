@@ -15,19 +15,18 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
-from torch import nn
 
 import gracec
 from gracec.data.pictures import as_loaded
 from gracec.errors import GracecError
 from gracec.evaluate.ask import Generator, answers
+from gracec.models.devices import device_named, dtype_named
+from gracec.models.hub import find_description, find_model
 from gracec.models.loading import load_model, load_processor
 from gracec.store import is_artifact
 
@@ -100,10 +99,12 @@ class Gracec(lmms):  # type: ignore[misc]  # untyped
     """Answers the documents of tasks that generate, each about one picture or none.
 
     Args:
-        pretrained: gracec artifact, or directory of a Hugging Face model.
+        pretrained: gracec artifact or Hugging Face model: a directory, or "org/name" of the Hub.
         backend: what runs an artifact; see `gracec.load`.
         batch_size: questions a batch, padded on the left.
-        device: to put a Hugging Face model on; an artifact stays where it was loaded.
+        device: where it runs, "cpu" or "cuda".
+        dtype: what it computes in; by default as it was stored or compiled.
+        revision: branch, tag or commit on the Hub.
 
     Raises:
         GracecError: if there is no such model, or it cannot be run as told.
@@ -117,6 +118,8 @@ class Gracec(lmms):  # type: ignore[misc]  # untyped
         backend: str = DEFAULT_BACKEND,
         batch_size: int | str = 1,
         device: str | None = None,
+        dtype: str | None = None,
+        revision: str | int | None = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -124,7 +127,7 @@ class Gracec(lmms):  # type: ignore[misc]  # untyped
             raise GracecError(
                 f"unknown option {next(iter(unknown))!r}",
                 where="--model_args",
-                fix="known are pretrained, backend, batch_size and device",
+                fix="known are pretrained, backend, batch_size, device, dtype and revision",
             )
         if pretrained is None:
             raise GracecError(
@@ -135,8 +138,9 @@ class Gracec(lmms):  # type: ignore[misc]  # untyped
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise GracecError(f"must be a number from 1, not {batch_size!r}", where="--batch_size")
         self.batch_size = int(batch_size)
-        directory = Path(str(pretrained))  # lmms-eval has made a number of what looks like one
-        self.model, self.processor = _load(directory, backend, device)
+        # lmms-eval has made numbers of what looks like one.
+        at = None if revision is None else str(revision)
+        self.model, self.processor = _load(str(pretrained), backend, at, device, dtype)
 
     @property
     def device(self) -> Any:
@@ -214,22 +218,17 @@ class Gracec(lmms):  # type: ignore[misc]  # untyped
         return as_loaded(picture, where)
 
 
-def _load(directory: Path, backend: str, device: str | None) -> tuple[Generator, Any]:
+def _load(
+    name: str, backend: str, revision: str | None, device: str | None, dtype: str | None
+) -> tuple[Generator, Any]:
     """A model that generates, and its processor."""
-    if backend == DEFAULT_BACKEND and not is_artifact(directory):
-        model: Any = load_model(directory)
-        processor = load_processor(directory)
-    else:
-        load: Any = gracec.load
-        model = load(directory) if backend == DEFAULT_BACKEND else load(directory, backend=backend)
-        processor = model.processor
-    if device is not None and torch.device(device).type != torch.device(model.device).type:
-        if not isinstance(model, nn.Module):
-            raise GracecError(
-                f"the artifact runs on {model.device}", where=f"device {device}", fix="leave it out"
-            )
-        model.to(device)
-    return model, processor
+    where, precision = device_named(device), dtype_named(dtype)
+    if backend == DEFAULT_BACKEND and not is_artifact(find_description(name, revision).path):
+        path = find_model(name, revision).path
+        return load_model(path, precision, where), load_processor(path)  # type: ignore[return-value]
+    target = None if backend == DEFAULT_BACKEND else backend
+    model: Any = gracec.load(name, target, revision=revision, device=where, dtype=precision)
+    return model, model.processor
 
 
 def _batches(

@@ -8,10 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from gracec.backends.base import MERGE_INSTEAD, NO_ADAPTERS, UNSIGNED, Format, parse_formats
 from gracec.data.questions import SAMPLES_FILE, VqaSample, load_samples
 from gracec.errors import GracecError
 from gracec.journal import Note
+from gracec.models.devices import device_named, dtype_named
+from gracec.models.hub import is_hub_name
 from gracec.models.lora import has_adapters
 from gracec.passes.pipeline import Placed, parse_placed
 from gracec.recipe import Recipe, Training
@@ -44,6 +48,10 @@ class Request:
     inplace: bool = False
     adapters: Literal["merge", "float"] = "merge"
     progress: bool = True
+    revision: str | None = None
+    teacher_revision: str | None = None
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
     questions: tuple[VqaSample, ...] = ()
     data_name: str = ""
     notes: tuple[Note, ...] = ()
@@ -59,6 +67,8 @@ class Request:
         passes: Sequence[str | Placed] = (),
         output_dir: str | Path | None = None,
         eval_data: Any = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
         **options: Any,
     ) -> Request:
         """A request that can be kept.
@@ -76,10 +86,13 @@ class Request:
             eval_data=eval_data,
             questions=tuple(questions),
             data_name=data_name,
+            device=device_named(device),
+            dtype=dtype_named(dtype),
             **options,
         )
         request, signs = request._with_scales_that_are_taken()
         request._check_output()
+        request._check_revisions(model)
         request._check_adapters(not isinstance(model, (str, Path)) and has_adapters(model))
         notes = request._check_training()
         request._check_questions(model)
@@ -149,6 +162,19 @@ class Request:
                 where=f"format {plain[0]}",
                 fix="use --format onnx, or none (formats=()) for the gracec artifact alone",
             )
+
+    def _check_revisions(self, model: Any) -> None:
+        """Refuse a revision of what is no repository, which would be ignored."""
+        for name, revision, of in (
+            ("revision", self.revision, model),
+            ("teacher_revision", self.teacher_revision, self.teacher),
+        ):
+            if revision is not None and not is_hub_name(of):
+                raise GracecError(
+                    "only a repository of the Hugging Face Hub has revisions",
+                    where=name,
+                    fix='leave it out, or give "org/name" of one, which no directory is called',
+                )
 
     def _check_adapters(self, given: bool) -> None:
         if self.adapters not in ("merge", "float"):

@@ -124,6 +124,7 @@ class Manifest(JsonModel):
         experts: FQN -> how the model holds the weights of experts.
         gracec, torch: the versions that it was written with.
         family, source: of the model that was compiled.
+        revision: its commit, where the source is a repository of the Hugging Face Hub.
         formats: name -> folder of each format beside the codes.
         passes: further passes, with their places, that lowering runs.
         report: as `Report.to_dict` has it.
@@ -141,6 +142,7 @@ class Manifest(JsonModel):
     torch: str = ""
     family: str = ""
     source: str = ""
+    revision: str = ""
     formats: dict[str, str] = Field(default_factory=dict)
     passes: list[str] = Field(default_factory=list)
     report: dict[str, Any] = Field(default_factory=dict)

@@ -7,13 +7,14 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch._dynamo.config
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from gracec.capture.canonical import (
@@ -196,7 +197,7 @@ def run_both(
     Args:
         run: what is computed with the model, and what is with the graph.
     """
-    with as_reference(model):
+    with as_reference(model), _one_attention(model.device):
         pairs = run()
         threads = torch.get_num_threads()
         same = all(one.shape == other.shape and torch.equal(one, other) for one, other in pairs)
@@ -207,6 +208,15 @@ def run_both(
             return run()
         finally:
             torch.set_num_threads(threads)
+
+
+def _one_attention(device: torch.device) -> AbstractContextManager[object]:
+    """The same kernel for attention in a model as in its graph.
+
+    Without padding transformers drops its mask and asks for `is_causal`, where the graph keeps it.
+    On an accelerator these are different kernels, unless it is the one that takes all.
+    """
+    return nullcontext() if device.type == "cpu" else sdpa_kernel(SDPBackend.MATH)
 
 
 def gate_batches(family: Family, model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,7 +24,27 @@ out = Console()
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
-ModelPath = Annotated[Path, typer.Argument(help="Hugging Face model directory or gracec artifact.")]
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Model or gracec artifact: a directory, or org/name on the Hugging Face Hub.",
+    ),
+]
+
+
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of MODEL on the Hugging Face Hub.")
+]
+
+
+Device = Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
+
+
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="What to compute in: float32, bfloat16, float16. [default: as stored]"),
+]
 
 
 TargetName = Annotated[

@@ -12,8 +12,11 @@ from gracec.cli.app import (
     MOST_IMAGES,
     MOST_QUESTIONS,
     MOST_TOKENS,
+    Device,
+    Dtype,
     Json,
-    ModelPath,
+    ModelName,
+    Revision,
     TargetName,
     WithNames,
     app,
@@ -24,21 +27,26 @@ from gracec.cli.app import (
 
 @app.command(cls=WithNames)
 def compile(
-    model: Annotated[Path, typer.Argument(help="Hugging Face model directory.")],
+    model: Annotated[
+        str, typer.Argument(help="Model: a directory, or org/name on the Hugging Face Hub.")
+    ],
     output: Annotated[Path, typer.Option("--out", help="Directory to write.")],
     recipe: Annotated[
         str, typer.Option(help="Path of a YAML file, or one of {recipes}.")
     ] = "w4a16",
-    teacher: Annotated[Path | None, typer.Option(help="Model directory to distil from.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Model to distil from, named as MODEL is.")
+    ] = None,
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="What to learn: conversations, questions or a dataset. With a recipe that does "
-            "not train: what to calibrate on, which may be plain text (.txt, .md) as well."
+            help="What to learn: conversations, questions or a dataset, which may be org/name or "
+            "org/name:split on the Hugging Face Hub. With a recipe that does not train: what to "
+            "calibrate on, which may be plain text (.txt, .md) as well."
         ),
     ] = None,
     eval_data: Annotated[
-        Path | None, typer.Option(help="Chooses the best state; questions are scored as well.")
+        str | None, typer.Option(help="Chooses the best state; questions are scored as well.")
     ] = None,
     resume: Annotated[
         bool, typer.Option(help="Go on with an interrupted training or calibration.")
@@ -65,6 +73,12 @@ def compile(
             show_default=False,
         ),
     ] = None,
+    revision: Revision = None,
+    teacher_revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the teacher on the Hub.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Compile a model to INT4 weights and save the result."""
@@ -85,6 +99,10 @@ def compile(
         overwrite=overwrite,
         strict=strict,
         check_reload=check_reload,
+        revision=revision,
+        teacher_revision=teacher_revision,
+        device=device,
+        dtype=dtype,
     )
     if rank():  # another process of this run speaks
         return
@@ -105,7 +123,7 @@ def compile(
 
 @app.command()
 def inspect(
-    model: ModelPath,
+    model: ModelName,
     recipe: Annotated[
         str, typer.Option(help="What would be quantized: built-in name or YAML file.")
     ] = "w4a16-ptq",
@@ -117,6 +135,7 @@ def inspect(
     picture: Annotated[
         Path | None, typer.Option(help="Also draw the parts: a path ending in .svg, .png or .pdf.")
     ] = None,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Show the parts of a model, the plan and the memory it takes, without reading a weight.
@@ -125,20 +144,22 @@ def inspect(
     codes were corrected, of its output.
     """
     from gracec.inspection import inspect_artifact, inspect_model
+    from gracec.models.hub import find_description
     from gracec.report.picture import draw_picture
     from gracec.store import is_artifact
 
-    if is_artifact(model):
-        report = inspect_artifact(model)
+    place = find_description(model, revision)
+    if is_artifact(place.path):
+        report = inspect_artifact(place)
         if picture is not None:
-            draw_picture(inspect_model(model, _recipe_of(report)), picture)
+            draw_picture(inspect_model(place, _recipe_of(report)), picture)
         if as_json:
-            print_json({"model": str(model), "report": report.to_dict()})
+            print_json({"model": str(place), "report": report.to_dict()})
             return
         tables = [report.coverage_table(), report.errors_table(), report.gates_table()]
         lines = [*report.notes, report.sizes_line(), report.output_error_line()]
     else:
-        found = inspect_model(model, recipe, batch=batch, images=images, text=text)
+        found = inspect_model(place, recipe, batch=batch, images=images, text=text)
         if picture is not None:
             draw_picture(found, picture)
         if as_json:
@@ -159,7 +180,8 @@ def inspect(
 @app.command()
 def report(
     artifacts: Annotated[
-        list[Path], typer.Argument(help="gracec artifacts; the page is about the first one.")
+        list[str],
+        typer.Argument(help="gracec artifacts, also on the Hub; the page is about the first one."),
     ],
     output: Annotated[
         Path | None, typer.Option("--out", help="File to write. [default: ARTIFACT/report.html]")
@@ -177,15 +199,20 @@ def report(
     from gracec.evaluate import load_samples
     from gracec.reporting import write_report_page
 
-    target = output or artifacts[0] / "report.html"
-    write_report_page(artifacts, target, load_samples(data, limit) if data is not None else [])
+    samples = load_samples(data, limit) if data is not None else []
+    target = write_report_page(artifacts, output, samples)
     out.print(f"wrote {target}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
 def doctor(
-    model: Annotated[Path, typer.Argument(help="Anything that may be a model directory.")],
+    model: Annotated[
+        str, typer.Argument(help="Anything that may be a model: a directory, or org/name.")
+    ],
     recipe: Annotated[str, typer.Option(help="The recipe that has to be open.")] = "w4a16-ptq",
+    revision: Revision = None,
+    device: Device = None,
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Say what of a model can be compiled, and what blocks where. Exit code 1 if anything does."""
@@ -195,7 +222,7 @@ def doctor(
         if not as_json:
             typer.echo(check.line())
 
-    found = diagnose(model, recipe, show)
+    found = diagnose(model, recipe, show, revision=revision, device=device, dtype=dtype)
     if as_json:
         print_json(found.to_dict())
     else:

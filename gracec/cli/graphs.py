@@ -15,7 +15,9 @@ from gracec.cli.app import Json, app, err, print_json
 
 @app.command()
 def opt(
-    model: Annotated[Path, typer.Argument(help="Hugging Face model directory.")],
+    model: Annotated[
+        str, typer.Argument(help="Model: a directory, or org/name on the Hugging Face Hub.")
+    ],
     passes: Annotated[str, typer.Option(help="'pass,pass{option=value}', run in this order.")],
     print_before: Annotated[bool, typer.Option(help="Print the captured program first.")] = False,
     print_after_all: Annotated[bool, typer.Option(help="Print it after each pass.")] = False,
@@ -35,15 +37,17 @@ def opt(
     from gracec.capture import capture
     from gracec.errors import GracecError
     from gracec.ir.program import Program
+    from gracec.models.hub import find_model
     from gracec.passes import Pass, PassResult, parse_pipeline, run_passes
     from gracec.stages.source import weights_source
     from gracec.store import is_artifact
 
     pipeline = parse_pipeline(passes).without(*(disable_pass or ()))
-    if is_artifact(model):
+    place = find_model(model)
+    if is_artifact(place.path):
         raise GracecError(
             "a gracec artifact, which is compiled already",
-            where=str(model),
+            where=str(place),
             fix="give the directory of the original model",
         )
 
@@ -62,7 +66,7 @@ def opt(
             if print_after_all:
                 write(ir.format(result.program))
 
-        program = capture(weights_source(model).model)
+        program = capture(weights_source(place.path).model)
         if print_before:
             write("// ----- captured -----")
             write(ir.format(program))

@@ -13,8 +13,11 @@ from gracec.cli.app import (
     MOST_AT_ONCE,
     MOST_QUESTIONS,
     MOST_TOKENS,
+    Device,
+    Dtype,
     Json,
-    ModelPath,
+    ModelName,
+    Revision,
     TargetName,
     WithNames,
     app,
@@ -27,13 +30,16 @@ from gracec.cli.app import (
 
 @app.command(cls=WithNames)
 def run(
-    model: ModelPath,
+    model: ModelName,
     image: Annotated[Path, typer.Option(help="Picture to ask about.")],
     prompt: Annotated[str, typer.Option(help="The question.")],
     max_new_tokens: Annotated[
         int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer.")
     ] = 64,
     target: TargetName = None,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Ask a model one question about one picture; the answer appears word by word."""
@@ -43,7 +49,7 @@ def run(
 
     text(prompt, "--prompt")
     picture = load_image(image)
-    loaded, processor = _load(model, target)
+    loaded, processor, _ = _load(model, target, revision, device, dtype)
     streamer = None
     if not as_json:
         streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -80,7 +86,7 @@ def serve(
 
 @app.command(cls=WithNames)
 def eval(
-    model: ModelPath,
+    model: ModelName,
     data: Annotated[Path, typer.Option(help="Folder with samples.jsonl and its images.")],
     limit: Annotated[
         int | None, typer.Option(min=1, max=MOST_QUESTIONS, help="Use an even spread of samples.")
@@ -89,15 +95,18 @@ def eval(
     max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS)] = 8,
     blind: Annotated[bool, typer.Option(help="Also ask without the image.")] = True,
     target: TargetName = None,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Accuracy by type of question, beside the blind, majority and chance rates."""
     from gracec.evaluate import evaluate_vqa, format_table, load_samples
 
     samples = load_samples(data, limit)
-    loaded, processor = _load(model, target)
+    loaded, processor, name = _load(model, target, revision, device, dtype)
     with Progress(console=err, disable=not err.is_terminal) as progress:
-        task = progress.add_task(model.name, total=len(samples))
+        task = progress.add_task(name, total=len(samples))
         report = evaluate_vqa(
             loaded,
             processor,
@@ -110,7 +119,7 @@ def eval(
     if as_json:
         print_json({"model": str(model), "data": str(data), **report.to_dict()})
     else:
-        out.print(format_table({model.name: report}))
+        out.print(format_table({name: report}))
 
 
 @app.command()
@@ -134,16 +143,27 @@ def demo(
         print_json(result)
 
 
-def _load(directory: Path, target: str | None = None) -> tuple[Any, Any]:
-    """A model that generates and its processor, from an artifact or a Hugging Face directory."""
+def _load(
+    model: str,
+    target: str | None,
+    revision: str | None,
+    device: str | None,
+    dtype: str | None,
+) -> tuple[Any, Any, str]:
+    """A model that generates, its processor and its name, from an artifact or of Hugging Face."""
     import gracec
+    from gracec.models.devices import device_named, dtype_named
+    from gracec.models.hub import find_artifact, find_description, find_model
     from gracec.models.loading import load_model, load_processor
     from gracec.store import is_artifact
+    from gracec.targets.base import target_named
 
-    if target is not None:
-        loaded: Any = gracec.load(directory, target)
-        return loaded, loaded.processor
-    if is_artifact(directory):
-        compiled = gracec.load(directory)
-        return compiled, compiled.processor
-    return load_model(directory), load_processor(directory)
+    where, precision = device_named(device), dtype_named(dtype)
+    place = find_description(model, revision)
+    if target is not None or is_artifact(place.path):
+        onnx = target_named(target).reads
+        place = find_artifact(model, revision, onnx=onnx)
+        loaded: Any = gracec.load(place.path, target, device=where, dtype=precision)
+        return loaded, loaded.processor, place.name
+    place = find_model(model, revision)
+    return load_model(place.path, precision, where), load_processor(place.path), place.name

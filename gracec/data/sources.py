@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from gracec.data.hub import is_dataset_name, load_hub_dataset
 from gracec.data.questions import SAMPLES_FILE
 from gracec.data.records import Broken, Embedded, as_record
 from gracec.errors import GracecError, first_line
@@ -60,6 +61,8 @@ def open_source(source: Any) -> Source:
     if path.suffix == ".json":
         return _open_json(path)
     if not path.exists():
+        if is_dataset_name(source):
+            return _Arrow.hub(str(source))
         raise GracecError("does not exist", where=str(path), fix="give training data")
     if path.suffix in TEXT_FILES:
         return _TextFiles.of(path, [path])
@@ -302,6 +305,11 @@ class _Arrow:
                 fix="give one split: a datasets.Dataset",
             )
         return cls.of("the dataset", None, dataset, [dataset._fingerprint])
+
+    @classmethod
+    def hub(cls, named: str) -> _Arrow:
+        dataset = load_hub_dataset(named)
+        return cls.of(named, None, dataset, [dataset._fingerprint])
 
     @classmethod
     def of(cls, name: str, folder: Path | None, dataset: Any, content: Sequence[Any]) -> _Arrow:

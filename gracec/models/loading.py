@@ -35,6 +35,8 @@ from gracec.models.configs import (
 from gracec.models.quantized import dequantizing
 from gracec.models.weight_files import checkpoint_files, first_not_finite
 
+EITHER = 'give a directory, or "org/name" of a repository of the Hugging Face Hub'
+
 
 def load_config(path: str | Path) -> PreTrainedConfig:
     """The configuration of a vision-language model.
@@ -65,12 +67,15 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     return config
 
 
-def load_model(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_model(
+    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> PreTrainedModel:
     """A vision-language model from a directory, in eval mode.
 
     Args:
         dtype: of the weights in memory; by default as stored, but float16 is widened to float32 on
             the CPU, which has no float16 kernels worth using.
+        device: where to put it; by default the CPU.
 
     Raises:
         GracecError: if the directory holds no vision-language model, or a checkpoint that is not
@@ -102,6 +107,8 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> PreTrained
         raise GracecError(f"cannot be loaded: {first_line(error)}", where=str(directory)) from error
     model: PreTrainedModel = loaded[0]
     _check_keys(loaded[1], directory)
+    if device is not None:
+        model.to(device)  # type: ignore[arg-type]
     check_finite(model, where=str(directory))
     if dtype is None and model.dtype == torch.float16 and model.device.type == "cpu":
         for parameter in model.parameters():
@@ -254,7 +261,7 @@ def _check_keys(found: Any, directory: Path) -> None:
 def _directory(path: str | Path) -> Path:
     directory = Path(path)
     if not directory.is_dir():
-        raise GracecError("no such model directory", where=str(directory))
+        raise GracecError("no such model directory", where=str(directory), fix=EITHER)
     if not (directory / "config.json").is_file():
         if (directory / "adapter_config.json").is_file():
             raise GracecError(

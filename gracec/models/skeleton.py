@@ -30,7 +30,11 @@ def stand_in(
     return nn.Parameter(one.expand(shape), requires_grad=False)
 
 
-def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def skeleton(
+    config: PreTrainedConfig,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> PreTrainedModel:
     """A model of a configuration, in eval mode, whose parameters are stand-ins.
 
     Buffers that no checkpoint holds are computed. What the configuration says about quantization
@@ -38,6 +42,7 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreT
 
     Args:
         dtype: of the parameters; by default as the configuration says.
+        device: of stand-ins and buffers; by default the CPU.
     """
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
@@ -51,53 +56,70 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreT
         )
     assert isinstance(model, PreTrainedModel)
     model.tie_weights()
-    made = _stand_ins(model)
+    made = _stand_ins(model, device)
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         set_tensor(model, name, made[id(parameter)])
+    if device is not None:
+        for name, buffer in list(model.named_buffers()):
+            set_tensor(model, name, buffer.to(device))
     model.eval()
     return model
 
 
-def without_weights(model: PreTrainedModel) -> PreTrainedModel:
+def without_weights(model: PreTrainedModel, device: torch.device | None = None) -> PreTrainedModel:
     """A model of its own, in eval mode, that is built as this one and has stand-ins as parameters.
 
-    It reads the memory of the buffers of this one.
+    It reads the memory of the buffers of this one, unless they are moved.
+
+    Args:
+        device: where stand-ins and buffers are; by default where they are in the model.
     """
-    buffers = {id(buffer): buffer.detach() for buffer in model.buffers()}
-    copied: Any = copy.deepcopy(model, {**_stand_ins(model), **buffers})
+    buffers = {
+        id(buffer): buffer.detach() if device is None else buffer.detach().to(device)
+        for buffer in model.buffers()
+    }
+    copied: Any = copy.deepcopy(model, {**_stand_ins(model, device), **buffers})
     found: PreTrainedModel = copied.eval()
     return found
 
 
-def _stand_ins(model: PreTrainedModel) -> dict[int, nn.Parameter]:
+def _stand_ins(
+    model: PreTrainedModel, device: torch.device | None = None
+) -> dict[int, nn.Parameter]:
     """id of each parameter -> what stands in for it."""
     return {
-        id(p): stand_in(p.shape, p.dtype, None if p.is_meta else p.device)
+        id(p): stand_in(p.shape, p.dtype, device or (None if p.is_meta else p.device))
         for p in model.parameters()
     }
 
 
-def model_without_weights(path: str | Path) -> PreTrainedModel:
+def model_without_weights(
+    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> PreTrainedModel:
     """The skeleton of a model directory.
 
     Its shapes, dtypes and names are those of `load_model`, so it can be captured and planned before
     any weight is read, or where none are there.
+
+    Args:
+        dtype, device: as `load_model` takes them.
 
     Raises:
         GracecError: if there is no usable configuration.
     """
     config = load_config(path)
     check_size(config, Path(path))
-    dtype = configured_dtype(config)
+    given, dtype = dtype, dtype or configured_dtype(config)
     if dtype is None:
         try:
             dtype = stored_dtype(checkpoint_files(Path(path)))
         except GracecError:  # a model without its checkpoint can still be looked at
             dtype = None
-    if dtype is None or dtype == torch.float16:
+    widened = dtype == torch.float16 and given is None and (device is None or device.type == "cpu")
+    if dtype is None or widened:
         dtype = torch.float32
     try:
-        return skeleton(config, dtype)
+        return skeleton(config, dtype, device)
     except Exception as error:
         raise GracecError(
             f"no model can be built from this configuration: {first_line(error)}",

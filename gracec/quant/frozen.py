@@ -6,7 +6,7 @@ Every backend packs from this and quantizes nothing.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -120,6 +120,10 @@ class FrozenWeight:
             zeros = torch.zeros((), dtype=torch.int32).expand(groups)
             grid = FrozenActivation(torch.ones(()).expand(groups), zeros, activation)
         return cls(codes, scales, spec, grid, experts)
+
+    def to(self, device: torch.device) -> FrozenWeight:
+        """The same on a device; the grid of the input goes where the input is by itself."""
+        return replace(self, stored=self.stored.to(device), scales=self.scales.to(device))
 
     @property
     def codes(self) -> Tensor:

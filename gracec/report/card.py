@@ -25,12 +25,15 @@ from gracec.report.report import (
 )
 
 
-def model_card(report: Report, facts: CardFacts, *, source: str, form: str) -> str:
+def model_card(
+    report: Report, facts: CardFacts, *, source: str, revision: str = "", form: str
+) -> str:
     """What a directory holds, how it was made and checked, how good it is and how to load it.
 
     Args:
         facts: of the format.
         source: name of the model that was compiled; may be empty.
+        revision: its commit on the Hugging Face Hub, if it is from there.
         form: name of the format.
     """
     base = source if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else None  # else the Hub refuses it
@@ -44,10 +47,12 @@ def model_card(report: Report, facts: CardFacts, *, source: str, form: str) -> s
     recipe = str(report.recipe.get("name", "recipe"))
     argument = recipe if recipe in known_recipes() else f"{recipe}.yaml"
     model = source or "MODEL"
+    at = f" at revision {_plain(revision)}" if revision else ""
+    pinned = f" --revision {_word(revision)}" if revision else ""
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {_plain(source.rpartition('/')[2] or 'Model')}, {_plain(recipe)}",
-        f"{_plain(model)}, compiled by gracec {__version__}: {facts.weights}.",
+        f"{_plain(model)}{at}, compiled by gracec {__version__}: {facts.weights}.",
         "## Load it\n\n"
         f"    pip install transformers {facts.needs}\n\n"
         "```python\n"
@@ -62,7 +67,8 @@ def model_card(report: Report, facts: CardFacts, *, source: str, form: str) -> s
         "## Coverage\n\n" + _table(COVERAGE, coverage_rows(report.plan)),
         "## Sizes and gates\n\n" + _table(("figure", "value"), _figures(report)),
         "## Recipe\n\n" + _block("yaml", yaml.safe_dump(dict(report.recipe), sort_keys=False)),
-        f"    gracec compile {_word(model)} --recipe {_word(argument)} --format {form} --out DIR",
+        f"    gracec compile {_word(model)}{pinned} --recipe {_word(argument)} --format {form} "
+        "--out DIR",
     ]
     return "\n\n".join(sections) + "\n"
 

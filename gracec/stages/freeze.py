@@ -53,6 +53,7 @@ def freeze(prepared: Prepared, request: Request, journal: Journal) -> Frozen:
         getattr(torch, request.recipe.deploy.dtype),
         processor=source.processor,
         name=source.name,
+        revision=source.revision,
         passes=lowering_passes(request),
         reference=Reference(batch, fake_quantized[0]),
     )

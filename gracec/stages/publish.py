@@ -58,6 +58,7 @@ def write_artifact(
         GracecError: if the directory exists, a format cannot hold the weights, or the disk does
             not take it. Nothing half-written is left.
     """
+    frozen = frozen.to(torch.device("cpu"))
     check_formats(formats, frozen)
     saved: list[Report] = []
     notes = [Note("", text) for text in clear_leftovers(directory)]
@@ -73,7 +74,13 @@ def write_artifact(
         for form in formats:
             facts = form.card(frozen) if frozen.weights else None
             if facts is not None:
-                card = model_card(saved[0], facts, source=frozen.name, form=form.name)
+                card = model_card(
+                    saved[0],
+                    facts,
+                    source=frozen.name,
+                    revision=frozen.revision,
+                    form=form.name,
+                )
                 (target / form.folder / "README.md").write_text(
                     card, encoding="utf-8", errors="backslashreplace"
                 )
@@ -84,6 +91,7 @@ def write_artifact(
             "source": frozen.name,
             "report": saved[0].to_dict(),
             "formats": {form.name: form.folder for form in formats},
+            **({"revision": frozen.revision} if frozen.revision else {}),
             **({"passes": list(frozen.passes)} if frozen.passes else {}),
         }
         write_store(Store(frozen.weights, frozen.others, manifest, frozen.adapters), target)
@@ -99,6 +107,7 @@ def write_artifact(
 
 def write_formats(directory: Path, frozen: Frozen, formats: Sequence[Format]) -> tuple[Note, ...]:
     """Write formats for other libraries alone, without the canonical codes."""
+    frozen = frozen.to(torch.device("cpu"))
     check_formats(formats, frozen)
     notes = [Note("", text) for text in clear_leftovers(directory)]
     write_directory(directory, lambda target: notes.extend(_write_formats(frozen, formats, target)))
@@ -128,6 +137,7 @@ def read_artifact(directory: Path) -> tuple[Frozen, Report]:
         # One that was compiled without a processor has none.
         processor=load_processor(directory) if read_names(directory, PROCESSOR) else None,
         name=store.manifest["source"],
+        revision=store.manifest["revision"],
         passes=tuple(store.manifest["passes"]),
     )
     return frozen, report

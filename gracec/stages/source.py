@@ -6,13 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from gracec import gates
 from gracec.capture import Family, family_of
 from gracec.capture.eager import eager_logits
 from gracec.directories import is_artifact
+from gracec.errors import GracecError
 from gracec.journal import Equal, Journal
+from gracec.models.devices import same_device
+from gracec.models.hub import find_model
 from gracec.models.loading import check_finite, load_config, load_model, load_processor
 from gracec.models.lora import has_adapters
 from gracec.models.quantized import check_full_precision
@@ -32,6 +36,7 @@ class Source:
         model: in eval mode; reads the memory of the caller's, which it leaves as it is.
         processor: of the model, or None.
         name: for the model card; may be empty.
+        revision: its commit, if it is from the Hugging Face Hub.
         parameters: how many the original has; a head that is untied becomes one more weight.
     """
 
@@ -39,6 +44,7 @@ class Source:
     processor: Any
     name: str
     parameters: int
+    revision: str = ""
 
     @property
     def family(self) -> Family:
@@ -54,19 +60,23 @@ def load_source(model: PreTrainedModel | str | Path, request: Request, journal: 
     """
     processor = request.processor
     if isinstance(model, (str, Path)):
-        name = Path(model).resolve().name
-        stored = check_full_precision(load_config(model), str(model))
-        shell = model_without_weights(model)
+        place = find_model(model, request.revision)
+        journal.note("", *place.note("the model is"))
+        path, name, revision = place.path, place.name, place.revision
+        stored = check_full_precision(load_config(path), str(place))
+        shell = model_without_weights(path)
         family_of(shell).example_batch(shell)  # refused before gigabytes are read
-        processor = processor or load_processor(model)
-        given = own = load_model(model)
+        processor = processor or load_processor(path)
+        given = own = load_model(path, request.dtype, request.device)
     else:
+        _check_placed(model, request)
         base: Any = model
         base = base.get_base_model() if has_adapters(model) else base
         stored = check_full_precision(base.config, type(base).__name__)
         given = own = _without_peft(model, request, journal)
         name = str(getattr(own.config, "_name_or_path", ""))
         name = Path(name).name if Path(name).exists() else name
+        revision = str(getattr(own.config, "_commit_hash", None) or "")
         check_finite(own)
         own = own if request.inplace else share_weights(own)
     journal.note("", *([stored] if stored else []))
@@ -80,20 +90,47 @@ def load_source(model: PreTrainedModel | str | Path, request: Request, journal: 
     found = eager_logits(own, batch)
     gates.logits_are_those_of("the model that was given", expected, found, 0.0, type(own).__name__)
     journal.figures["source_equals_original"] = Equal(1, "batches")
-    return Source(own, processor, name, parameters)
+    return Source(own, processor, name, parameters, revision)
 
 
-def stand_in_source(directory: Path, recipe: Recipe) -> Source:
+def _check_placed(model: Any, request: Request) -> None:
+    """Refuse to move or cast a model that somebody else has."""
+    device, dtype = request.device, request.dtype
+    if device is not None and not same_device(device, model.device):
+        raise GracecError(
+            f"the model is in memory, on {model.device}",
+            where=f"device {device}",
+            fix=f"leave device out; model.to({str(device)!r}) moves it",
+        )
+    if dtype is not None and dtype != model.dtype:
+        raise GracecError(
+            f"the model is in memory, in {str(model.dtype).removeprefix('torch.')}",
+            where=f"dtype {str(dtype).removeprefix('torch.')}",
+            fix="leave dtype out, or cast the model",
+        )
+
+
+def stand_in_source(
+    directory: Path,
+    recipe: Recipe,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> Source:
     """The model of a directory without its weights: for looking at what a recipe would do.
 
     Raises:
         GracecError: if there is no usable configuration.
     """
     _check_stored(directory)
-    return _looked_at(model_without_weights(directory), directory, recipe)
+    return _looked_at(model_without_weights(directory, dtype, device), directory, recipe)
 
 
-def weights_source(directory: Path, recipe: Recipe | None = None) -> Source:
+def weights_source(
+    directory: Path,
+    recipe: Recipe | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> Source:
     """The model of a directory without a processor: for running passes on it.
 
     Args:
@@ -103,7 +140,7 @@ def weights_source(directory: Path, recipe: Recipe | None = None) -> Source:
         GracecError: if it is no vision-language model, not whole, or not finite.
     """
     _check_stored(directory)
-    return _looked_at(load_model(directory), directory, recipe)
+    return _looked_at(load_model(directory, dtype, device), directory, recipe)
 
 
 def _check_stored(directory: Path) -> None:

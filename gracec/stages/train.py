@@ -16,7 +16,8 @@ from gracec.capture.hidden import blocks_equal_hidden_states
 from gracec.data.collate import Collator, EmptyBatch
 from gracec.errors import GracecError
 from gracec.journal import Journal
-from gracec.models.loading import load_model, load_processor
+from gracec.models.hub import Place, find_model
+from gracec.models.loading import load_config, load_model, load_processor
 from gracec.passes.base import run_passes
 from gracec.passes.free_scales import FreeScales
 from gracec.passes.freeze import SCALE_CODES, Freeze, frozen_weights, with_codes
@@ -114,12 +115,27 @@ def _with_free_scales(prepared: Prepared) -> Prepared:
     return replace(prepared, program=program, candidate=None)
 
 
+def find_teacher(request: Request, journal: Journal) -> Request:
+    """The request with the place of a teacher that it names, before anything takes long.
+
+    Raises:
+        GracecError: if it is a repository that cannot be had.
+    """
+    if not isinstance(request.teacher, (str, Path)):
+        return request
+    place = find_model(request.teacher, request.teacher_revision)
+    load_config(place.path)
+    journal.note("", *place.note("the teacher is"))
+    return replace(request, teacher=place)
+
+
 def _teacher(prepared: Prepared, request: Request, taps: Pipeline) -> Learner:
     """The teacher as a graph; by default the original itself, which training does not touch."""
     source, teacher = prepared.source, request.teacher
-    if isinstance(teacher, (str, Path)):
-        check_tokenizers(source.processor, load_processor(teacher))
-        teacher = load_model(teacher)
+    if isinstance(teacher, (str, Path, Place)):
+        path = find_model(teacher, request.teacher_revision).path
+        check_tokenizers(source.processor, load_processor(path))
+        teacher = load_model(path, device=source.model.device)
     found: PreTrainedModel = source.model if teacher is None else teacher
     found.eval()
     check_teacher(prepared.model, found)

@@ -52,12 +52,14 @@ class Target(ABC):
         holds_signed: whether its kernels take negative scales; where they do not, `compile` plans
             positive ones and says so.
         passes: names of those that it lowers with, next to which further ones can be placed.
+        reads: whether it runs files of its own, of the folder `onnx`, and needs no codes.
     """
 
     name: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
     holds_signed: ClassVar[bool] = True
     passes: ClassVar[tuple[str, ...]] = ()
+    reads: ClassVar[bool] = False
 
     @abstractmethod
     def lower(self, frozen: Frozen, *, strict: bool = False) -> tuple[Runtime, Sequence[Note]]:

@@ -24,6 +24,7 @@ class OnnxRuntime(Target):
     name: ClassVar[str] = "onnxruntime"
     aliases: ClassVar[tuple[str, ...]] = ("onnx",)
     passes: ClassVar[tuple[str, ...]] = Onnx.passes
+    reads: ClassVar[bool] = True
 
     def refusal(self, frozen: Frozen) -> str:
         return Onnx().refusal(frozen)

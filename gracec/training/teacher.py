@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from gracec.capture import family_of
 from gracec.errors import GracecError
+from gracec.models.devices import same_device
 
 OTHER_TOKENIZER = "choose a teacher with the student's tokenizer"
 PROBE = "In 1984 the cats' 3,141 toys weren't  red; def f(x): return x**2 Straße 你好 мир"
@@ -40,6 +41,12 @@ def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
             name: tuple(batch["pixel_values"].shape[1:]) for name, batch in batches.items()
         },
     }
+    if not same_device(student.device, teacher.device):
+        raise GracecError(
+            f"it is on {teacher.device}, the student on {student.device}",
+            where="teacher",
+            fix=f"move it: teacher.to({str(student.device)!r})",
+        )
     for what, found in facts.items():
         if found["student"] != found["teacher"]:
             raise GracecError(
