@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gracec.data.answers import Answers, Row, stop_tokens
 from gracec.data.conversations import BrokenSample, Sample
-from gracec.data.prompts import Prompts, messages
+from gracec.data.prompts import Prompts, messages, padding_token
 from gracec.data.records import IMAGE_PLACEHOLDER, Broken
 from gracec.errors import GracecError, GracecWarning
 from gracec.objective.labels import IGNORE_INDEX
@@ -44,8 +44,8 @@ class Collator:
     `problems` has a line for each of them otherwise.
 
     Raises:
-        GracecError: if the processor has no tokenizer, no padding token or no image token, or if
-            the model has no token to stop at.
+        GracecError: if the processor has no tokenizer or no image token, or if the model has no
+            token to stop at.
     """
 
     processor: Any
@@ -58,10 +58,6 @@ class Collator:
         name = type(self.processor).__name__
         if getattr(self.processor, "tokenizer", None) is None:
             raise GracecError("has no tokenizer", where=name, fix="give the model's processor")
-        if self._tokenizer.pad_token_id is None:
-            raise GracecError(
-                "the tokenizer has no padding token", where=name, fix="set tokenizer.pad_token"
-            )
         if self.max_length is not None and self.max_length < 1:
             raise GracecError(f"max_length must be at least 1, not {self.max_length}")
         _ = self._answers.prompts.image_token  # fails early, as does what ends an answer
@@ -155,6 +151,14 @@ class Collator:
         )
 
     @property
+    def notes(self) -> list[str]:
+        """What is to be known of batches of several samples."""
+        if self._tokenizer.pad_token is not None:
+            return []
+        token = padding_token(self._tokenizer)
+        return [f"the tokenizer has no padding token: {token!r} pads, and is masked"]
+
+    @property
     def _tokenizer(self) -> Any:
         return self.processor.tokenizer
 
@@ -230,10 +234,11 @@ class Collator:
                 width = min(shape[1], old.shape[1])
                 batch[name] = value.new_zeros(shape)
                 batch[name][:, :width] = value[:, :width]
+        pad = self._tokenizer.convert_tokens_to_ids(padding_token(self._tokenizer))
         batch["labels"] = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
         for index, row in enumerate(rows):
             length = len(row.ids)
-            batch["input_ids"][index] = self._tokenizer.pad_token_id
+            batch["input_ids"][index] = pad
             batch["input_ids"][index, :length] = torch.tensor(row.ids)
             batch["attention_mask"][index] = torch.arange(shape[1]) < length
             for start, end in row.spans:

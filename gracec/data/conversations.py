@@ -126,9 +126,10 @@ def read_conversations(
 def is_plain_text(opened: Source) -> bool:
     """Whether the records of a source, going by the first, are texts and no conversations."""
     try:
-        return len(opened) > 0 and holds_text(opened.record(0))
+        first = opened.record(0) if len(opened) else {}
     except Broken:
         return False
+    return isinstance(first, Mapping) and holds_text(first)
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,10 @@ class _Reader:
         Raises:
             Broken: if it cannot be used.
         """
-        return read_record(self.source.record(number), answered=self.answered)
+        record = self.source.record(number)
+        if isinstance(record, Conversation):
+            return record
+        return read_record(record, answered=self.answered)
 
     def _identity(self, image: ImageRef, sizes: dict[str, int | Broken]) -> bytes:
         """What tells one picture from another without decoding it: its name and size in bytes."""

@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO
+from urllib.parse import unquote
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from gracec.data.records import Broken, short
+from gracec.data.records import Broken, is_address, short
 from gracec.errors import GracecError, first_line
 
 MAX_PIXELS = 1 << 26
@@ -69,7 +70,9 @@ def confined(root: Path, name: str) -> tuple[Path, int]:
     Raises:
         Broken: if it is an address, leads out of the folder, or is no file.
     """
-    if "://" in name or name.startswith("data:"):
+    if name.startswith("file://"):
+        name = _below(root, unquote(name.removeprefix("file://").removeprefix("localhost/")))
+    if is_address(name) or name.startswith("data:"):
         raise Broken("image path", f"image {short(name)} is an address, nothing is fetched")
     flavours = (PurePosixPath(name), PureWindowsPath(name))
     if any(path.is_absolute() or path.drive or path.root for path in flavours):
@@ -92,6 +95,14 @@ def confined(root: Path, name: str) -> tuple[Path, int]:
     if not stat.S_ISREG(found.st_mode):
         raise Broken("missing image", f"image {short(name)} is not a file")
     return path, found.st_size
+
+
+def _below(root: Path, name: str) -> str:
+    """The path of a file:// address relative to a folder, if it is one below it."""
+    try:
+        return Path(name).resolve().relative_to(root).as_posix() if name[:1] == "/" else name
+    except (OSError, ValueError, RuntimeError):
+        return name
 
 
 def open_image(file: Path | io.BytesIO, name: str) -> Image.Image:

@@ -78,6 +78,26 @@ def encode_questions(
     return prompts.encode(asked, names, padding_side="left", generation_prompt=True)
 
 
+def padding_token(tokenizer: Any) -> str:
+    """What a tokenizer pads with; where it does not say, a token that it has: the mask hides it."""
+    named = (tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token)
+    found = next((token for token in named if token is not None), None)
+    return str(tokenizer.convert_ids_to_tokens(0) if found is None else found)
+
+
+@contextmanager
+def able_to_pad(tokenizer: Any) -> Iterator[None]:
+    """Inside, a tokenizer without a padding token has one; it is left as it was."""
+    if getattr(tokenizer, "pad_token", "") is not None:
+        yield
+        return
+    tokenizer.pad_token = padding_token(tokenizer)
+    try:
+        yield
+    finally:
+        tokenizer.pad_token = None
+
+
 @contextmanager
 def refusals(where: str) -> Iterator[None]:
     """What templates and processors raise inside becomes a GracecError of one line."""
@@ -218,7 +238,8 @@ class Prompts:
             "return_assistant_tokens_mask": answer_masks,
         }
         try:
-            return self._together(conversations, padding_side, template)
+            with able_to_pad(getattr(self.processor, "tokenizer", None)):
+                return self._together(conversations, padding_side, template)
         except _REFUSALS as error:
             for conversation, name in zip(conversations, names, strict=True):
                 with refusals(name):

@@ -91,10 +91,10 @@ def image_path(folder: Path, name: str, where: str = "") -> Path:
         GracecError: if it is an address, leads out of the folder, or is no file.
     """
     try:
-        confined(folder.resolve(), name)
+        found, _ = confined(folder.resolve(), name)
     except Broken as broken:
         raise GracecError(broken.reason, where=where) from broken
-    return folder / name
+    return found if "://" in name else folder / name
 
 
 def _parse_line(line: bytes, folder: Path, where: str) -> VqaSample:

@@ -3,6 +3,8 @@ learned, and where its pictures are."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,11 +19,20 @@ IMAGE_PLACEHOLDER = "<image>"
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _ROLES["system"] = "system"
 
+FORMS = {"conversations", "messages", "prompt", "question"}
+"""Keys of which a record of a conversation has one."""
+
 _MASKS = ("weight", "loss", "loss_mask", "train")
 """What data sets call the mark of a turn, or of a record, that is not to be learned."""
 
 _UNTAUGHT = ("video", "videos", "audio", "audios", "tools")
 """What a record may hold that its text is about, and no model is taught here."""
+
+_PICTURE_KEYS = ("image", "path", "url", "image_url", "base64")
+"""Where a part of a message may name its picture."""
+
+MOST_ENCODED = 1 << 26
+"""Bytes of a picture that is written inside a record as text (64 MiB)."""
 
 _TURN_KEYS = {"from", "role", "value", "content", *_MASKS}
 _RECORD_KEYS = {"image", "images", "system", *_MASKS, *_UNTAUGHT}
@@ -100,8 +111,7 @@ class Conversation:
 
 def holds_text(record: Mapping[str, Any]) -> bool:
     """Whether a record is plain text: it has a "text", and no conversation."""
-    others = ("conversations", "messages", "question")
-    said = any(record.get(key) is not None for key in others)
+    said = any(record.get(key) is not None for key in FORMS)
     return isinstance(record.get("text"), str) and not said
 
 
@@ -136,18 +146,24 @@ def read_record(record: Mapping[str, Any], *, answered: bool = True) -> Conversa
             raise Broken(untaught, f'it has "{untaught}", which no model is taught here')
     images, own = _image_refs(record), list[ImageRef | None]()
     key, items = _messages(record)
+    if key is None and record.get("prompt") is not None:
+        keys, items = {"prompt", "completion"}, _completed(record)
+    else:
+        keys = {"question", "answer"} if key is None else {key}
     turns = tuple(_turn(item, own) for item in items)
-    if key is None:
-        turns = _question_and_answer(record, len(images), answered)
+    if not turns:
+        turns = _question_and_answer(record, answered)
+    if key != "conversations":
+        turns = _about(turns, len(images))
     turns = _after_system(record, _masked(record, turns))
     check_turns(turns, answered=answered)
     refs = _agreed(images, own)
     check_images(turns, len(refs))
-    read = _RECORD_KEYS | ({"question", "answer"} if key is None else {key})
-    keys = {str(name) for name, value in record.items() if value is not None} - read
+    unread = {str(name) for name, value in record.items() if value is not None}
+    unread -= _RECORD_KEYS | keys
     for item in items:
-        keys |= {str(name) for name, value in item.items() if value is not None} - _TURN_KEYS
-    return Conversation(turns, tuple(refs), frozenset(keys - _ABOUT))
+        unread |= {str(name) for name, value in item.items() if value is not None} - _TURN_KEYS
+    return Conversation(turns, tuple(refs), frozenset(unread - _ABOUT))
 
 
 def _holds(value: Any) -> bool:
@@ -183,12 +199,12 @@ def image_ref(value: Any) -> ImageRef:
     """Where one picture is.
 
     Raises:
-        Broken: if it is neither a path nor a picture.
+        Broken: if it is neither a path nor a picture, or is an address, which nothing fetches.
     """
-    if isinstance(value, Mapping):  # as `datasets` stores a picture
+    if isinstance(value, Mapping):  # as `datasets` stores a picture, or clients of OpenAI
         data, path = value.get("bytes"), value.get("path")
         if data is None:
-            value = path
+            value = value.get("url") if path is None else path
         elif isinstance(data, bytes | bytearray | memoryview):
             value = Embedded(path if isinstance(path, str) else "", bytes(data))
         else:
@@ -197,9 +213,40 @@ def image_ref(value: Any) -> ImageRef:
         value = Embedded("", bytes(value))
     elif isinstance(value, Path):
         value = str(value)
+    if isinstance(value, str) and value.startswith("data:"):
+        return _from_data_uri(value)
+    if isinstance(value, str) and is_address(value):
+        raise Broken("image path", f"image {short(value)} is an address, nothing is fetched")
     if isinstance(value, str | Embedded | Image.Image) and value != "":
         return value
     raise Broken("image path", f"an image must be a path, not {short(repr(value))}")
+
+
+def is_address(name: str) -> bool:
+    """Whether a picture would have to be fetched."""
+    return "://" in name and not name.startswith("file://")
+
+
+def _from_data_uri(uri: str) -> Embedded:
+    """The picture of "data:image/png;base64,..."; its type is what its bytes say."""
+    head, comma, text = uri.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise Broken("image path", f"image {short(head, 40)} is no data URI in base64")
+    return _from_base64(text)
+
+
+def _from_base64(text: Any) -> Embedded:
+    if not isinstance(text, str):
+        raise Broken("image path", f"an image in base64 is a text, not a {type(text).__name__}")
+    if len(text) > MOST_ENCODED // 3 * 4:
+        raise Broken("image too large", f"an image in base64 has more than {MOST_ENCODED} bytes")
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Broken("corrupt image", f"an image in base64 is none ({error})") from error
+    if not data:
+        raise Broken("corrupt image", "an image in base64 is empty")
+    return Embedded("", data)
 
 
 def _agreed(listed: list[ImageRef], own: Sequence[ImageRef | None]) -> Sequence[ImageRef]:
@@ -248,25 +295,53 @@ def _rows(columns: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
     return [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
 
 
-def _question_and_answer(
-    record: Mapping[str, Any], images: int, answered: bool
-) -> tuple[Turn, ...]:
-    """A question without placeholders gets one for each image."""
+def _completed(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The turns of a prompt and its completion, each a text or messages, as TRL has them.
+
+    Only the completion is learned, as TRL does by default.
+    """
+    found: list[Mapping[str, Any]] = []
+    for name, role in (("prompt", "user"), ("completion", "assistant")):
+        value = record.get(name)
+        if isinstance(value, str):
+            found.append({"role": role, "content": value})
+        elif value is not None:
+            _, items = _messages({"messages": value})
+            context = name == "prompt"
+            found += [
+                {**item, "loss": 0} if context and _role(item) == "assistant" else item
+                for item in items
+            ]
+    if record.get("completion") is None and _holds(record.get("chosen")):
+        raise Broken("no conversation", 'it has "chosen" and no "completion" to learn')
+    return found
+
+
+def _about(turns: tuple[Turn, ...], images: int) -> tuple[Turn, ...]:
+    """The turns; where no text says where the images are, the first question begins with them."""
+    first = next((at for at, turn in enumerate(turns) if turn.role == "user"), None)
+    if first is None or any(IMAGE_PLACEHOLDER in turn.text for turn in turns):
+        return turns
+    text = "\n".join([*[IMAGE_PLACEHOLDER] * images, turns[first].text])
+    asked = replace(turns[first], text=text)
+    return (*turns[:first], asked, *turns[first + 1 :])
+
+
+def _question_and_answer(record: Mapping[str, Any], answered: bool) -> tuple[Turn, ...]:
     question, answer = record.get("question"), record.get("answer")
     if "question" not in record or (answered and "answer" not in record):
-        raise Broken("no conversation", 'there are neither "conversations" nor "messages"')
+        forms = '"conversations", "messages", "prompt" or "question" with "answer"'
+        raise Broken("no conversation", f"there are none of {forms}")
     unanswered = not answered and answer is None
     if not isinstance(question, str) or not (unanswered or isinstance(answer, str)):
         raise Broken("no conversation", '"question" and "answer" must be texts')
-    if IMAGE_PLACEHOLDER not in question:
-        question = "\n".join([*[IMAGE_PLACEHOLDER] * images, question])
     asked = Turn("user", question.strip())
     return (asked,) if answer is None else (asked, Turn("assistant", answer.strip()))
 
 
 def _turn(item: Mapping[str, Any], own: list[ImageRef | None]) -> Turn:
     """One turn; the pictures that its parts name are added to `own`."""
-    role = item.get("from") or item.get("role")
+    role = _role(item)
     if not isinstance(role, str) or role not in _ROLES:
         known = ", ".join(_ROLES)
         raise Broken("unknown role", f"unknown role {short(repr(role))} (known: {known})")
@@ -282,11 +357,19 @@ def _turn(item: Mapping[str, Any], own: list[ImageRef | None]) -> Turn:
     return Turn(_ROLES[role], text.strip(), _mark(item, f"the {role} turn"))
 
 
+def _role(item: Mapping[str, Any]) -> Any:
+    return item.get("from") or item.get("role")
+
+
 def _part(part: Any, own: list[ImageRef | None]) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "image":
-        named = [part[key] for key in ("image", "path", "url") if part.get(key) is not None]
-        own.append(image_ref(named[0]) if named else None)
+    if kind is None and isinstance(part, Mapping):  # some leave the type out
+        kind = "text" if isinstance(part.get("text"), str) else kind
+        kind = "image" if any(part.get(key) is not None for key in _PICTURE_KEYS) else kind
+    if kind in ("image", "image_url"):
+        named = [key for key in _PICTURE_KEYS if part.get(key) is not None]
+        read = _from_base64 if named[:1] == ["base64"] else image_ref
+        own.append(read(part[named[0]]) if named else None)
         return IMAGE_PLACEHOLDER
     text = part.get("text") if kind == "text" else None
     if not isinstance(text, str):
@@ -331,7 +414,8 @@ def _masked(record: Mapping[str, Any], turns: tuple[Turn, ...]) -> tuple[Turn, .
         record = {**record, "loss_mask": None}
     if not _mark(record, "the record"):
         raise Broken("mask", "the record says that nothing of it is to be learned")
-    if answers and not any(turn.learned for turn in turns if turn.role == "assistant"):
+    asks = turns[-1].role != "assistant"  # where nothing is learned, or the answer is still to come
+    if not asks and not any(turn.learned for turn in turns if turn.role == "assistant"):
         raise Broken("mask", "no answer of it is to be learned")
     return turns
 

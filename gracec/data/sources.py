@@ -9,25 +9,28 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from gracec.data.hub import is_dataset_name, load_hub_dataset
 from gracec.data.questions import SAMPLES_FILE
-from gracec.data.records import Broken, Embedded, as_record
+from gracec.data.records import FORMS, Broken, Conversation, Embedded, as_record, short
 from gracec.errors import GracecError, first_line
 
-LINES = "a file with one record a line ends in .jsonl"
+LINES = (".jsonl", ".ndjson")
+"""How the names of files with one record a line end; in a `.json` file they are seen."""
 FOLDER_FILES = ("train.jsonl", "train.json", "data.jsonl", "data.json", SAMPLES_FILE)
 """What is looked for in a folder, in this order."""
+KINDS = ".json, .jsonl, .ndjson, .parquet"
 TEXT_FILES = (".txt", ".md")
 """How the names of files of plain text end."""
 MOST_CHARACTERS = 1 << 24
 """Of plain text that is read: some four million tokens."""
 
 
+@runtime_checkable
 class Source(Protocol):
-    """Records by number. `name` and `where` are for messages, `folder` is the image root, `content`
-    the digest of what is read."""
+    """Records by number, parsed or conversations already. `name` and `where` are for messages,
+    `folder` is the image root, `content` the digest of what is read."""
 
     @property
     def name(self) -> str: ...
@@ -42,7 +45,7 @@ class Source(Protocol):
 
     def where(self, number: int) -> str: ...
 
-    def record(self, number: int) -> Mapping[str, Any]: ...
+    def record(self, number: int) -> Mapping[str, Any] | Conversation: ...
 
 
 def open_source(source: Any) -> Source:
@@ -51,15 +54,19 @@ def open_source(source: Any) -> Source:
     Raises:
         GracecError: if it cannot be read, or is no training data.
     """
+    if isinstance(source, Source):
+        return source
     if not isinstance(source, str | os.PathLike):
         return _in_memory(source)
     path = Path(source)
     if path.is_dir():
         return _open_folder(path)
-    if path.suffix == ".jsonl":
+    if path.suffix in LINES or (path.suffix == ".json" and _has_lines(path)):
         return _JsonLines.open(path)
     if path.suffix == ".json":
         return _open_json(path)
+    if path.suffix == ".parquet" and path.is_file():
+        return _Arrow.parquet([path], path.parent)
     if not path.exists():
         if is_dataset_name(source):
             return _Arrow.hub(str(source))
@@ -67,7 +74,9 @@ def open_source(source: Any) -> Source:
     if path.suffix in TEXT_FILES:
         return _TextFiles.of(path, [path])
     raise GracecError(
-        "not training data", where=str(path), fix="give a .json, .jsonl or text file, or a folder"
+        "not training data",
+        where=str(path),
+        fix=f"give a {KINDS} or text file, or a folder",
     )
 
 
@@ -226,6 +235,22 @@ class _Records:
         return as_record(self.records[number])
 
 
+def _has_lines(file: Path) -> bool:
+    """Whether a file holds one object a line, more than one: JSON lines, whatever its name."""
+    try:
+        with file.open("rb") as stream:
+            if stream.read(1 << 10).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"{":
+                return False
+            stream.seek(0)
+            lines = (line for line in stream if line.strip())
+            first, second = next(lines, b""), next(lines, b"")
+        return bool(second) and isinstance(json.loads(first), dict)
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    except (ValueError, RecursionError):
+        return False
+
+
 def _open_json(file: Path) -> _Records:
     try:
         content = file.read_bytes()
@@ -233,20 +258,23 @@ def _open_json(file: Path) -> _Records:
     except OSError as error:
         raise _unreadable(file, error) from error
     except (ValueError, RecursionError) as error:
-        raise GracecError(
-            f"not valid JSON ({first_line(error)})",
-            where=str(file),
-            fix="a file with one record a line ends in .jsonl"
-            if "Extra data" in str(error)
-            else "",
-        ) from error
+        raise GracecError(f"not valid JSON ({first_line(error)})", where=str(file)) from error
+    if isinstance(parsed, dict) and FORMS & parsed.keys():
+        parsed = [parsed]  # a record alone
     if not isinstance(parsed, list):
+        items = parsed.items() if isinstance(parsed, dict) else ()
+        lists = [key for key, value in items if _is_records(value)]
+        named = f"an object with a list under {short(repr(lists[0]))}" if len(lists) == 1 else ""
         raise GracecError(
-            f"expected a JSON list of records, found {type(parsed).__name__}",
+            f"expected a JSON list of records, found {named or type(parsed).__name__}",
             where=str(file),
-            fix="a file with one record a line ends in .jsonl",
+            fix="save that list alone" if named else "save a list, or one record a line as .jsonl",
         )
     return _Records(str(file), file.parent, parsed, hashlib.sha256(content).digest())
+
+
+def _is_records(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def _in_memory(source: Any) -> Source:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gracec.data.conversations import BrokenSample, Ledger, epoch_order, is_plain_text
 from gracec.data.prompts import Prompts, refusals
-from gracec.data.records import Broken, read_text
+from gracec.data.records import Broken, as_record, read_text
 from gracec.data.sources import MOST_CHARACTERS, Source, open_source
 from gracec.errors import GracecError
 from gracec.objective.labels import IGNORE_INDEX
@@ -142,7 +142,7 @@ def read_text_windows(
 def _texts(opened: Source, ledger: Ledger) -> Iterator[str]:
     for number in range(len(opened)):
         try:
-            yield read_text(opened.record(number))
+            yield read_text(as_record(opened.record(number)))
         except Broken as broken:
             sample = BrokenSample(opened.where(number), broken.kind, broken.reason)
             ledger.add(number, sample, warn=False)

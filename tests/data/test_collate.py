@@ -149,10 +149,6 @@ def test_processors_that_cannot_be_used() -> None:
     with pytest.raises(GracecError, match="max_length must be at least 1"):
         collator(max_length=0)
     processor: Any = tiny_processor()
-    processor.tokenizer.pad_token = None
-    with pytest.raises(GracecError, match="no padding token"):
-        Collator(processor, model())
-    processor = tiny_processor()
     processor.image_token = None
     with pytest.raises(GracecError, match="has no image token"):
         Collator(processor, model())
@@ -160,6 +156,19 @@ def test_processors_that_cannot_be_used() -> None:
     processor.tokenizer.eos_token = None
     with pytest.raises(GracecError, match="neither the model nor the tokenizer has an end-of"):
         Collator(processor, nn.Linear(1, 1))
+
+
+def test_a_tokenizer_without_a_padding_token_pads_with_one_that_is_masked() -> None:
+    with_one, without = collator(), collator()
+    without.processor.tokenizer.pad_token = None
+    expected, found = with_one([ONE, TWO]), without([ONE, TWO])
+    real = expected["attention_mask"].bool()
+    assert not real.all() and torch.equal(found["attention_mask"].bool(), real)
+    assert (found["input_ids"][~real] == without.processor.tokenizer.eos_token_id).all()
+    assert torch.equal(found["input_ids"][real], expected["input_ids"][real])
+    assert torch.equal(found["labels"], expected["labels"])
+    assert without.processor.tokenizer.pad_token is None
+    assert with_one.notes == [] and "'</s>' pads, and is masked" in without.notes[0]
 
 
 def test_from_file_to_batch(tmp_path: Path) -> None:

@@ -163,12 +163,17 @@ def test_a_text_for_paligemma_alone_is_what_follows_an_image() -> None:
     assert pictured[pictured != prompts.image_id].tolist() == text
 
 
-def test_one_question_needs_no_padding_token() -> None:
+def test_questions_need_no_padding_token() -> None:
     processor = tiny_processor()
     expected = encode_questions(processor, ["what is this ?"], [tiny_image(1)])
     processor.tokenizer.pad_token = None
     found = encode_questions(processor, ["what is this ?"], [tiny_image(1)])
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    with pytest.raises(GracecError, match="padding token"):
-        encode_questions(processor, ["what ?", "what is this ?"], [tiny_image(1), tiny_image(2)])
+    both = [["what ?", "what is this ?"], [tiny_image(1), tiny_image(2)]]
+    found = encode_questions(processor, *both)
+    expected = encode_questions(tiny_processor(), *both)
+    assert torch.equal(found["attention_mask"], expected["attention_mask"])
+    processor.tokenizer.eos_token = processor.tokenizer.bos_token = None
+    assert encode_questions(processor, *both)["input_ids"].shape == expected["input_ids"].shape
+    assert processor.tokenizer.pad_token is None

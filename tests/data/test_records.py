@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import json
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import gracec
 from gracec.data.conversations import Sample, open_train_data
@@ -20,6 +23,13 @@ from gracec.errors import GracecWarning
 from tests.data.collators import answers, collator
 from tests.data.conversations import png, record, talk, write
 from tests.tiny import tiny_image, tiny_llava, tiny_processor
+
+
+def encoded(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
 
 TALK = ("<image> what ?", "red", "where ?", "left", "sure ?", "yes")
 
@@ -129,6 +139,109 @@ def test_parts_may_name_their_pictures(key: str) -> None:
         read_record(message(first, {"type": "image"}))
 
 
+DATA_URI = f"data:image/png;base64,{base64.b64encode(encoded(tiny_image(3))).decode()}"
+
+
+def as_openai(url: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": url}
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        as_openai({"url": DATA_URI}),
+        as_openai(DATA_URI),
+        {"type": "image", "base64": DATA_URI.partition(",")[2]},
+        {"type": "image", "image": encoded(tiny_image(3))},
+        {"image": tiny_image(3)},
+        as_openai({"url": "images/3.png", "detail": "low"}),
+        as_openai({"url": "file://images/3.png"}),
+        as_openai({"url": "file://FOLDER/images/3.png"}),
+    ],
+)
+def test_parts_hold_pictures_as_clients_write_them(part: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    tiny_image(3).save(tmp_path / "images" / "3.png")
+    named = part.get("image_url")
+    if isinstance(named, dict):
+        named["url"] = named["url"].replace("FOLDER", str(tmp_path))
+    data = open_train_data([message(WORDS, part)], image_root=tmp_path)
+    sample = data.sample(0)
+    assert isinstance(sample, Sample) and sample.turns[0].text == "what ?\n<image>"
+    assert sample.images[0].tobytes() == tiny_image(3).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("https://example.org/a.png", "is an address, nothing is fetched"),
+        ("data:image/png,rawbytes", "is no data URI in base64"),
+        ("data:image/png;base64,@@", "an image in base64 is none"),
+        ("data:image/png;base64,", "an image in base64 is empty"),
+        (f"data:image/png;base64,{'A' * 400}", "an image in base64 has more than 256 bytes"),
+        ("file:///etc/hostname", "is an absolute path"),
+        ("file://../secret.png", 'has ".." in its path'),
+        (
+            f"data:image/png;base64,{base64.b64encode(b'no picture').decode()}",
+            "cannot be decoded",
+        ),
+    ],
+)
+def test_what_is_no_picture_of_the_data_is_refused(
+    name: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gracec.data.records.MOST_ENCODED", 256)
+    good = [message(WORDS)] * 2
+    with pytest.warns(GracecWarning):
+        data = open_train_data(
+            [*good, message(WORDS, as_openai({"url": name}))], image_root=tmp_path
+        )
+        for number in range(len(data)):
+            data.sample(number)
+    (problem,) = data.problems
+    assert reason in problem and len(problem) < 300
+
+
+IMAGES = {"images": ["0.png"]}
+ASKS = [{"role": "user", "content": "what ?"}]
+SAYS = [{"role": "assistant", "content": "red"}]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"prompt": "what ?", "completion": "red"},
+        {"prompt": ASKS, "completion": SAYS},
+        {"prompt": ASKS, "completion": "red"},
+        {"prompt": [{"role": "user", "content": [{"type": "image"}, WORDS]}], "completion": SAYS},
+        {"messages": [*ASKS, *SAYS]},
+        {"question": "what ?", "answer": "red"},
+    ],
+)
+def test_prompts_and_completions_are_conversations(said: dict[str, Any]) -> None:
+    found = read_record({**said, **IMAGES})
+    assert found.turns == (Turn("user", "<image>\nwhat ?"), Turn("assistant", "red"))
+    assert found.images == ("0.png",) and not found.unread
+
+
+def test_of_a_prompt_nothing_is_learned() -> None:
+    prompt = [*ASKS, *SAYS, {"role": "user", "content": "sure ?"}]
+    more = [{"role": "assistant", "content": "yes"}, *ASKS, *SAYS]
+    assert learned(read_record({"prompt": prompt, "completion": more})) == [False, True, True]
+    assert len(read_record({"prompt": prompt}, answered=False).turns) == 3
+    with pytest.raises(Broken, match='has "chosen" and no "completion"'):
+        read_record({"prompt": prompt, "chosen": more, "rejected": more})
+
+
+def test_lines_are_read_whatever_the_name(tmp_path: Path) -> None:
+    lines = write(tmp_path, record(), record(answer="blue")).read_bytes()
+    for name in ("a.ndjson", "a.json", "b.json"):
+        (tmp_path / name).write_bytes(lines if name != "b.json" else b"\n" + lines)
+        assert len(open_train_data(tmp_path / name)) == 2
+    (tmp_path / "a.json").write_text(json.dumps(record(), indent=2))
+    assert len(open_train_data(tmp_path / "a.json")) == 1
+
+
 def test_placeholders_in_texts_are_counted_among_the_parts() -> None:
     text = {"type": "text", "text": "<image> and"}
     named = {"type": "image", "image": "1.png"}
@@ -201,7 +314,7 @@ def test_odd_texts_do_not_stop_a_batch(text: str) -> None:
 
 KEYS = st.sampled_from(
     "image images conversations messages question answer from role value content type text bytes "
-    "path url weight loss loss_mask train system video tools other".split()
+    "path url image_url base64 prompt completion weight loss loss_mask train system video tools other".split()
 )
 VALUES = st.sampled_from(["user", "image", "<image>", "", "\ud83d", 0, 1, 0.5, None, True, b"x"])
 JSON = st.recursive(
