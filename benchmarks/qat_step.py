@@ -98,6 +98,7 @@ def graph_step(
     from gracec.passes import parse_pipeline, run_passes
     from gracec.recipe import Training
     from gracec.training.learner import Learner
+    from gracec.training.loader import one_by_one
     from gracec.training.loop import Run
     from gracec.training.micro_batch import MicroBatch
 
@@ -129,7 +130,7 @@ def graph_step(
             "distillation": {} if distils else off,
         }
     )
-    run = Run(pupil, taught, lambda numbers: batch, 1, rule, None, None)
+    run = Run(pupil, taught, one_by_one(lambda numbers: batch), 1, rule, None, None)
 
     def step() -> None:
         run.take_step()

@@ -201,6 +201,8 @@ class Training(_Strict):
         evaluate_every: optimizer steps between two looks at the held-out part.
         checkpoint_every: optimizer steps between two checkpoints.
         max_skipped: steps in a row whose loss may be NaN or infinite before training stops.
+        workers: processes that read samples and make batches ahead, of each rank; "auto" is a few
+            where a GPU does the training, and none where the CPU does. No batch depends on it.
         compile: run the graphs through torch.compile.
         activation_checkpointing: share of the activations that may be kept; the others are computed
             again. Needs compile.
@@ -228,6 +230,7 @@ class Training(_Strict):
     evaluate_every: int = Field(50, ge=1, le=MOST_STEPS)
     checkpoint_every: int = Field(100, ge=1, le=MOST_STEPS)
     max_skipped: int = Field(5, ge=1, le=MOST_STEPS)
+    workers: Annotated[int, Field(ge=0, le=256)] | Literal["auto"] = "auto"
     compile: bool = False
     activation_checkpointing: float | None = Field(None, gt=0, le=1)
     cross_entropy: float = Field(1.0, ge=0, le=MOST_WEIGHT)

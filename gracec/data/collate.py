@@ -193,12 +193,15 @@ class Collator:
     def _report(self, sample: Sample, reason: str) -> None:
         if self.strict:
             raise GracecError(reason, where=sample.where)
+        self.learn(f"{sample.where or 'sample'}: {reason}")
+
+    def learn(self, problem: str) -> None:
+        """Note that a sample is left out; the first time is a warning."""
         first = not self.problems
-        line = f"{sample.where or 'sample'}: {reason}"
-        if line not in self.problems:
-            self.problems.append(line)
+        if problem not in self.problems:
+            self.problems.append(problem)
         if first:
-            warnings.warn(f"{line}; samples like this are left out", GracecWarning, stacklevel=4)
+            warnings.warn(f"{problem}; samples like this are left out", GracecWarning, stacklevel=5)
 
     def _row(self, encoded: Mapping[str, Any], index: int, sample: Sample) -> Row | None:
         """Row `index` of the batch, without padding; None if the sample is broken."""

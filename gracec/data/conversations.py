@@ -309,6 +309,21 @@ class TrainData:
             raise IndexError(f"sample {index} of {len(self)}")
         return self._reader.sample(self._numbers[index])
 
+    def known_broken(self, indices: Sequence[int]) -> dict[int, BrokenSample]:
+        """Of these samples those that are known to be broken."""
+        broken = self._reader.ledger.broken
+        found = {index: broken.get(self._numbers[index]) for index in indices}
+        return {index: sample for index, sample in found.items() if sample is not None}
+
+    def learn_broken(self, index: int, sample: BrokenSample) -> None:
+        """Take in that sample `index` is broken, which another process found.
+
+        Raises:
+            GracecError: as `sample` does.
+        """
+        if self._numbers[index] not in self._reader.ledger.broken:
+            self._reader.ledger.add(self._numbers[index], sample)
+
     @property
     def problems(self) -> list[str]:
         """A line for each record known to be broken: where, and why.

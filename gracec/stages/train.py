@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -23,7 +25,7 @@ from gracec.passes.free_scales import FreeScales
 from gracec.passes.freeze import SCALE_CODES, Freeze, frozen_weights, with_codes
 from gracec.passes.pipeline import Pipeline
 from gracec.quant.frozen import code_hash
-from gracec.recipe import Recipe
+from gracec.recipe import Recipe, Training
 from gracec.report.report import sqnr_db
 from gracec.request import Request
 from gracec.stages.pipelines import ANALYSIS, learning
@@ -35,6 +37,7 @@ from gracec.training.checkpoints.fingerprint import (
     fingerprint_of_tensors,
 )
 from gracec.training.learner import Learner
+from gracec.training.loader import Batches, Loader, workers_of
 from gracec.training.log import training_log
 from gracec.training.loop import train as train_learner
 from gracec.training.micro_batch import Batch
@@ -81,6 +84,7 @@ def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
     student = Learner(program, owned.model)
     collate = Collator(processor, owned.model, rule.max_length, request.strict)
     samples, held_out = open_samples(request.train_data, request.held_out, rule, collate)
+    loading = _loading(rule, owned.model.device)
     directory, fingerprint = request.training_dir, None
     if directory is not None:
         teacher = taught.model if taught else None
@@ -89,9 +93,9 @@ def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
         curve = train_learner(
             student,
             taught,
-            samples.batch,
+            Loader(samples, **loading),
             len(samples),
-            _Batches(held_out, rule.micro_batch_size),
+            _Batches(Loader(held_out, **loading), len(held_out), rule.micro_batch_size),
             rule,
             candidate=candidate,
             fingerprint=fingerprint,
@@ -101,8 +105,9 @@ def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
         )
     one, other = samples.data, held_out.data
     said = (*one.notes, *other.notes, *one.problems, *other.problems, *collate.problems)
+    said += tuple(collate.notes) if rule.micro_batch_size > 1 else ()
     journal.note("training", *said, *curve.notes)
-    journal.training = curve.to_dict()
+    journal.training = {**curve.to_dict(), "seconds": curve.times()}
     if journal.training["best_step"] != (0 if rule.learns == "scales" else None):
         journal.output_errors, journal.codes = {}, {}  # those of codes that were not kept
     return replace(owned, candidate=None)
@@ -161,14 +166,20 @@ def _ignored_rows(student: PreTrainedModel, teacher: Learner) -> list[str]:
 class _Batches:
     """All samples of some data in batches, made anew each time."""
 
-    samples: Samples
+    batches: Batches
+    samples: int
     size: int
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self.samples), self.size):
-            numbers = range(start, min(start + self.size, len(self.samples)))
-            with suppress(EmptyBatch):
-                yield self.samples.batch(numbers)
+        starts = range(0, self.samples, self.size)
+        groups = (range(start, min(start + self.size, self.samples)) for start in starts)
+        return (one for one in self.batches(groups) if not isinstance(one, EmptyBatch))
+
+
+def _loading(rule: Training, device: torch.device) -> dict[str, Any]:
+    """How batches are loaded."""
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return {"workers": workers_of(rule, device, ranks), "pinned": device.type == "cuda"}
 
 
 def _fingerprint(
@@ -184,9 +195,16 @@ def _fingerprint(
         teacher=fingerprint_of_tensors(dict(teacher.named_parameters())) if teacher else "",
         data=fingerprint_of_json([part.data.fingerprint for part in parts]),
         processor=fingerprint_of_json(json.loads(processor.to_json_string())),
-        recipe=fingerprint_of_json(recipe.to_dict()),
+        recipe=fingerprint_of_json(_deciding(recipe)),
         device=describe_device(next(model.parameters()).device),
     )
+
+
+def _deciding(recipe: Recipe) -> dict[str, Any]:
+    """A recipe without what changes no bit of what it comes to."""
+    fields = recipe.to_dict()
+    fields["training"].pop("workers")
+    return fields
 
 
 def _calibration(prepared: Prepared) -> str:

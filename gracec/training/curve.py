@@ -16,6 +16,14 @@ CALIBRATED = "the calibrated post-training quantization"
 
 
 @dataclass
+class Seconds:
+    """What an optimizer step took, and how much of it was waiting for its samples."""
+
+    whole: float = 0.0
+    data: float = 0.0
+
+
+@dataclass
 class Curve:
     """What a run did: a row for each optimizer step, the held-out scores, and what was kept.
 
@@ -24,6 +32,7 @@ class Curve:
         best_step: of the state that was kept; None is the candidate.
         candidate: scores of the calibrated post-training quantization, where it was a candidate.
         chosen_by: the score that chose it, a name in `CHOICES`; the least is best.
+        seconds: of the steps that this process took; no two runs have the same.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -33,9 +42,15 @@ class Curve:
     notes: list[str] = field(default_factory=list)
     candidate: dict[str, Any] | None = None
     chosen_by: str = "held_out_loss"
+    seconds: list[Seconds] = field(default_factory=list, compare=False)
+
+    def times(self) -> dict[str, float]:
+        """Seconds of all steps that this process took, and of those the wait for samples."""
+        whole, data = (sum(getattr(one, of) for one in self.seconds) for of in ("whole", "data"))
+        return {"steps": len(self.seconds), "whole": round(whole, 3), "data": round(data, 3)}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """JSON-able; the same for runs to the same bits."""
         return {
             "steps": len(self.rows),
             "best_step": self.best_step,

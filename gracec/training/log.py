@@ -73,7 +73,9 @@ def line(row: dict[str, Any], steps: int) -> str:
         return f"{head} {_scores(row)}"
     names = ("ce", "distillation", "rcka", "beta", "ema")
     figures = (f"{name} {row[name]:.4g}" for name in names if row.get(name) is not None)
-    return f"{head} {' '.join(figures)}"
+    text = f"{head} {' '.join(figures)}"
+    whole = row.get("seconds")
+    return f"{text} {whole:.3g} s, {row['data_seconds'] / whole:.0%} for data" if whole else text
 
 
 def _scores(row: Mapping[str, Any]) -> str:

@@ -12,7 +12,8 @@ run is decided by its data order, and a checkpoint at an optimizer step resumes 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,9 @@ from gracec.training.checkpoints.fingerprint import Fingerprint
 from gracec.training.checkpoints.optimizer import load_optimizer_state, optimizer_state
 from gracec.training.checkpoints.rng import rng_state, set_rng_state
 from gracec.training.checkpoints.sealed import Checkpoint, load_checkpoint, load_tensors
-from gracec.training.curve import METRICS, Curve, append_metrics, write_metrics
+from gracec.training.curve import METRICS, Curve, Seconds, append_metrics, write_metrics
 from gracec.training.learner import Learner, score
+from gracec.training.loader import Batches, Groups
 from gracec.training.micro_batch import Batch, MicroBatch
 from gracec.training.setup import (
     allow_mixed_precision,
@@ -50,14 +52,13 @@ from gracec.training.setup import (
     trainable,
 )
 
-Collate = Callable[[Sequence[int]], Batch]
 Log = Callable[[dict[str, Any]], None]
 
 
 def train(
     student: Learner,
     teacher: Learner | None,
-    collate: Collate,
+    batches: Batches,
     samples: int,
     held_out: Iterable[Batch],
     rule: Training,
@@ -74,7 +75,7 @@ def train(
     with, on the held-out batches. Nor with worse than `candidate`, where the best state is kept.
 
     Args:
-        collate: a batch, with labels, of samples by number.
+        batches: with labels, of samples by number.
         samples: how many there are.
         held_out: batches that choose the best state; gone through more than once.
         candidate: FQN -> codes and scales, to be compared with what training reaches. Training
@@ -87,7 +88,7 @@ def train(
     Raises:
         GracecError: if a checkpoint does not fit, or the loss is not finite too often in a row.
     """
-    run = Run(student, teacher, collate, samples, rule, fingerprint, directory, candidate)
+    run = Run(student, teacher, batches, samples, rule, fingerprint, directory, candidate)
     if resume:
         run.resume()
     return run.go(held_out, log or (lambda row: None))
@@ -100,7 +101,7 @@ class Run:
         self,
         student: Learner,
         teacher: Learner | None,
-        collate: Collate,
+        batches: Batches,
         samples: int,
         rule: Training,
         fingerprint: Fingerprint | None,
@@ -109,7 +110,7 @@ class Run:
     ) -> None:
         if rule.distillation.needs_teacher and teacher is None:
             raise GracecError("the recipe distils and there is no teacher")
-        self.student, self.collate, self.samples, self.rule = student, collate, samples, rule
+        self.student, self.batches, self.samples, self.rule = student, batches, samples, rule
         self.teacher = teacher if rule.distillation.needs_teacher else None
         self.fingerprint, self.directory = fingerprint, directory
         self.candidate = candidate
@@ -135,6 +136,7 @@ class Run:
             parameter.requires_grad_(True)
         self.optimizer = torch.optim.AdamW(parameter_groups(student.program, self.parameters, rule))
         self.module = self._module()
+        self.ahead: Generator[Batch | EmptyBatch] | None = None
         self.step, self.skipped_in_a_row = 0, 0
         self.curve = Curve()
         if rule.chooses_by_teacher:
@@ -155,7 +157,11 @@ class Run:
         """All steps that are left."""
         budget = self.rule.activation_checkpointing
         with functorch.patch(activation_memory_budget=budget) if budget else nullcontext():
-            return self._go(held_out, log)
+            try:
+                return self._go(held_out, log)
+            finally:
+                if self.ahead is not None:
+                    self.ahead.close()  # the workers end now
 
     def _go(self, held_out: Iterable[Batch], log: Log) -> Curve:
         torch.manual_seed(self.rule.seed)
@@ -189,7 +195,10 @@ class Run:
 
     def take_step(self) -> dict[str, Any]:
         """One optimizer step; its row of figures."""
+        began = time.perf_counter()
+        self.curve.seconds.append(Seconds())
         row = self._optimizer_step()
+        self.curve.seconds[-1].whole = time.perf_counter() - began
         self.step += 1
         return row
 
@@ -247,24 +256,18 @@ class Run:
 
     def _micro_batches(self) -> Iterator[MicroBatch]:
         """The samples of this step that are this rank's, a few at a time."""
-        epoch, position = divmod(self.step, self.steps_an_epoch)
-        size = self.rule.batch_size
-        chosen = epoch_order(self.samples, epoch, self.rule.seed)[position * size :][:size]
-        mine = chosen[self.rank :: self.ranks]
-        if not mine:
-            raise GracecError(
-                f"the last batch of an epoch has {len(chosen)} samples for {self.ranks} ranks",
-                fix="choose a batch_size that leaves each rank a sample",
-            )
+        if self.ahead is None:
+            self.ahead = _batches(self.batches, self._groups())
         model, images = self.student.model, bool(self.objective.omega)
         everywhere = self.rule.labels == "all"
         empty: EmptyBatch | None = None
         some = False
-        for at in range(0, len(mine), self.rule.micro_batch_size):
-            try:
-                batch = self.collate(mine[at : at + self.rule.micro_batch_size])
-            except EmptyBatch as error:  # its samples are broken, which the data has reported
-                empty = error
+        for _ in self._groups_of(self.step, range(self.samples)):
+            began = time.perf_counter()
+            batch = next(self.ahead)
+            self.curve.seconds[-1].data += time.perf_counter() - began
+            if isinstance(batch, EmptyBatch):
+                empty = batch
                 continue
             yield MicroBatch.read(model, batch, images=images, everywhere=everywhere)
             some = True
@@ -273,6 +276,27 @@ class Run:
                 f"every sample of an optimizer step is broken ({empty})",
                 where=f"optimizer step {self.step}",
             )
+
+    def _groups(self) -> Iterator[Sequence[int]]:
+        """Numbers of the samples of each micro-batch of this rank, from this step on."""
+        epoch, order = -1, list[int]()
+        for step in range(self.step, self.steps):
+            if epoch != step // self.steps_an_epoch:
+                epoch = step // self.steps_an_epoch
+                order = epoch_order(self.samples, epoch, self.rule.seed)
+            yield from self._groups_of(step, order)
+
+    def _groups_of(self, step: int, order: Sequence[int]) -> list[Sequence[int]]:
+        """The micro-batches of a step, in an order of the samples."""
+        size, micro = self.rule.batch_size, self.rule.micro_batch_size
+        chosen = order[step % self.steps_an_epoch * size :][:size]
+        mine = chosen[self.rank :: self.ranks]
+        if not mine:
+            raise GracecError(
+                f"the last batch of an epoch has {len(chosen)} samples for {self.ranks} ranks",
+                fix="choose a batch_size that leaves each rank a sample",
+            )
+        return [mine[at : at + micro] for at in range(0, len(mine), micro)]
 
     @torch.no_grad()
     def _taught(self, micro: MicroBatch) -> Outputs | None:
@@ -337,7 +361,8 @@ class Run:
         self.curve.rows.append(row)
         if self.directory is not None and self.rank == 0:
             append_metrics(row, self.directory)
-        log(row)
+        seconds = self.curve.seconds[-1]
+        log({**row, "seconds": seconds.whole, "data_seconds": seconds.data})
 
     def _save(self) -> None:
         if self.directory is None or self.fingerprint is None or self.rank:
@@ -389,3 +414,8 @@ class Run:
         )
         if self.rank == 0:
             write_metrics(self.curve, self.directory)
+
+
+def _batches(batches: Batches, groups: Groups) -> Generator[Batch | EmptyBatch]:
+    """The same as a generator, which can be closed."""
+    yield from batches(groups)

@@ -71,7 +71,8 @@ class MicroBatch:
         rows, length = marked.shape
         owners, sizes = family.image_index(model, batch) if images else (None, None)
         return cls(
-            inputs={name: tensor.to(device) for name, tensor in inputs.items()},
+            # From pinned memory the copy goes on beside what follows.
+            inputs={n: tensor.to(device, non_blocking=True) for n, tensor in inputs.items()},
             index=index.to(device),
             labels=labels.to(device),
             shape=(rows, length),

@@ -6,14 +6,19 @@ batch = one.batch([3, 1, 2])
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from gracec.data.collate import Batch, Collator
-from gracec.data.conversations import TrainData, is_plain_text, read_conversations
+from gracec.data.conversations import (
+    BrokenSample,
+    TrainData,
+    is_plain_text,
+    read_conversations,
+)
 from gracec.data.sources import Source, open_source
 from gracec.data.text import WINDOW, TextWindows, read_text_windows
 from gracec.recipe import Training
@@ -45,6 +50,18 @@ class Samples:
             return self.data.batch(numbers)
         samples = [self.data.sample(number) for number in numbers]
         return self.collate(samples) if self.answered else self.collate.unlabelled(*samples)
+
+    def learn(self, broken: Iterable[tuple[int, BrokenSample]], problems: Iterable[str]) -> None:
+        """Take in what another process found broken, as if it had shown here.
+
+        Raises:
+            GracecError: in strict mode, or if too much is broken now.
+        """
+        if isinstance(self.data, TrainData):
+            for number, sample in broken:
+                self.data.learn_broken(number, sample)
+        for line in problems:
+            self.collate.learn(line)
 
 
 def open_samples(

@@ -191,15 +191,18 @@ def test_what_is_no_picture_of_the_data_is_refused(
     name: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gracec.data.records.MOST_ENCODED", 256)
-    good = [message(WORDS)] * 2
+    records = [message(WORDS), message(WORDS), message(WORDS, as_openai({"url": name}))]
     with pytest.warns(GracecWarning):
-        data = open_train_data(
-            [*good, message(WORDS, as_openai({"url": name}))], image_root=tmp_path
-        )
-        for number in range(len(data)):
-            data.sample(number)
-    (problem,) = data.problems
+        problem = the_problem(records, tmp_path)
     assert reason in problem and len(problem) < 300
+
+
+def the_problem(records: list[Any], root: Path) -> str:
+    data = open_train_data(records, image_root=root)
+    for number in range(len(data)):
+        data.sample(number)
+    (problem,) = data.problems
+    return problem
 
 
 IMAGES = {"images": ["0.png"]}
@@ -314,7 +317,8 @@ def test_odd_texts_do_not_stop_a_batch(text: str) -> None:
 
 KEYS = st.sampled_from(
     "image images conversations messages question answer from role value content type text bytes "
-    "path url image_url base64 prompt completion weight loss loss_mask train system video tools other".split()
+    "path url image_url base64 prompt completion weight loss loss_mask train system video tools "
+    "other".split()
 )
 VALUES = st.sampled_from(["user", "image", "<image>", "", "\ud83d", 0, 1, 0.5, None, True, b"x"])
 JSON = st.recursive(

@@ -1,11 +1,13 @@
 """The loop on tiny captured programs: it learns, adds up, resumes to the bit and stops in time."""
 
+import multiprocessing
 import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +35,7 @@ from gracec.training.checkpoints.directory import latest_checkpoint
 from gracec.training.checkpoints.fingerprint import Fingerprint
 from gracec.training.curve import Curve
 from gracec.training.learner import Learner, score
+from gracec.training.loader import Loader, one_by_one
 from gracec.training.loop import Run, train
 from gracec.training.micro_batch import Batch
 from tests.children import in_a_child, start, wait
@@ -136,7 +139,7 @@ def weights(learner: Learner) -> dict[str, Tensor]:
 
 def go(student: Learner, teacher: Learner | None, options: Training, **more: object) -> Curve:
     held_out, made = more.pop("held_out", HELD_OUT), more.pop("collate", collate)
-    return train(student, teacher, made, SAMPLES, held_out, options, **more)  # type: ignore[arg-type]
+    return train(student, teacher, one_by_one(made), SAMPLES, held_out, options, **more)  # type: ignore[arg-type]
 
 
 def test_grace_learns_and_moves_weights_and_scales_but_not_the_image_side(
@@ -245,7 +248,8 @@ def test_a_candidate_may_have_weights_of_frozen_parts(after: After) -> None:
     }
     tower = next(fqn for fqn in candidate if "vision_tower" in fqn)
     learning: list[bool] = []
-    run = Run(student, None, collate, SAMPLES, rule(distillation=ALONE), None, None, candidate)
+    alone = rule(distillation=ALONE)
+    run = Run(student, None, one_by_one(collate), SAMPLES, alone, None, None, candidate)
     assert tower not in run.parameters
     before = weights(student)
     run._evaluate(HELD_OUT, lambda row: None)
@@ -361,7 +365,7 @@ def test_a_batch_of_texts_is_as_good_as_another(
 def test_a_step_of_texts_alone_gives_the_image_side_no_gradient(student: Learner) -> None:
     micro = micro_batch.MicroBatch.read(student.model, collate([0, 1], texts=[0, 1]), images=True)
     assert micro.image_sizes == ()
-    run = Run(student, None, collate, SAMPLES, TEXTS_ONLY, None, None)
+    run = Run(student, None, one_by_one(collate), SAMPLES, TEXTS_ONLY, None, None)
     student.outputs(run.module(**student.inputs(micro))).logits.sum().backward()  # type: ignore[union-attr]
     gradients = {name: p.grad for name, p in run.parameters.items() if p.grad is not None}
     visual = {name for name in gradients if "vision_tower" in name or "projector" in name}
@@ -540,6 +544,33 @@ def test_a_run_of_scales_resumes_to_the_same_bits(
         assert torch.equal(tensor, weights(parts[2])[name]), name
 
 
+def test_workers_change_no_bit_of_a_run_nor_of_what_it_goes_on_with(
+    after: After, llava: LlavaForConditionalGeneration, tmp_path: Path
+) -> None:
+    made: Any = SimpleNamespace(batch=collate, collate=SimpleNamespace(problems=[]), data=None)
+    made.learn = lambda broken, problems: None
+    options = rule(steps=5, checkpoint_every=1, distillation=ALONE)
+    parts = [Learner(with_own_tensors(after(STUDENT)), llava) for _ in range(3)]
+    expected = go(parts[0], None, options)
+    more: dict[str, Any] = {"fingerprint": FINGERPRINT, "directory": tmp_path}
+    rows: list[dict[str, Any]] = []
+
+    def until(row: dict[str, Any]) -> None:
+        rows.append(row)
+        stop_at(3)(row)
+
+    with pytest.raises(Stopped):
+        train(parts[1], None, Loader(made, 2), SAMPLES, HELD_OUT, options, log=until, **more)
+    assert not multiprocessing.active_children()
+    assert all(0 <= row["data_seconds"] <= row["seconds"] for row in rows if "ce" in row)
+    more |= {"resume": True}
+    curve = train(parts[2], None, Loader(made, 1), SAMPLES, HELD_OUT, options, **more)
+    assert curve.to_dict() == expected.to_dict()
+    assert curve.times()["steps"] == 3 and curve.times()["data"] <= curve.times()["whole"]
+    for name, tensor in weights(parts[0]).items():
+        assert torch.equal(tensor, weights(parts[2])[name]), name
+
+
 def test_a_loss_that_is_not_finite_is_skipped_counted_and_stops_the_run(
     student: Learner, teacher: Learner, tmp_path: Path
 ) -> None:
@@ -555,7 +586,7 @@ def test_a_loss_that_is_not_finite_is_skipped_counted_and_stops_the_run(
         return made
 
     options = rule(steps=4, max_skipped=2, checkpoint_every=1)
-    curve = train(student, teacher, poisoned({2}), SAMPLES, HELD_OUT, options)
+    curve = train(student, teacher, one_by_one(poisoned({2})), SAMPLES, HELD_OUT, options)
     assert curve.skipped == 1
     assert curve.rows[1]["skipped"] and curve.rows[1]["ce"] is None
     assert all(tensor.isfinite().all() for tensor in weights(student).values())
@@ -563,7 +594,7 @@ def test_a_loss_that_is_not_finite_is_skipped_counted_and_stops_the_run(
         train(
             student,
             teacher,
-            poisoned(set(range(2, 99))),
+            one_by_one(poisoned(set(range(2, 99)))),
             SAMPLES,
             HELD_OUT,
             options,
