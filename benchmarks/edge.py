@@ -35,6 +35,18 @@ Answer = dict[str, Any]
 Question = tuple[Path, str]
 
 
+class Times:
+    """A streamer: when the prompt and each token came."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def put(self, tokens: Any) -> None:
+        self.seen.append(time.perf_counter())
+
+    def end(self) -> None: ...
+
+
 def answer_in_python(directory: Path) -> None:
     """What `answer.mjs --json` does, with ONNX Runtime in Python."""
     import gracec
@@ -50,12 +62,11 @@ def answer_in_python(directory: Path) -> None:
         inputs = encode_questions(
             processor, [asked["question"]], [load_image(Path(asked["image"]))]
         )
-        tokens: list[int] = []
-        first = 0.0
-        for step in model.stream(**inputs, max_new_tokens=NEW_TOKENS):
-            first = first or time.perf_counter() - started
-            tokens.append(int(step.tokens))
+        times = Times()
+        made = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, streamer=times)
         seconds = time.perf_counter() - started
+        tokens = made[0, inputs["input_ids"].shape[1] :].tolist()
+        first = times.seen[1] - started  # after the prompt
         found = {"tokens": tokens, "first": 1000 * first, "milliseconds": 1000 * seconds}
         print(json.dumps(found), flush=True)
 

@@ -81,7 +81,8 @@ class CompiledModel:
 
     def __call__(self, **inputs: Tensor) -> CausalLMOutput:
         """Logits [B, T, V] of a batch from the processor."""
-        return CausalLMOutput(logits=self.runtime(**inputs))
+        found: CausalLMOutput = self.runtime(**inputs)
+        return found
 
     def generate(self, **inputs: Any) -> Tensor:
         """Token ids [B, T + new]; takes what the model's own `generate` takes."""

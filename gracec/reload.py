@@ -81,7 +81,7 @@ def reloaded_equals_compiled(
     reference = frozen.reference.short()
     batch = _given(reference.batch, runtime.dtype)
     with torch.no_grad():
-        logits = reference.tail(runtime(**batch)).cpu()
+        logits = reference.tail(runtime(**batch).logits).cpu()
     with tempfile.TemporaryDirectory(prefix="gracec-reload-") as folder:
         file = Path(folder) / "expected.safetensors"
         tensors = {**{n: t.cpu() for n, t in batch.items()}, LOGITS: logits}
@@ -116,8 +116,7 @@ def main(directory: str, expected: str, target: str, *modules: str) -> None:
         import_module(module)
     batch = load_file(expected)
     logits = batch.pop(LOGITS)
-    found: Any = load(directory, target)(**batch)
-    found = getattr(found, "logits", found)[:, -logits.shape[1] :]
+    found: Any = load(directory, target)(**batch).logits[:, -logits.shape[1] :]
     same = found.shape == logits.shape
     change = (
         gates.logits_are_those_of("", logits, found, float("inf"), "") if same else float("inf")

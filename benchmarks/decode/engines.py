@@ -8,6 +8,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 CONTEXT = 1024
@@ -109,9 +112,16 @@ def onnx(directory: Path, threads: int) -> tuple[Stream, int]:
     model.generation_config.eos_token_id = None
 
     def stream(prompt: Sequence[int], count: int) -> Iterator[int]:
+        came: SimpleQueue[torch.Tensor | None] = SimpleQueue()
+        streamer = SimpleNamespace(put=came.put, end=lambda: came.put(None))
+        options = {"max_new_tokens": count, "do_sample": False, "streamer": streamer}
         ids = torch.tensor([list(prompt)])
-        for step in model.stream(input_ids=ids, max_new_tokens=count):
-            yield int(step.tokens)
+        thread = Thread(target=model.generate, args=(ids,), kwargs=options)
+        thread.start()
+        came.get()  # the prompt
+        while (token := came.get()) is not None:
+            yield int(token)
+        thread.join()
 
     (decoder,) = (directory / "onnx").glob("decoder_model_merged*.onnx")
     return stream, onnx_bytes(decoder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -79,44 +79,24 @@ def prompt_logits(
 
 
 def greedy(
-    runtime: Runtime,
-    inputs: Mapping[str, Tensor],
-    *,
-    max_new_tokens: int,
-    end: Sequence[int] = (),
-    pad: int = 0,
-    chunk: int | None = None,
-    processors: Callable[..., Tensor] | None = None,
+    runtime: Runtime, inputs: Mapping[str, Tensor], *, max_new_tokens: int
 ) -> Iterator[Step]:
-    """Generate the most likely tokens, one position of all prompts at a time.
+    """Generate the most likely tokens, one position of all prompts at a time; none ends an answer.
+
+    It shares nothing with `generate` of transformers, whose answers are held to it.
 
     Args:
         inputs: prepared, padded on the left.
-        end: tokens that end an answer; `pad` follows it until all have ended.
-        chunk: positions of the prompt to read at once; all by default.
-        processors: all tokens [B, S] until here and the next logits [B, V] -> those to choose by;
-            a `LogitsProcessorList` of transformers, for example.
     """
     embeds, mask = embed_prompt(runtime, inputs), inputs["attention_mask"]
     positions = _prompt_positions(runtime, inputs)
-    length = embeds.shape[1]
-    past, logits = None, embeds
-    for start in range(0, length, chunk or length):
-        part = slice(start, min(length, start + (chunk or length)))
-        past_mask = mask[:, : part.stop]
-        logits, past = runtime.decode(embeds[:, part], past_mask, positions[..., part], 1, past)
-    finished = torch.zeros(len(mask), dtype=torch.bool)
-    ends, seen = torch.tensor(list(end), dtype=torch.int64), inputs["input_ids"]
+    logits, past = runtime.decode(embeds, mask, positions, 1)
     for number in range(max_new_tokens):
         last = logits[:, -1]
-        if processors is not None:
-            last = processors(seen, last.clone())
-        tokens = last.argmax(-1).masked_fill(finished, pad)
+        tokens = last.argmax(-1)
         yield Step(tokens, last)
-        finished |= torch.isin(tokens, ends)
-        if finished.all() or number + 1 == max_new_tokens:
+        if number + 1 == max_new_tokens:
             return
-        seen = torch.cat([seen, tokens[:, None]], dim=1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         positions = next_positions(positions)
         logits, past = runtime.decode(runtime.embed(tokens[:, None]), mask, positions, 1, past)

@@ -42,7 +42,7 @@ def _agree(runtime: Runtime, frozen: Frozen, journal: Journal) -> None:
         for name, tensor in batch.items()
     }
     with torch.no_grad():
-        found = gates.logit_agreement(reference, tail(runtime(**inputs)), mask)
+        found = gates.logit_agreement(reference, tail(runtime(**inputs).logits), mask)
     with CountInt4Kernels() as kernels:
         logits = tail(eager_logits(dense, batch))
     if kernels.count:

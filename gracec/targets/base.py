@@ -24,7 +24,7 @@ from gracec.registry import Registry, nearest
 
 
 class Runtime(Protocol):
-    """A model as a target runs it; generates like a Hugging Face model."""
+    """A model as a target runs it; it is called and generates like a Hugging Face model."""
 
     @property
     def config(self) -> PreTrainedConfig: ...
@@ -36,8 +36,9 @@ class Runtime(Protocol):
     def dtype(self) -> torch.dtype:
         """Of the activations."""
 
-    def __call__(self, **inputs: Tensor) -> Tensor:
-        """Logits [B, T, V] of a batch from the processor."""
+    def __call__(self, **inputs: Tensor) -> Any:
+        """An output of transformers: its `logits` [B, T, V] are those of a batch from the
+        processor."""
 
     def generate(self, **inputs: Any) -> Tensor:
         """Token ids int64 [B, T + new]."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from gracec import gates
 from gracec.capture import capture, captured_equals_eager, family_of
@@ -55,11 +56,11 @@ class TorchaoModel:
     def dtype(self) -> torch.dtype:
         return self.program.dtype
 
-    def __call__(self, **inputs: Tensor) -> Tensor:
+    def __call__(self, **inputs: Tensor) -> CausalLMOutput:
         """Logits [B, T, V], computed by the lowered graph."""
         prepared = family_of(self.model).prepare(self.model, inputs)
         with torch.no_grad():
-            return self.program(**prepared)[0]
+            return CausalLMOutput(logits=self.program(**prepared)[0])
 
     def generate(self, **inputs: Any) -> Tensor:
         """Takes what the model's own `generate` takes."""

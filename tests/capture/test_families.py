@@ -311,6 +311,10 @@ def test_onnx(
     text = {"input_ids": torch.tensor([[6, 7, 8]])}
     for batch in (text, *conversations.values()):
         assert torch.equal(runner.generate(**batch, **NEW), compiled.generate(**batch, **NEW))
+    beams = {"max_new_tokens": 4, "num_beams": 2, "num_return_sequences": 2}
+    assert torch.equal(runner.generate(**asked, **beams), compiled.generate(**asked, **beams))
+    parts = runner.generate(**asked, **NEW, prefill_chunk_size=9)
+    assert torch.equal(parts, runner.generate(**asked, **NEW))
     record_property("cell", "same tokens")
 
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -64,20 +63,6 @@ def test_one_position_at_a_time_after_the_prompt() -> None:
         ([[3], [7]], [[2], [3]], 1, 3),
         ([[4], [8]], [[3], [4]], 1, 4),
     ]
-
-
-def test_an_answer_that_ended_is_padded_until_all_have() -> None:
-    found = tokens_of(Counting(), [1, 2], [1, 1], max_new_tokens=9, end=(4, 8), pad=0)
-    assert found == [[3, 4, 0], [2, 3, 4]]
-
-
-@pytest.mark.parametrize("chunk", [1, 2, 3, 7])
-def test_a_prompt_in_parts(chunk: int) -> None:
-    runtime = Counting()
-    assert tokens_of(runtime, [1, 2, 3], max_new_tokens=2, chunk=chunk) == [[4, 5]]
-    read = [token for tokens, *_ in runtime.calls for token in tokens[0]]
-    assert read == [1, 2, 3, 4]
-    assert len(runtime.calls) == -(-3 // chunk) + 1
 
 
 def test_visual_tokens_take_the_places_of_their_placeholders() -> None:

@@ -108,7 +108,7 @@ def frozen_of(directory: Path) -> str:
 def logits_of(directory: Path) -> bytes:
     """The logits of the graphs of a directory, bit for bit."""
     model = OnnxModel.load(directory, threads=1)
-    return bytes(model(**tiny_batch(model.processor)).numpy().tobytes())
+    return bytes(model(**tiny_batch(model.processor)).logits.numpy().tobytes())
 
 
 def _write_recipes(folder: Path) -> None:

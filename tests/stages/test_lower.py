@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
+from transformers.modeling_outputs import CausalLMOutput
 
 from gracec.capture import family_of
 from gracec.compiled import CompiledModel
@@ -56,8 +57,8 @@ class Upside:
     def dtype(self) -> torch.dtype:
         return self.runtime.dtype
 
-    def __call__(self, **inputs: Tensor) -> Tensor:
-        return -self.runtime(**inputs)
+    def __call__(self, **inputs: Tensor) -> CausalLMOutput:
+        return CausalLMOutput(logits=-self.runtime(**inputs).logits)
 
 
 @pytest.fixture(scope="module")

@@ -38,12 +38,10 @@ class EagerModel:
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
-    def __call__(self, **inputs: Tensor) -> Tensor:
+    def __call__(self, **inputs: Tensor) -> Any:
         model: Any = self.model
         with torch.no_grad():
-            found = model(**family_of(model).model_inputs(model, inputs), use_cache=False)
-        logits: Tensor = found.logits
-        return logits
+            return model(**family_of(model).model_inputs(model, inputs), use_cache=False)
 
     def generate(self, **inputs: Any) -> Tensor:
         model: Any = self.model

@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from gracec.backends.base import Format
 from gracec.backends.huggingface import write_json, write_processor
-from gracec.backends.onnx.logits import settings_not_done
 from gracec.capture import capture_serving, families, family_of
 from gracec.capture.eager import eager_logits
 from gracec.capture.greedy import prompt_logits
@@ -132,15 +131,15 @@ class Onnx(Format):
             genai.write_headers(model, graphs, config.options)
         # Which number of threads is fastest is not asked here, so none is tried.
         threads = torch.get_num_threads()
-        runner = OnnxModel(directory, model.config, session_config=config, threads=threads)
+        plain = GenerationConfig()  # greedy, and no token ends an answer
+        runner = OnnxModel(directory, model.config, plain, session_config=config, threads=threads)
         figures |= self._run(runner, serving, model, frozen)
         if frozen.reference is not None:
             figures["logits_compiled"] = asdict(self._agree(runner, frozen, frozen.reference))
         config.model_copy(update={"gates": figures}).write(directory)
         told = (note for graph in written.values() for note in graph.notes)
         notes = (str(note) for note in told if note.source != LowerQdq.name)
-        refused = _settings_not_done(frozen)
-        return (*notes, _summary(figures), *refused, *genai.notes(frozen))
+        return (*notes, _summary(figures), *genai.notes(frozen))
 
     def finish(self, frozen: Frozen, directory: Path) -> None:
         """Complete the top level: what transformers.js and onnxruntime-genai look for there."""
@@ -242,12 +241,13 @@ class Onnx(Format):
         reference = ServingRuntime(serving, model.config)
         with torch.no_grad():
             expected = prompt_logits(reference, inputs)
-            agreement = logit_agreement(expected, prompt_logits(found, inputs), mask)
+            agreement = logit_agreement(expected, found(**batch).logits, mask)
             dense: Any = dense_twin(frozen, torch.bfloat16)
             logits = dense(**family.model_inputs(dense, batch), use_cache=False).logits
         beside = logit_agreement(expected, logits, mask)
         self._hold(agreement, beside)
-        tokens = gates.token_agreement(reference, found, inputs, GATE_TOKENS)
+        answered = found.generate(**batch, max_new_tokens=GATE_TOKENS)[:, mask.shape[1] :]
+        tokens = gates.token_agreement(reference, inputs, answered)
         if self.mode == "faithful" and tokens.different:
             raise GateError(f"{tokens.different} greedy answers differ from those of the codes")
         return {
@@ -259,7 +259,7 @@ class Onnx(Format):
     def _agree(self, found: OnnxModel, frozen: Frozen, reference: Reference) -> LogitAgreement:
         """Gate: the logits are those that were compiled, which nothing here was built from."""
         batch, mask = reference.batch, reference.tail(reference.batch["attention_mask"])
-        agreement = logit_agreement(reference.logits, reference.tail(found(**batch)), mask)
+        agreement = logit_agreement(reference.logits, reference.tail(found(**batch).logits), mask)
         dense = reference.tail(eager_logits(dense_twin(frozen, torch.bfloat16), batch))
         beside = logit_agreement(reference.logits, dense, mask)
         self._hold(agreement, beside, reference.logits.dtype)
@@ -278,12 +278,6 @@ class Onnx(Format):
             lowered_is_as_good_as_dense(found, dense, reference)
         else:
             gates.rounding_is_small(found)
-
-
-def _settings_not_done(frozen: Frozen) -> Iterator[str]:
-    config = frozen.generation_config
-    for name in settings_not_done(config) if config is not None else ():
-        yield f"the generation config sets {name}: the ONNX runner refuses to generate with it"
 
 
 def _summary(figures: Mapping[str, Any]) -> str:

@@ -293,14 +293,18 @@ class TokenAgreement:
 
 
 def token_agreement(
-    reference: Runtime, found: Runtime, inputs: Mapping[str, Tensor], tokens: int
+    reference: Runtime, inputs: Mapping[str, Tensor], answered: Tensor
 ) -> TokenAgreement:
-    """Generate greedily with both and compare."""
+    """Compare greedy answers with those of a reference, which a loop of our own generates.
+
+    Args:
+        inputs: prepared ones of the prompts.
+        answered: int64 [B, T], the new tokens; none ends an answer.
+    """
+    tokens = answered.shape[1]
     with torch.no_grad():
         steps = list(greedy(reference, inputs, max_new_tokens=tokens))
-        others = list(greedy(found, inputs, max_new_tokens=tokens))
     expected = torch.stack([step.tokens for step in steps], dim=1)
-    answered = torch.stack([step.tokens for step in others], dim=1)
     verdicts = {"same": 0, "ambiguous": 0, "different": 0}
     for row, differs in enumerate((expected != answered).tolist()):
         if not any(differs):

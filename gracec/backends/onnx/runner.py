@@ -1,29 +1,30 @@
-"""Run an exported model with ONNX Runtime: images, prompts, greedy answers, token by token.
+"""Run an exported model with ONNX Runtime, and generate with transformers' own `generate`.
 
-The cache stays in the runtime: what the decoder returns is its next input, and is never copied on
-the way.
+The cache stays in the runtime: what the decoder returns is its next input, and is not copied on
+the way from one token to the next.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import onnxruntime as ort
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
-from gracec.backends.onnx.logits import logits_processors, settings_not_done
+from gracec.backends.onnx.cache import RuntimeCache
 from gracec.backends.onnx.session import FOLDER, SessionConfig, open_session
 from gracec.capture.families import families
-from gracec.capture.families.base import Family
-from gracec.capture.greedy import Step, greedy, next_positions, prompt_logits
+from gracec.capture.families.base import VIDEO, Family
+from gracec.capture.greedy import next_positions
 from gracec.capture.serving_graph import (
     CACHE,
     DECODER,
@@ -38,22 +39,25 @@ from gracec.models.configs import read_generation_config
 from gracec.models.loading import load_config, load_processor
 
 TEXT = ("input_ids", "attention_mask")
-DEFAULT_NEW_TOKENS = 64
 LARGE_DECODER = 512 << 20
 """Bytes of a decoder from which on its threads are not chosen by trying."""
 
 
-class OnnxModel:
-    """An exported vision-language model; generates like a Hugging Face model, greedily.
+class OnnxModel(GenerationMixin):
+    """An exported vision-language model; it is called and generates like a Hugging Face model.
 
     Attributes:
         config: of the model.
+        generation_config: what `generate` goes by where it is told nothing else.
         session_config: how the graphs are run, and the figures of their gates.
         threads: that one operator of the decoder may use.
     """
 
     device = torch.device("cpu")
     dtype = torch.float32
+    main_input_name: ClassVar[str] = "input_ids"
+    input_modalities: ClassVar[tuple[str, ...]] = ("text",)  # images are encoded before
+    _is_stateful: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -75,7 +79,7 @@ class OnnxModel:
             GracecError: if a file is not the one that was written, or the runtime does not take it.
         """
         self.folder, self.config = folder, config
-        self.generation_config = generation_config or GenerationConfig()
+        self.generation_config = generation_config or GenerationConfig.from_model_config(config)
         self.session_config = session_config or SessionConfig.read(folder)
         if self.session_config.family != config.model_type or config.model_type not in families():
             raise GracecError(
@@ -143,77 +147,182 @@ class OnnxModel:
     def family(self) -> Family:
         return families()[self.config.model_type]
 
-    def __call__(self, **inputs: Tensor) -> Tensor:
-        """Logits [B, T, V] of a batch from the processor."""
-        return prompt_logits(self, self._prepare(inputs))
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        """What `forward` returns: a `CausalLMOutputWithPast`."""
+        return self.forward(*inputs, **options)
 
-    def generate(
+    def can_generate(self) -> bool:
+        return True
+
+    def eval(self) -> Self:
+        """Itself: nothing in it behaves otherwise in training."""
+        return self
+
+    def to(
         self,
-        *,
-        max_new_tokens: int | None = None,
-        do_sample: bool = False,
-        num_beams: int = 1,
-        streamer: Any = None,
-        prefill_chunk: int | None = None,
-        **inputs: Tensor,
-    ) -> Tensor:
-        """The prompt followed by the most likely tokens, int64 [B, T + new].
-
-        Args:
-            max_new_tokens: the longest answer; by default that of the generation config, or 64.
-            streamer: has `put(tokens)` and `end()`, as streamers of transformers do.
-            prefill_chunk: positions of the prompt to read at once, to bound memory.
-            inputs: a batch from the processor, padded on the left.
+        device: torch.device | torch.dtype | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Itself, if that is where and what it already is.
 
         Raises:
-            GracecError: for anything but greedy generation.
+            GracecError: for another device or dtype.
         """
-        if do_sample or num_beams != 1:
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        if device is not None and torch.device(device).type != self.device.type:
             raise GracecError(
-                "the ONNX runner generates greedily only", fix="pass do_sample=False, num_beams=1"
+                f"the ONNX runner runs on the CPU, not on {device}",
+                fix="compile for target torchao to run on a GPU",
             )
-        steps = self.stream(max_new_tokens=max_new_tokens, prefill_chunk=prefill_chunk, **inputs)
-        tokens = [inputs["input_ids"]]
-        if streamer is not None:
-            streamer.put(tokens[0])
-        for step in steps:
-            tokens.append(step.tokens[:, None])
-            if streamer is not None:
-                streamer.put(step.tokens)
-        if streamer is not None:
-            streamer.end()
-        return torch.cat(tokens, dim=1)
+        if dtype not in (None, self.dtype):
+            raise GracecError(
+                f"the graphs compute in float32, not in {dtype}",
+                fix="compile for target torchao, with the dtype in the recipe",
+            )
+        return self
 
-    def stream(
+    @torch.no_grad()
+    def forward(
         self,
-        *,
-        max_new_tokens: int | None = None,
-        prefill_chunk: int | None = None,
-        **inputs: Tensor,
-    ) -> Iterator[Step]:
-        """The same token by token: each as soon as it is known, with its logits."""
-        settings = self.generation_config
-        for name in settings_not_done(settings):
-            raise GracecError(
-                f"the generation config sets {name}, which the ONNX runner does not do",
-                where=str(self.folder.parent / "generation_config.json"),
-                fix="remove it, or run the model with torch",
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: RuntimeCache | None = None,
+        mm_encoder_outputs: Mapping[str, Any] | None = None,
+        prompt_positions: Tensor | None = None,
+        logits_to_keep: int = 0,
+        use_cache: bool = True,
+        return_dict: bool = True,
+        **images: Tensor,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, S, V] of a batch from the processor, or of the tokens after a cache.
+
+        Args:
+            input_ids: int64 [B, S].
+            attention_mask: int64 [B, P + S] with a cache of P positions; all ones by default.
+            past_key_values: the cache of a call before, which this one makes longer.
+            mm_encoder_outputs, prompt_positions: what `generate` has made of the images.
+            logits_to_keep: the last positions whose logits are computed, 0 for all.
+            use_cache: whether to return a cache.
+            return_dict: there is no other form.
+            images: what else the processor returned.
+
+        Raises:
+            GracecError: if the images do not fit the prompts.
+        """
+        past = RuntimeCache() if past_key_values is None else past_key_values
+        features = _features(mm_encoder_outputs)
+        if images or (features is None and not past.values):
+            prepared, features = self._encoded(
+                {"input_ids": input_ids, "attention_mask": attention_mask, **images}
             )
-        prepared = self._prepare(inputs)
-        if not prepared["attention_mask"][:, -1].all():
-            raise GracecError("padded on the right", where="batch", fix="pad on the left")
-        end = settings.eos_token_id
-        ends = [end] if isinstance(end, int) else list(end or ())
-        pad = settings.pad_token_id
-        return greedy(
-            self,
-            prepared,
-            max_new_tokens=max_new_tokens or settings.max_new_tokens or DEFAULT_NEW_TOKENS,
-            end=ends,
-            pad=pad if pad is not None else (ends or [0])[0],
-            chunk=prefill_chunk,
-            processors=logits_processors(settings, prepared["input_ids"].shape[1], ends),
+            attention_mask = prepared["attention_mask"]
+            prompt_positions = _batch_first(prepared.get("position_ids"))
+        embeds, length = self.embed(input_ids), input_ids.shape[1]
+        if features is not None:
+            embeds = self.family.merge(self.config, input_ids, embeds, features)
+        if attention_mask is None:
+            shape = (len(input_ids), past.get_seq_length() + length)
+            attention_mask = torch.ones(shape, dtype=torch.int64)
+        positions = self._positions(attention_mask, length, prompt_positions)
+        logits, past.values = self.decode(
+            embeds, attention_mask, positions, logits_to_keep, past.values
         )
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past if use_cache else None)
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *arguments: Any, **options: Any) -> Any:
+        """What `generate` of transformers returns, of a batch from the processor.
+
+        Images are encoded once, whatever becomes of the prompts: beams, or parts that are read one
+        after the other (`prefill_chunk_size`).
+
+        Args:
+            inputs: `input_ids`, if they are not given by their name.
+            arguments, options: the batch, padded on the left, and all that `generate` of
+                transformers takes: `generation_config` or settings of one, `streamer`,
+                `logits_processor`, `stopping_criteria`, ...
+
+        Raises:
+            GracecError: if the batch is not one that the model takes.
+            ValueError: of transformers, for settings that it does not know or take together.
+        """
+        names = [*TEXT, *self.family.vision, *self.family.computed, *VIDEO]
+        batch = {name: options.pop(name) for name in names if name in options}
+        if inputs is not None:
+            batch["input_ids"] = inputs
+        prepared, features = self._encoded(batch)
+        mask, past = prepared["attention_mask"], options.get("past_key_values")
+        if not mask[:, -1].all():
+            raise GracecError("padded on the right", where="batch", fix="pad on the left")
+        if past is not None and not isinstance(past, RuntimeCache):
+            raise GracecError(
+                f"a {type(past).__name__} is no cache of the ONNX runner",
+                where="past_key_values",
+                fix="give that of an output with return_dict_in_generate=True",
+            )
+        if features is not None:
+            options["mm_encoder_outputs"] = self._encoder_outputs(batch, features, past)
+        if "position_ids" in prepared:
+            options["prompt_positions"] = _batch_first(prepared["position_ids"])
+        made: Any = super()  # typed for models of torch
+        return made.generate(prepared["input_ids"], *arguments, attention_mask=mask, **options)
+
+    def is_remote_code(self) -> bool:
+        """Asked by transformers; no code of a model is ever run."""
+        return False
+
+    def get_experts_implementation(self) -> dict[str, str]:
+        """Asked by transformers; how experts are computed is in the graph."""
+        return {}
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *_: Any
+    ) -> None:
+        """Asked by transformers for a cache: it is the runtime's own."""
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic"):
+            raise GracecError(
+                f"cache_implementation {kind!r}: the cache is in ONNX Runtime", fix="leave it out"
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
+            model_kwargs["past_key_values"] = RuntimeCache()
+
+    def _encoded(self, batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Prepared inputs, and the visual tokens [N, H] of all images, if there are any."""
+        prepared = self._prepare(batch)
+        if not any(name in prepared for name in self.family.vision):
+            return prepared, None
+        return prepared, self.encode(self.family.vision_feed(prepared))
+
+    def _encoder_outputs(
+        self, batch: Mapping[str, Any], features: Tensor, past: RuntimeCache | None
+    ) -> dict[str, Any]:
+        """Visual tokens by image, as transformers hands them on, without those in the cache."""
+        model: Any = self
+        given = {name: tensor for name, tensor in batch.items() if tensor is not None}
+        found = list(features.split(self.family.image_tokens(model, given)))
+        if past is not None and past.get_seq_length():
+            visual = given["input_ids"] == model.config.image_token_id
+            _, column = visual.nonzero(as_tuple=True)
+            found = [features[column >= past.get_seq_length()]]
+        return {"image": BaseModelOutputWithPooling(pooler_output=found)}  # type: ignore[arg-type]
+
+    def _positions(self, mask: Tensor, length: int, prompt: Tensor | None) -> Tensor:
+        """Positions of the last tokens as the decoder takes them.
+
+        Args:
+            mask: int64 [B, P + S].
+            length: S.
+            prompt: positions [B, 3, T] of all tokens of the prompts, where these are not counted.
+        """
+        if prompt is None:
+            return self.family.positions(mask)[..., -length:]
+        known = prompt.movedim(0, 1)
+        further = mask.shape[1] - known.shape[-1]
+        if further > 0:
+            known = torch.cat([known, next_positions(known) + torch.arange(further)], dim=-1)
+        return known[..., mask.shape[1] - length : mask.shape[1]]
 
     def _open(self, name: str, threads: int) -> ort.InferenceSession:
         path = self.folder / self.session_config.graphs[name]
@@ -311,6 +420,19 @@ class OnnxModel:
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids) if mask is None else mask,
         }
+
+
+def _features(encoded: Mapping[str, Any] | None) -> Tensor | None:
+    """Visual tokens [N, H] of what transformers handed on; None without any."""
+    if not encoded:
+        return None
+    tokens = encoded["image"].pooler_output
+    return torch.cat([one.reshape(-1, one.shape[-1]) for one in tokens])
+
+
+def _batch_first(positions: Tensor | None) -> Tensor | None:
+    """Positions [3, B, T] as [B, 3, T]: transformers widens a batch in its first dimension."""
+    return None if positions is None else positions.movedim(1, 0)
 
 
 def _ort_values(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

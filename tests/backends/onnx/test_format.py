@@ -3,12 +3,14 @@ import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
+from transformers.modeling_outputs import CausalLMOutput
 
 import gracec
 from gracec.backends.compressed_tensors import HuggingFace
@@ -16,6 +18,7 @@ from gracec.backends.onnx import format as format_
 from gracec.backends.onnx import genai, runner, write
 from gracec.backends.onnx.format import Onnx
 from gracec.backends.onnx.write import WrittenGraph
+from gracec.capture.greedy import greedy, prompt_logits
 from gracec.capture.serving import Serving, ServingProgram, ServingRuntime, apply_codes
 from gracec.compiled import CompiledModel
 from gracec.errors import GateError, GracecError
@@ -260,6 +263,17 @@ class Upside(ServingRuntime):
     """Its likeliest token is the least likely one: always, or from the second token on."""
 
     first = True
+
+    def _prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        model: Any = SimpleNamespace(config=self.config, dtype=torch.float32)
+        return self.family.prepare(model, batch)
+
+    def __call__(self, **batch: Tensor) -> Any:
+        return CausalLMOutput(logits=prompt_logits(self, self._prepare(batch)))
+
+    def generate(self, max_new_tokens: int, **batch: Tensor) -> Tensor:
+        steps = greedy(self, self._prepare(batch), max_new_tokens=max_new_tokens)
+        return torch.cat([batch["input_ids"], *(step.tokens[:, None] for step in steps)], dim=1)
 
     def decode(self, *inputs: Any) -> tuple[Tensor, Any]:
         *_, past = inputs

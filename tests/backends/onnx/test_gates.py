@@ -1,7 +1,6 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -143,13 +142,10 @@ def test_near_ties_are_ambiguous_and_not_the_same(monkeypatch: pytest.MonkeyPatc
         steps = zip(*rows, strict=True)
         return [Step(torch.tensor(step), torch.tensor(logits)) for step in steps]
 
-    made = {
-        "reference": answers([1, 1], [1, 1], [1, 1], logits=[clear, tie, clear]),
-        "found": answers([1, 1], [1, 2], [2, 1], logits=[clear, tie, clear]),
-    }
-    monkeypatch.setattr(gates, "greedy", lambda runtime, *_, **__: made[runtime.name])
-    runtimes: Any = [SimpleNamespace(name=name) for name in made]
-    agreement = gates.token_agreement(*runtimes, {}, 2)
+    expected = answers([1, 1], [1, 1], [1, 1], logits=[clear, tie, clear])
+    monkeypatch.setattr(gates, "greedy", lambda *_, **__: expected)
+    answered = torch.tensor([[1, 1], [1, 2], [2, 1]])
+    agreement = gates.token_agreement(None, {}, answered)  # type: ignore[arg-type]
     assert agreement == gates.TokenAgreement(same=1, ambiguous=1, different=1, tokens=2)
 
 
