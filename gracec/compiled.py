@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack, overload
 
 import torch
+from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from gracec._version import __version__
 from gracec.backends.base import parse_formats
 from gracec.backends.onnx.format import Onnx
-from gracec.errors import GracecError
+from gracec.errors import GracecError, first_line
 from gracec.frozen import Frozen
 from gracec.ir.program import Program
 from gracec.models.devices import device_named, dtype_named
@@ -71,6 +75,21 @@ class CompiledModel:
         return self.frozen.name
 
     @property
+    def config(self) -> PreTrainedConfig:
+        """Of the model, as transformers reads it."""
+        return self.runtime.config
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """What `generate` goes by where it is told nothing else; it may be changed."""
+        found: GenerationConfig = self._generating().generation_config
+        return found
+
+    @generation_config.setter
+    def generation_config(self, config: GenerationConfig) -> None:
+        self._generating().generation_config = config
+
+    @property
     def device(self) -> torch.device:
         return self.runtime.device
 
@@ -84,9 +103,51 @@ class CompiledModel:
         found: CausalLMOutput = self.runtime(**inputs)
         return found
 
-    def generate(self, **inputs: Any) -> Tensor:
-        """Token ids [B, T + new]; takes what the model's own `generate` takes."""
-        return self.runtime.generate(**inputs)
+    def generate(self, inputs: Tensor | None = None, **options: Any) -> Any:
+        """Token ids [B, T + new], or an output if `return_dict_in_generate` is set.
+
+        Takes a batch from the processor, and all that `generate` of transformers takes: settings,
+        `generation_config`, `streamer`, `stopping_criteria`, `logits_processor`, ...
+        """
+        if inputs is not None:
+            options["input_ids"] = inputs
+        return self.runtime.generate(**options)
+
+    def can_generate(self) -> bool:
+        return True
+
+    def eval(self) -> Self:
+        """Itself: a compiled model is never trained."""
+        return self
+
+    def to(
+        self,
+        device: torch.device | torch.dtype | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Itself on a device, where the target can move it.
+
+        Raises:
+            GracecError: if it cannot, or for another dtype, which the kernels were chosen for.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        if dtype not in (None, self.dtype):
+            raise GracecError(
+                f"the kernels were made for {self.dtype}, and {dtype} is asked for",
+                where="to",
+                fix="compile again with that dtype",
+            )
+        if device is None or _same_device(torch.device(device), self.device):
+            return self
+        if not hasattr(self.runtime, "to"):
+            raise GracecError(
+                f"weights are packed for {self.device}, and cannot be moved to {device}",
+                where="to",
+                fix="save it, and load it on that device",
+            )
+        self.runtime.to(device)
+        return self
 
     def save_pretrained(
         self,
@@ -115,6 +176,57 @@ class CompiledModel:
         )
         return tuple(map(str, notes))
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        formats: str | Sequence[str] = ("hf",),
+        *,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """Upload what `save_pretrained` writes to a repository of the Hub.
+
+        Args:
+            repo_id: "user/name", or "name" for the user of the token; created if it is not there.
+            formats: as for `save_pretrained`.
+            private: of a repository that is created; by default what the owner has set.
+            commit_message: by default one that says what it is.
+            token: of the Hub; by default the one that `hf auth login` keeps.
+            revision: branch to commit to, created if it is not there.
+            create_pr: open a pull request instead of committing.
+
+        Returns:
+            The commit, which has the address of the repository.
+
+        Raises:
+            GracecError: as `save_pretrained` does, or if the Hub does not take it.
+        """
+        message = commit_message or f"Upload {self.source}, compiled with gracec {__version__}"
+        with tempfile.TemporaryDirectory(prefix="gracec-push-") as folder:
+            directory = Path(folder) / "model"
+            self.save_pretrained(directory, formats)
+            api = HfApi(token=token, library_name="gracec", library_version=__version__)
+            try:
+                name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+                if revision is not None and not create_pr:
+                    api.create_branch(name, branch=revision, exist_ok=True)
+                return api.upload_folder(
+                    repo_id=name,
+                    folder_path=directory,
+                    commit_message=message,
+                    revision=revision,
+                    create_pr=create_pr,
+                )
+            except (HfHubHTTPError, OSError, ValueError) as error:
+                raise GracecError(
+                    f"the Hub does not take it ({first_line(error)})",
+                    where=repo_id,
+                    fix="check the name, the network and the token (`hf auth login`)",
+                ) from error
+
     def export_onnx(
         self, directory: str | Path, ops: str = "matmulnbits", mode: str = "faithful"
     ) -> tuple[str, ...]:
@@ -136,6 +248,10 @@ class CompiledModel:
         """
         return tuple(map(str, write_formats(Path(directory), self.frozen, [Onnx(ops, mode)])))
 
+    def _generating(self) -> Any:
+        """What holds the settings of generation: the model of torch, or the runtime itself."""
+        return self.runtime if hasattr(self.runtime, "generation_config") else self.model
+
     def _of_runtime(self, name: str) -> Any:
         if not hasattr(self.runtime, name):
             raise GracecError(
@@ -150,6 +266,11 @@ class _Placement(TypedDict, total=False):
     revision: str | None
     device: str | torch.device | None
     dtype: str | torch.dtype | None
+
+
+def _same_device(asked: torch.device, found: torch.device) -> bool:
+    """Whether a device is meant by another, which may say no number."""
+    return asked.type == found.type and asked.index in (None, found.index)
 
 
 @overload
