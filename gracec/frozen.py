@@ -17,10 +17,10 @@ from gracec.models.skeleton import stand_in, without_weights
 from gracec.models.surgery import (
     configurations,
     fill_while_running,
+    names_of_one,
     quantize_inputs,
     set_tensor,
 )
-from gracec.models.ties import names_of_one
 from gracec.quant.frozen import FrozenWeight
 
 

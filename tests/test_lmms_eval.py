@@ -17,6 +17,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 import gracec
@@ -254,7 +255,9 @@ def test_tasks_that_are_refused(model: Gracec, method: str, wanted: str) -> None
     [
         ({"pretrained": None}, "--model_args: no model is named; add pretrained=DIRECTORY"),
         ({"pretrained": 12}, "12: no such model directory"),
-        ({"dtype": "bfloat16"}, "--model_args: unknown option 'dtype'; known are pretrained"),
+        ({"dtypes": "x"}, "--model_args: unknown option 'dtypes'; known are pretrained, backend"),
+        ({"dtype": "int3"}, "dtype: unknown dtype 'int3'; use float32, bfloat16, float16"),
+        ({"device": "meta"}, "device: nothing can be computed on meta"),
         ({"batch_size": "auto"}, "--batch_size: must be a number from 1, not 'auto'"),
         ({"batch_size": 0}, "--batch_size: must be a number from 1, not 0"),
     ],
@@ -265,18 +268,12 @@ def test_models_that_are_refused(directory: Path, options: dict[str, Any], messa
 
 
 def test_one_process_one_device_one_template(
-    directory: Path,
-    artifact: Path,
-    model: Gracec,
-    compiled: CompiledModel,
-    monkeypatch: pytest.MonkeyPatch,
+    directory: Path, model: Gracec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gracec, "load", lambda _: compiled)
     assert model.device.type == "cpu"
     assert Gracec(pretrained=directory, device="cpu").device.type == "cpu"
-    assert Gracec(pretrained=directory, device="meta").device.type == "meta"
-    with pytest.raises(GracecError, match="device meta: the artifact runs on cpu"):
-        Gracec(pretrained=artifact, device="meta")
+    narrow = Gracec(pretrained=directory, dtype="bfloat16")
+    assert narrow.model.dtype == torch.bfloat16
     with pytest.raises(GracecError, match="^--apply_chat_template: every prompt"):
         _ = model.chat_template
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -292,14 +289,17 @@ def test_a_backend_is_handed_on_to_load(
     with pytest.raises(GracecError, match="^unknown target 'onyx'; did you mean 'onnx'"):
         Gracec(pretrained=artifact, backend="onyx")
 
-    def load(directory: Path, **options: str) -> CompiledModel:
-        asked.append((directory, options))
+    def load(name: str, target: str | None, **options: Any) -> CompiledModel:
+        asked.append((name, target, options))
         return compiled
 
     monkeypatch.setattr(gracec, "load", load)
     assert Gracec(pretrained=artifact, backend="torch").model is compiled
-    assert Gracec(pretrained=artifact, backend="onnx").model is compiled
-    assert asked == [(artifact, {}), (artifact, {"backend": "onnx"})]
+    placed = {"revision": 12, "device": "cpu", "dtype": "float32"}
+    assert Gracec(pretrained=artifact, backend="onnx", **placed).model is compiled
+    nowhere = {"revision": None, "device": None, "dtype": None}
+    there = {"revision": "12", "device": torch.device("cpu"), "dtype": torch.float32}
+    assert asked == [(str(artifact), None, nowhere), (str(artifact), "onnx", there)]
 
 
 def test_the_entry_point_leads_to_the_class() -> None:

@@ -33,6 +33,7 @@ from gracec.models.configs import (
     read_generation_config,
 )
 from gracec.models.quantized import dequantizing
+from gracec.models.surgery import put_on
 from gracec.models.weight_files import checkpoint_files, first_not_finite
 
 EITHER = 'give a directory, or "org/name" of a repository of the Hugging Face Hub'
@@ -108,7 +109,7 @@ def load_model(
     model: PreTrainedModel = loaded[0]
     _check_keys(loaded[1], directory)
     if device is not None:
-        model.to(device)  # type: ignore[arg-type]
+        put_on(model, device)
     check_finite(model, where=str(directory))
     if dtype is None and model.dtype == torch.float16 and model.device.type == "cpu":
         for parameter in model.parameters():

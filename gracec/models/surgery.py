@@ -31,6 +31,23 @@ def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(module, attribute, tensor)
 
 
+def names_of_one(model: nn.Module) -> dict[str, list[str]]:
+    """First name of each parameter -> all names that it has in the model, the first among them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {found[0]: found for found in names.values()}
+
+
+def put_on(model: PreTrainedModel, device: torch.device) -> None:
+    """Move one's own model. Weights that are one stay one, which `to` promises on few devices."""
+    ones = names_of_one(model)
+    model.to(device)  # type: ignore[arg-type]
+    for first, names in ones.items():
+        for name in names[1:]:
+            set_tensor(model, name, model.get_parameter(first))
+
+
 def fill_while_running(
     model: nn.Module,
     names: Iterable[str],

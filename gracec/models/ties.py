@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from gracec.errors import GracecError
 from gracec.models.skeleton import skeleton
-from gracec.models.surgery import configurations
+from gracec.models.surgery import configurations, names_of_one
 
 
 def untie_head(model: PreTrainedModel) -> bool:
@@ -58,14 +58,6 @@ def say_what_is_tied(model: PreTrainedModel) -> tuple[str, ...]:
     if apart or not _head_is_table(model):  # one part of a configuration may say otherwise
         _say_untied(model)
     return (*apart, *_part(model))
-
-
-def names_of_one(model: nn.Module) -> dict[str, list[str]]:
-    """First name of each parameter -> all names that it has in the model, the first among them."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {found[0]: found for found in names.values()}
 
 
 def _part(model: PreTrainedModel) -> list[str]:

@@ -16,7 +16,7 @@ from gracec.directories import is_artifact
 from gracec.errors import GracecError
 from gracec.journal import Equal, Journal
 from gracec.models.devices import same_device
-from gracec.models.hub import find_model
+from gracec.models.hub import Place, find_model
 from gracec.models.loading import check_finite, load_config, load_model, load_processor
 from gracec.models.lora import has_adapters
 from gracec.models.quantized import check_full_precision
@@ -61,8 +61,7 @@ def load_source(model: PreTrainedModel | str | Path, request: Request, journal: 
     processor = request.processor
     if isinstance(model, (str, Path)):
         place = find_model(model, request.revision)
-        journal.note("", *place.note("the model is"))
-        path, name, revision = place.path, place.name, place.revision
+        path = place.path
         stored = check_full_precision(load_config(path), str(place))
         shell = model_without_weights(path)
         family_of(shell).example_batch(shell)  # refused before gigabytes are read
@@ -75,11 +74,11 @@ def load_source(model: PreTrainedModel | str | Path, request: Request, journal: 
         stored = check_full_precision(base.config, type(base).__name__)
         given = own = _without_peft(model, request, journal)
         name = str(getattr(own.config, "_name_or_path", ""))
-        name = Path(name).name if Path(name).exists() else name
         revision = str(getattr(own.config, "_commit_hash", None) or "")
+        place = Place(Path(), Path(name).name if Path(name).exists() else name, revision)
         check_finite(own)
         own = own if request.inplace else share_weights(own)
-    journal.note("", *([stored] if stored else []))
+    journal.note("", *place.note("the model is"), *([stored] if stored else []))
     own.eval()
     batch = family_of(given).example_batch(given)
     expected = eager_logits(given, batch)
@@ -90,7 +89,7 @@ def load_source(model: PreTrainedModel | str | Path, request: Request, journal: 
     found = eager_logits(own, batch)
     gates.logits_are_those_of("the model that was given", expected, found, 0.0, type(own).__name__)
     journal.figures["source_equals_original"] = Equal(1, "batches")
-    return Source(own, processor, name, parameters, revision)
+    return Source(own, processor, place.name, parameters, place.revision)
 
 
 def _check_placed(model: Any, request: Request) -> None:

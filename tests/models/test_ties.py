@@ -14,7 +14,8 @@ from gracec.capture.eager import eager_logits
 from gracec.errors import GateError, GracecError
 from gracec.gates import logit_agreement
 from gracec.models.loading import load_model
-from gracec.models.ties import names_of_one, say_what_is_tied
+from gracec.models.surgery import names_of_one
+from gracec.models.ties import say_what_is_tied
 from gracec.recipe import Recipe
 from tests.tiny import tiny_llava, tiny_processor
 
