@@ -1,6 +1,6 @@
 """compile(): the whole pipeline on one page. Each stage takes a value and returns a new one.
 
-source -> prepare -> [train] -> freeze -> lower -> publish
+source -> [answer] -> prepare -> [train] -> freeze -> lower -> publish
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from gracec.passes.pipeline import Placed
 from gracec.recipe import Recipe
 from gracec.report import Report
 from gracec.request import Request
+from gracec.stages.answer import answer
 from gracec.stages.examine import Exam, examine_compiled, examine_original
 from gracec.stages.freeze import freeze, release
 from gracec.stages.lower import lower
@@ -159,6 +160,7 @@ def quantize(model: Any, request: Request, journal: Journal) -> tuple[Frozen, Ex
     request = find_teacher(request, journal)
     source = load_source(model, request, journal)
     exam = examine_original(source, request)
+    request = answer(source, request, journal)
     prepared = prepare(source, request, journal)
     accept(prepared, request)
     if request.training is not None:

@@ -196,6 +196,9 @@ class Training(_Strict):
         labels: which positions count: "answers", the tokens of answers; or "all": every position
             of text, which needs no answers. With a teacher the best state is then the one that is
             nearest to it, as nothing is known of what is right.
+        answers: whose answers are learned: those of the "data"; or the "teacher" answers every
+            question once before anything else, and its answers take their place.
+        max_new_tokens: tokens of the teacher's longest answer.
         held_out: share of the data that chooses the best checkpoint, where no eval_data is given.
         keep: which state is kept: the best on the held-out part, or the last.
         evaluate_every: optimizer steps between two looks at the held-out part.
@@ -223,6 +226,8 @@ class Training(_Strict):
     )
     learns: Literal["all", "scales"] = "all"
     labels: Literal["answers", "all"] = "answers"
+    answers: Literal["data", "teacher"] = "data"
+    max_new_tokens: int = Field(128, ge=1, le=1 << 16)
     seed: int = Field(0, ge=0, le=(1 << 32) - 1)
     max_length: int | None = Field(None, ge=8, le=1 << 20)
     held_out: float = Field(0.1, gt=0, lt=1)

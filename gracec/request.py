@@ -227,6 +227,8 @@ class Request:
             return []
         distils = recipe.training.distillation.needs_teacher
         if self.train_data is not None:
+            if self.teacher is None and recipe.training.answers == "teacher":
+                return [Note("", "no teacher was given: the original answers and teaches")]
             if self.teacher is None and distils:
                 return [Note("", "no teacher was given: a frozen copy of the original teaches")]
             return []

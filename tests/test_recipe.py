@@ -130,7 +130,7 @@ def test_the_places_of_numbers_are_found() -> None:
     assert {("training", "lr"), ("training", "distillation", "tau")} <= set(PLACES)
     assert {("weights", "decoder", "bits"), ("expect", "at_least")} <= set(PLACES)
     assert {("calibration", "damping"), ("calibration", "asymmetric")} <= set(PLACES)
-    assert len(PLACES) == 43
+    assert len(PLACES) == 45
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ class Answers:
             spans = _marked(sample, spans, marks)
         if any(start >= end for start, end in spans):
             raise Broken("no answer", "the tokenizer knows no token for an answer")
-        row = self._limited(_learned(self._closed(ids, spans), sample), sample)
+        row = self._limited(self._learned(self._closed(ids, spans), sample), sample)
         if not row.spans:
             raise Broken("no answer", f"max_length {self.max_length} leaves no token of an answer")
         return row
@@ -196,6 +196,16 @@ class Answers:
     def _is_blank(self, token: int) -> bool:
         return not str(self.prompts.tokenizer.decode([token])).strip()
 
+    def _learned(self, row: Row, sample: Sample) -> Row:
+        """Without the answers that are not to be learned, and the end of one that was cut."""
+        turns = (turn for turn in sample.turns if turn.role == "assistant")
+        spans = []
+        for (start, end), turn in zip(row.spans, turns, strict=True):
+            end -= not turn.complete and row.ids[end - 1] in self.stops
+            if turn.learned and start < end:
+                spans.append((start, end))
+        return Row(row.ids, spans)
+
     def _limited(self, row: Row, sample: Sample) -> Row:
         length = self.max_length
         if length is None or len(row.ids) <= length:
@@ -208,13 +218,6 @@ class Answers:
             )
         spans = [(start, min(end, length)) for start, end in row.spans if start < length]
         return Row(row.ids[:length], spans)
-
-
-def _learned(row: Row, sample: Sample) -> Row:
-    """Without the answers that are not to be learned."""
-    turns = (turn for turn in sample.turns if turn.role == "assistant")
-    spans = [span for span, turn in zip(row.spans, turns, strict=True) if turn.learned]
-    return Row(row.ids, spans)
 
 
 def _marked(sample: Sample, spans: Spans, marks: Sequence[int]) -> Spans:

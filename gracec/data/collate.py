@@ -173,13 +173,17 @@ class Collator:
         tokens = {*self._tokenizer.all_special_tokens, self.processor.image_token}
         return re.compile("|".join(re.escape(str(token)) for token in sorted(tokens)))
 
+    def refusal(self, sample: Sample) -> str:
+        """Why a sample is left out of a batch, as far as its text tells; or ""."""
+        texts = (turn.text.replace(IMAGE_PLACEHOLDER, "") for turn in sample.turns)
+        found = next((match for text in texts if (match := self._control.search(text))), None)
+        return f"the text has {found[0]!r}, a control token of the tokenizer" if found else ""
+
     def _is_usable(self, sample: Sample) -> bool:
-        for turn in sample.turns:
-            found = self._control.search(turn.text.replace(IMAGE_PLACEHOLDER, ""))
-            if found:
-                self._report(sample, f"the text has {found[0]!r}, a control token of the tokenizer")
-                return False
-        return True
+        reason = self.refusal(sample)
+        if reason:
+            self._report(sample, reason)
+        return not reason
 
     def _is_taken(self, sample: Sample) -> bool:
         """Whether the processor takes a sample by itself: a picture may be too long for it."""

@@ -309,6 +309,14 @@ class TrainData:
             raise IndexError(f"sample {index} of {len(self)}")
         return self._reader.sample(self._numbers[index])
 
+    def record(self, index: int) -> int:
+        """The number of the record that sample `index` is."""
+        return self._numbers[index]
+
+    def said(self, index: int) -> tuple[Turn, ...]:
+        """The turns of sample `index`; no picture is looked at."""
+        return self._reader.read(self._numbers[index]).turns
+
     def known_broken(self, indices: Sequence[int]) -> dict[int, BrokenSample]:
         """Of these samples those that are known to be broken."""
         broken = self._reader.ledger.broken
@@ -400,8 +408,7 @@ class TrainData:
 
     def _asked(self, index: int) -> tuple[str, ...]:
         """What is said in a sample, but for the answers."""
-        turns = self._reader.read(self._numbers[index]).turns
-        return tuple(turn.text for turn in turns if turn.role != "assistant")
+        return tuple(turn.text for turn in self.said(index) if turn.role != "assistant")
 
     def _part(
         self, indices: Sequence[int], left_out: tuple[int, ...], notes: tuple[str, ...]

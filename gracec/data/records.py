@@ -47,11 +47,12 @@ _ABOUT = set(
 @dataclass(frozen=True)
 class Turn:
     """One message. `role` is user, assistant or system; pictures stand in `text` as `<image>`.
-    Of an assistant's, `learned` says whether it is to be."""
+    Of an assistant's, `learned` says whether it is to be, and `complete` whether its end is."""
 
     role: str
     text: str
     learned: bool = True
+    complete: bool = True
 
 
 class Broken(Exception):

@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from gracec.data.answers import stop_tokens
 from gracec.data.pictures import as_loaded
-from gracec.data.prompts import Prompts, encode_questions
+from gracec.data.prompts import Message, Prompts, encode_questions
 from gracec.data.questions import VqaSample
+from gracec.data.taught import Reply
 from gracec.errors import GracecError, first_line
 from gracec.evaluate.scores import Prediction, VqaReport, same_answer, summarise
 
@@ -229,10 +231,57 @@ def _generate(
     max_new_tokens: int,
     streamer: Any = None,
 ) -> list[str]:
+    tokens = _new_tokens(model, inputs, max_new_tokens, streamer=streamer)
+    decoded: list[str] = processor.batch_decode(tokens, skip_special_tokens=True)
+    return [text.strip() for text in decoded]
+
+
+def replies(
+    model: Any,
+    processor: Any,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    names: Sequence[str],
+    max_new_tokens: int,
+    positions: int,
+) -> list[Reply]:
+    """The greedy answers to a batch of conversations that each end with a question.
+
+    Args:
+        model: a Hugging Face model.
+        names: what to call each in an error.
+        max_new_tokens: the longest answer; one that has not ended there is not complete.
+        positions: tokens that the model takes, prompt and answer together.
+
+    Raises:
+        GracecError: if the processor or the model refuses one, or it leaves no place for an answer.
+    """
+    encoded = Prompts(processor).encode(
+        conversations, names, padding_side="left", generation_prompt=True
+    )
+    room = min(max_new_tokens, positions - encoded["input_ids"].shape[1])
+    if room < 1:
+        raise GracecError(
+            f"the prompt leaves no place for an answer in {positions} tokens", where=names[0]
+        )
+    stops = stop_tokens(model, processor)
+    with _inference(model):
+        tokens = _new_tokens(model, _place(encoded, model), room, pad_token_id=stops[0])
+    found = []
+    for row in tokens.tolist():
+        end = next((at for at, token in enumerate(row) if token in stops), None)
+        text = processor.batch_decode([row[:end]], skip_special_tokens=True)[0]
+        found.append(Reply(str(text).strip(), len(row[:end]), end is not None))
+    return found
+
+
+def _new_tokens(
+    model: Generator, inputs: Mapping[str, Any], max_new_tokens: int, **more: Any
+) -> Tensor:
+    """int64 [B, N]: what a model generates after a prompt, greedily."""
     prompt: Tensor = inputs["input_ids"]
     settings: dict[str, Any] = {"do_sample": False, "num_beams": 1}
-    if streamer is not None:
-        settings["streamer"] = streamer
+    settings |= {name: value for name, value in more.items() if value is not None}
     try:
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
     except _FAILURES as error:
@@ -247,5 +296,5 @@ def _generate(
             "generate() does not return the prompt followed by the new tokens",
             where=type(model).__name__,
         )
-    decoded: list[str] = processor.batch_decode(tokens[:, length:], skip_special_tokens=True)
-    return [text.strip() for text in decoded]
+    found: Tensor = tokens[:, length:]
+    return found

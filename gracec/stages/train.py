@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from gracec.capture import capture
 from gracec.capture.hidden import blocks_equal_hidden_states
 from gracec.data.collate import Collator, EmptyBatch
+from gracec.data.taught import TaughtSource
 from gracec.errors import GracecError
 from gracec.journal import Journal
 from gracec.models.hub import Place, find_model
@@ -30,6 +31,7 @@ from gracec.report.report import sqnr_db
 from gracec.request import Request
 from gracec.stages.pipelines import ANALYSIS, learning
 from gracec.stages.prepare import Prepared
+from gracec.stages.source import Source
 from gracec.training.checkpoints.fingerprint import (
     Fingerprint,
     describe_device,
@@ -108,6 +110,8 @@ def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
     said += tuple(collate.notes) if rule.micro_batch_size > 1 else ()
     journal.note("training", *said, *curve.notes)
     journal.training = {**curve.to_dict(), "seconds": curve.times()}
+    if isinstance(request.train_data, TaughtSource):
+        journal.training["answers"] = dict(request.train_data.summary)
     if journal.training["best_step"] != (0 if rule.learns == "scales" else None):
         journal.output_errors, journal.codes = {}, {}  # those of codes that were not kept
     return replace(owned, candidate=None)
@@ -134,17 +138,27 @@ def find_teacher(request: Request, journal: Journal) -> Request:
     return replace(request, teacher=place)
 
 
-def _teacher(prepared: Prepared, request: Request, taps: Pipeline) -> Learner:
-    """The teacher as a graph; by default the original itself, which training does not touch."""
-    source, teacher = prepared.source, request.teacher
+def teacher_of(source: Source, request: Request) -> PreTrainedModel:
+    """The teacher as a model; by default the original itself, which training does not touch.
+
+    Raises:
+        GracecError: if it cannot be loaded, or has another tokenizer.
+    """
+    teacher = request.teacher
     if isinstance(teacher, (str, Path, Place)):
         path = find_model(teacher, request.teacher_revision).path
         check_tokenizers(source.processor, load_processor(path))
         teacher = load_model(path, device=source.model.device)
     found: PreTrainedModel = source.model if teacher is None else teacher
     found.eval()
+    return found
+
+
+def _teacher(prepared: Prepared, request: Request, taps: Pipeline) -> Learner:
+    """The teacher as a graph; by default the original itself, which training does not touch."""
+    found = teacher_of(prepared.source, request)
     check_teacher(prepared.model, found)
-    ids = taught_ids(prepared.model, found, source.processor)
+    ids = taught_ids(prepared.model, found, prepared.source.processor)
     program = run_passes(capture(found), ANALYSIS).program
     blocks_equal_hidden_states(program, found)
     return Learner(run_passes(program, taps).program, found, ids)

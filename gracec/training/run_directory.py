@@ -4,6 +4,7 @@ there stays.
 OUT.training/.lock            held by the process that trains, as long as it lives
 OUT.training/step-00000042    checkpoints; see `gracec.training.checkpoints.directory`
 OUT.training/calibrated       corrected codes so far; see `gracec.training.calibration_run`
+OUT.training/answers          of a teacher so far; see `gracec.training.teacher_answers`
 OUT.training/metrics.jsonl    a row for each optimizer step
 OUT.training/events.out.*     the same for TensorBoard
 OUT.training/frozen           what the training came to, until the result is published
@@ -32,6 +33,7 @@ from gracec.training.calibration_run import CALIBRATED, calibrated_sets
 from gracec.training.checkpoints.directory import checkpoints, clean, foreign_to, remove
 from gracec.training.curve import METRICS
 from gracec.training.ranks import rank
+from gracec.training.teacher_answers import ANSWERS, answers_kept
 
 LOCK, FROZEN, EVENTS = ".lock", "frozen", "events.out.tfevents."
 
@@ -75,7 +77,7 @@ def open_run(directory: Path, *, resume: bool) -> list[str]:
             none but files of somebody else.
     """
     foreign, own = foreign_to_run(directory), bool(checkpoints(directory))
-    own |= bool(calibrated_sets(directory))
+    own |= bool(calibrated_sets(directory) or answers_kept(directory))
     if resume and foreign and not own:
         raise GracecError(
             f"no run was interrupted here, and it holds {listing(foreign)}",
@@ -94,7 +96,7 @@ def open_run(directory: Path, *, resume: bool) -> list[str]:
 
 def foreign_to_run(directory: Path) -> list[str]:
     """Names, in the directory of a run, of what gracec did not write there."""
-    own = {LOCK, METRICS, FROZEN, CALIBRATED, f".{FROZEN}.gracec"}
+    own = {LOCK, METRICS, FROZEN, CALIBRATED, ANSWERS, f".{FROZEN}.gracec"}
     runs = {path.name: path for path in checkpoints(directory)}
     left = {n for n in map(_name, _entries(directory)) if n.startswith((".step-", EVENTS))}
     names = [n for n in map(_name, _entries(directory)) if n not in own | runs.keys() | left]
@@ -105,6 +107,8 @@ def foreign_to_run(directory: Path) -> list[str]:
     within[CALIBRATED] = [
         name for name in map(_name, _entries(directory / CALIBRATED)) if name not in sets | rooms
     ]
+    replies = {path.name for path in answers_kept(directory)}
+    within[ANSWERS] = [n for n in map(_name, _entries(directory / ANSWERS)) if n not in replies]
     within[FROZEN] = foreign_files(frozen) if is_artifact(frozen) else files_in(frozen)
     return sorted([*names, *(f"{at}/{name}" for at, found in within.items() for name in found)])
 
@@ -127,8 +131,11 @@ def remove_run(directory: Path) -> None:
         for path in calibrated_sets(directory):
             path.unlink()
             clear_leftovers(path)
-        if (directory / CALIBRATED).is_dir() and not _entries(directory / CALIBRATED):
-            (directory / CALIBRATED).rmdir()
+        for path in answers_kept(directory):
+            path.unlink()
+        for folder in (directory / CALIBRATED, directory / ANSWERS):
+            if folder.is_dir() and not _entries(folder):
+                folder.rmdir()
         for path in (directory / METRICS, *directory.glob(f"{EVENTS}*")):
             path.unlink(missing_ok=True)
         clear_leftovers(directory / FROZEN)
