@@ -99,6 +99,8 @@ MEANING = {
     "training.learns": "weights and scales, or scales alone: codes stay as they were before",
     "training.labels": "what counts: the tokens of answers, or every token of text, which needs no "
     "answers and chooses the best state by its distance from the teacher",
+    "training.answers": "those of the data, or the `teacher` answers every question once",
+    "training.max_new_tokens": "tokens of the teacher's longest answer",
     "training.seed": "of the data order and the held-out part",
     "training.max_length": "tokens of the longest sample; null: as long as they are",
     "training.held_out": "share of the data that chooses the best state, without `eval_data`",
@@ -106,6 +108,7 @@ MEANING = {
     "training.evaluate_every": "optimizer steps between two looks at the held-out part",
     "training.checkpoint_every": "optimizer steps between two checkpoints",
     "training.max_skipped": "steps in a row whose loss may be NaN or infinite",
+    "training.workers": "processes that make batches ahead, on each rank; no batch depends on it",
     "training.compile": "run the student through torch.compile",
     "training.activation_checkpointing": "share of the activations that is kept; needs `compile`",
     "training.cross_entropy": "weight of the labels",

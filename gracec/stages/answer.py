@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from gracec.capture import capture
 from gracec.data.sources import open_source
 from gracec.errors import GracecError
 from gracec.journal import Journal
 from gracec.request import Request
+from gracec.stages.prepare import Prepared, accept, plan
 from gracec.stages.source import Source
 from gracec.stages.train import teacher_of
 from gracec.training.ranks import join_ranks
@@ -27,6 +29,7 @@ def answer(source: Source, request: Request, journal: Journal) -> Request:
     if processor is None:
         raise GracecError("training needs the model's processor", fix="pass processor=")
     join_ranks()
+    _accept(source, request)
     teacher = teacher_of(source, request)
     check_teacher(source.model, teacher)
     found = teacher_answers(
@@ -50,3 +53,9 @@ def answer(source: Source, request: Request, journal: Journal) -> Request:
     said += [f"such as {shown['answer']!r} to {shown['question']!r}" for shown in one["examples"]]
     journal.note("answers", *said)
     return replace(request, train_data=found)
+
+
+def _accept(source: Source, request: Request) -> None:
+    """Refuse what nothing can hold before hours of answers."""
+    planned = plan(capture(source.model), request.recipe, strict=request.strict)
+    accept(Prepared(source, source.model, planned.program), request)
