@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 import gracec
@@ -18,7 +17,7 @@ from gracec.models.devices import device_named, dtype_named, same_device
 from gracec.models.loading import load_model
 from gracec.models.skeleton import model_without_weights
 from tests.test_cli import gracec as command
-from tests.tiny import tiny_image
+from tests.tiny import tiny_batch, tiny_image, tiny_llava, tiny_processor
 
 
 def test_devices_and_dtypes_have_names() -> None:
@@ -75,16 +74,21 @@ def test_a_model_in_memory_is_not_moved(llava: LlavaForConditionalGeneration) ->
 
 
 def test_a_named_model_is_read_in_a_dtype_and_an_artifact_runs_in_one(
-    saved: Path, batch: dict[str, Tensor], tmp_path: Path
+    tmp_path: Path,
 ) -> None:
-    gracec.compile(saved, "w4a16-ptq", device="cpu", dtype="bfloat16", output_dir=tmp_path / "out")
-    assert load_model(saved, torch.float16).dtype == torch.float16
-    assert model_without_weights(saved, torch.float16).dtype == torch.float16
+    tiny_llava(tie=True, num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    tiny_processor().save_pretrained(tmp_path / "model")
+    placed = {"device": "cpu", "dtype": "bfloat16"}
+    gracec.compile(
+        tmp_path / "model", "w4a16-ptq", output_dir=tmp_path / "out", formats=(), **placed
+    )
+    assert load_model(tmp_path / "model", torch.float16).dtype == torch.float16
+    assert model_without_weights(tmp_path / "model", torch.float16).dtype == torch.float16
     narrow = gracec.load(tmp_path / "out")
     wide = gracec.load(tmp_path / "out", device="cpu", dtype="float32")
     assert (narrow.dtype, wide.dtype) == (torch.bfloat16, torch.float32)
     assert wide.frozen.dtype == torch.bfloat16  # what would be saved again
-    found, expected = (model(**batch).logits.float() for model in (narrow, wide))
+    found, expected = (model(**tiny_batch()).logits.float() for model in (narrow, wide))
     assert not torch.equal(found, expected)
     torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)
 

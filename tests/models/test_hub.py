@@ -14,7 +14,6 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import filter_repo_objects
-from torch import Tensor
 
 import gracec
 from gracec.data.conversations import open_train_data
@@ -31,7 +30,7 @@ from gracec.models.loading import load_model
 from gracec.store import read_manifest
 from tests.hub import cache_dataset, cache_repository, offline
 from tests.test_cli import gracec as command
-from tests.tiny import tiny_image
+from tests.tiny import tiny_batch, tiny_image, tiny_llava, tiny_processor
 
 MODEL, CODES = "acme/tiny-llava", "acme/tiny-llava-int4"
 
@@ -42,10 +41,19 @@ def env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return offline(monkeypatch, tmp_path)
 
 
+@pytest.fixture(scope="module")
+def block(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with one block in its decoder, and its processor."""
+    directory = tmp_path_factory.mktemp("block")
+    tiny_llava(tie=True, num_hidden_layers=1).save_pretrained(directory)
+    tiny_processor().save_pretrained(directory)
+    return directory
+
+
 def test_a_model_is_compiled_published_and_loaded_by_name(
-    saved: Path, batch: dict[str, Tensor], tmp_path: Path, env: dict[str, str]
+    block: Path, tmp_path: Path, env: dict[str, str]
 ) -> None:
-    commit = cache_repository(tmp_path, MODEL, saved, "main")
+    commit = cache_repository(tmp_path, MODEL, block, "main")
     compiled = gracec.compile(MODEL, "w4a16-ptq", output_dir=tmp_path / "out", revision="main")
     assert (compiled.source, compiled.frozen.revision) == (MODEL, commit)
     said = f"the model is {MODEL} at revision {commit}"
@@ -60,7 +68,7 @@ def test_a_model_is_compiled_published_and_loaded_by_name(
     published = cache_repository(tmp_path, CODES, tmp_path / "out", "main", "v1")
     again = gracec.load(CODES, revision="v1")
     assert (again.source, again.frozen.revision) == (MODEL, commit)
-    options = {"max_new_tokens": 4, "do_sample": False}
+    batch, options = tiny_batch(), {"max_new_tokens": 4, "do_sample": False}
     assert torch.equal(again.generate(**batch, **options), compiled.generate(**batch, **options))
 
     tiny_image().save(tmp_path / "it.png")
@@ -84,14 +92,14 @@ def test_a_model_is_compiled_published_and_loaded_by_name(
 
 
 def test_a_command_compiles_by_name_and_a_teacher_has_one(
-    saved: Path, tmp_path: Path, env: dict[str, str]
+    block: Path, tmp_path: Path, env: dict[str, str]
 ) -> None:
-    commit = cache_repository(tmp_path, MODEL, saved, "v1")
+    commit = cache_repository(tmp_path, MODEL, block, "v1")
     records = [{"question": f"what is {word} ?", "answer": word} for word in ("red", "blue") * 4]
     cache_dataset(tmp_path, "acme/words", records, "train")
     (tmp_path / "short.yaml").write_text(
         "name: short\nweights: {decoder: {group_size: 32}}\n"
-        "training: {steps: 1, batch_size: 2, held_out: 0.5}\n"
+        "training: {steps: 1, batch_size: 2, held_out: 0.5, distillation: {omega: 0}}\n"
     )
     named = (MODEL, "--revision", "v1", "--teacher", MODEL, "--teacher-revision", "v1")
     data = ("--data", "acme/words:train", "--recipe", "short.yaml", "--format", "none")
