@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gracec._quiet import drop_import_noise, keep_usage_data
+from gracec._version import __version__
 
 if TYPE_CHECKING:
     from gracec.compiled import CompiledModel, load
     from gracec.compiler import compile
     from gracec.recipe import Recipe
 
-__all__ = ["CompiledModel", "Recipe", "compile", "load"]
+__all__ = ["CompiledModel", "Recipe", "__version__", "compile", "load"]
 
 drop_import_noise()
 keep_usage_data()

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.tracking import GeneralTracker
 from transformers import PreTrainedModel
 
 from gracec import reload
+from gracec.callbacks import Callback, stage
 from gracec.compiled import CompiledModel, load
 from gracec.directories import check_target, clear_leftovers, unused
 from gracec.errors import GateError
@@ -63,6 +65,8 @@ def compile(
     teacher_revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    report_to: str | GeneralTracker | Sequence[str | GeneralTracker] | None = None,
+    callbacks: Sequence[Callback | Any] = (),
 ) -> CompiledModel:
     """Compile a vision-language model to INT4 weights.
 
@@ -107,6 +111,11 @@ def compile(
         dtype: what a model that is named is read in, "float32", "bfloat16" or "float16", and so
             what is calibrated and compared with; by default as it is stored. What the result runs
             in is `deploy.dtype` of the recipe.
+        report_to: trackers of a training: names that accelerate knows ("tensorboard", "wandb",
+            "mlflow", ...), or its `GeneralTracker` objects. Those that write files have them in
+            `<output_dir>.runs`, or `runs` without one.
+        callbacks: objects that are told of stages, steps and evaluations, and may end a training;
+            see `gracec.callbacks.Callback`.
 
     Raises:
         GracecError: if the model, the recipe, the data or the output directory does not fit.
@@ -134,16 +143,27 @@ def compile(
         teacher_revision=teacher_revision,
         device=device,
         dtype=dtype,
+        report_to=report_to,
+        callbacks=callbacks,
     )
     lowering_passes(request)  # one that has no place is refused before a weight is read
     journal = Journal(list(request.notes))
     with alone_in(request.training_dir if request.keeps_run else None):
         clear_place(request, journal)
         frozen, exam = quantize(model, request, journal)
-        runtime = lower(frozen, request.target, journal, strict=request.strict)
-        exam = examine_compiled(exam, runtime, frozen.processor, request)
+        told = listeners(request)
+        runtime = stage(
+            told, "lower", lower, frozen, request.target, journal, strict=request.strict
+        )
+        exam = stage(told, "evaluate", examine_compiled, exam, runtime, frozen.processor, request)
         journal.accuracy = exam.accuracy
-        return publish(frozen, runtime, exam, request, journal, reload.wanted(check_reload))
+        check = reload.wanted(check_reload)
+        return stage(told, "publish", publish, frozen, runtime, exam, request, journal, check)
+
+
+def listeners(request: Request) -> tuple[Any, ...]:
+    """The callbacks, in the first process of a run."""
+    return request.callbacks if rank() == 0 else ()
 
 
 def clear_place(request: Request, journal: Journal) -> None:
@@ -158,14 +178,15 @@ def clear_place(request: Request, journal: Journal) -> None:
 def quantize(model: Any, request: Request, journal: Journal) -> tuple[Frozen, Exam]:
     """From a model to its codes. No float weight that is the compiler's own outlives it."""
     request = find_teacher(request, journal)
-    source = load_source(model, request, journal)
-    exam = examine_original(source, request)
-    request = answer(source, request, journal)
-    prepared = prepare(source, request, journal)
+    told = listeners(request)
+    source = stage(told, "load", load_source, model, request, journal)
+    exam = stage(told, "examine", examine_original, source, request)
+    request = stage(told, "answer", answer, source, request, journal)
+    prepared = stage(told, "prepare", prepare, source, request, journal)
     accept(prepared, request)
     if request.training is not None:
-        prepared = train(prepared, request, journal)
-    frozen = freeze(prepared, request, journal)
+        prepared = stage(told, "train", train, prepared, request, journal)
+    frozen = stage(told, "freeze", freeze, prepared, request, journal)
     if request.inplace:
         release(source, frozen)
     if request.training is not None:

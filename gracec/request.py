@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from gracec.backends.base import MERGE_INSTEAD, NO_ADAPTERS, UNSIGNED, Format, parse_formats
+from gracec.callbacks import check_callbacks
 from gracec.data.questions import SAMPLES_FILE, VqaSample, load_samples
 from gracec.errors import GracecError
 from gracec.journal import Note
@@ -22,6 +23,7 @@ from gracec.recipe import Recipe, Training
 from gracec.registry import nearest
 from gracec.store import check_target
 from gracec.targets.base import Target, target_named
+from gracec.training.trackers import TrackerCallback, check_trackers
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Request:
     teacher_revision: str | None = None
     device: torch.device | None = None
     dtype: torch.dtype | None = None
+    callbacks: tuple[Any, ...] = ()
+    report_to: tuple[Any, ...] = ()
     questions: tuple[VqaSample, ...] = ()
     data_name: str = ""
     notes: tuple[Note, ...] = ()
@@ -69,6 +73,8 @@ class Request:
         eval_data: Any = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        callbacks: Sequence[Any] = (),
+        report_to: Any = (),
         **options: Any,
     ) -> Request:
         """A request that can be kept.
@@ -88,6 +94,8 @@ class Request:
             data_name=data_name,
             device=device_named(device),
             dtype=dtype_named(dtype),
+            callbacks=check_callbacks(callbacks),
+            report_to=check_trackers(report_to),
             **options,
         )
         request, signs = request._with_scales_that_are_taken()
@@ -130,6 +138,15 @@ class Request:
     def training_dir(self) -> Path | None:
         """Where a run keeps what it needs to go on, until the result is published."""
         return None if self.output_dir is None else Path(f"{self.output_dir}.training")
+
+    @property
+    def told(self) -> tuple[Any, ...]:
+        """What is told of a training: callbacks, and trackers, whose files are beside the
+        output."""
+        if not self.report_to:
+            return self.callbacks
+        place = Path("runs") if self.output_dir is None else Path(f"{self.output_dir}.runs")
+        return (*self.callbacks, TrackerCallback(self.report_to, place))
 
     @property
     def further(self) -> tuple[Placed, ...]:
@@ -245,7 +262,7 @@ class Request:
                 fix="leave it out, or set calibration.method: auto",
             )
         given = {"train_data": self.train_data is not None and not weighs}
-        given |= {"teacher": self.teacher is not None}
+        given |= {"teacher": self.teacher is not None, "report_to": bool(self.report_to)}
         given |= {"resume": self.resume and not self.calibrates_weights}
         for name in (name for name, value in given.items() if value):
             raise GracecError(
@@ -261,7 +278,7 @@ class Request:
                 "the recipe only trains, and there is no train_data", where=self.recipe.name
             )
         note = "no training data: post-training quantization instead"
-        if self.strict or self.teacher is not None or self.resume:
+        if self.strict or self.teacher is not None or self.resume or self.report_to:
             raise GracecError(note, where=where, fix="give train_data, or w4a16-ptq")
         return [Note("", note)]
 

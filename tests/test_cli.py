@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 
+import gracec as package
 from gracec import cli, gates
 from gracec.ir.program import Program
 from gracec.passes import Pass, PassResult, all_passes
@@ -69,6 +71,76 @@ def test_run_answers_from_both_kinds_of_directory(workspace: Path) -> None:
     assert streamed.stdout.strip() == json.loads(compiled.stdout)["answer"]
 
 
+def talk(
+    monkeypatch: pytest.MonkeyPatch, said: str, *arguments: object
+) -> subprocess.CompletedProcess[str]:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+    return gracec("run", *arguments, "--max-new-tokens", 4)
+
+
+def test_run_talks_line_by_line(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.running, "_load", cache(cli.running._load))
+    image = workspace / "data/images/0.png"
+    said = f"what is this ?\n\nand red ?\n/reset\n/image {image}\nwhat is this ?\n/quit\nno more\n"
+    done = talk(monkeypatch, said, workspace / "int4", "--image", image, "--json")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["prompt"] for row in rows] == ["what is this ?", "and red ?", "what is this ?"]
+    assert [row["images"] for row in rows] == [[str(image)], [], [str(image)]]
+    assert rows[0]["answer"] == rows[2]["answer"] != rows[1]["answer"]
+    plain = talk(monkeypatch, said, workspace / "int4", "--image", image)
+    assert [line.strip() for line in plain.stdout.splitlines()] == [row["answer"] for row in rows]
+    wrong = talk(monkeypatch, "/image no.png\nwhat ?\n", workspace / "int4")
+    assert wrong.returncode == 2 and "no.png" in wrong.stderr and not wrong.stdout
+    unknown = talk(monkeypatch, "/help\n", workspace / "int4")
+    assert "unknown command '/help'; /image PATH adds a picture" in unknown.stderr
+
+
+def test_a_person_is_told_what_is_wrong_and_goes_on(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal("/image no.png\nwhat is red ?\n"))
+    done = gracec("run", workspace / "int4", "--max-new-tokens", 4)
+    assert done.returncode == 0
+    assert "/image PATH adds a picture" in done.stderr and "no.png" in done.stderr
+    assert done.stdout.strip()
+
+
+def test_run_draws_and_follows_beams(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.running, "_load", cache(cli.running._load))
+    question = ("run", workspace / "int4", "--prompt", "what is red ?", "--max-new-tokens", 6)
+    drawn = [gracec(*question, "--temperature", 5, "--seed", seed).stdout for seed in (1, 1, 2, 3)]
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) > 1
+    plain = gracec(*question).stdout
+    assert gracec(*question, "--temperature", 0, "--top-p", 0.5).stdout == plain
+    beams = gracec(*question, "--num-beams", 3, "--system", "red", "--repetition-penalty", 3.0)
+    assert beams.returncode == 0 and beams.stdout.strip() not in ("", plain.strip())
+
+
+def test_version_help_quiet_and_verbose(workspace: Path, tmp_path: Path) -> None:
+    assert gracec("--version").stdout.strip() == f"gracec {package.__version__}"
+    for command in ("compile", "run", "eval", "inspect", "opt", "passes", "doctor", "report"):
+        shown = gracec(command, "-h").stdout
+        assert "--quiet" in shown and "--verbose" in shown, command
+    model = workspace / "model"
+    verbose = gracec("opt", model, "--passes", "analyze-modality", "-v")
+    assert re.fullmatch(r"gracec: pass analyze-modality \d+\.\d\d s\s*", verbose.stderr)
+    assert gracec("opt", model, "--passes", "analyze-modality").stderr == ""  # it is not kept
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRACEC_CHECK_RELOAD", "0")
+        ptq = ("--recipe", "w4a16-ptq", "--format", "none", "--out", tmp_path / "out")
+        quiet = gracec("compile", model, *ptq, "--quiet")
+    assert "".join(quiet.stdout.split()) == f"savedto{tmp_path / 'out'}"
+    assert quiet.stderr == ""
+    both = gracec("passes", "-q", "-v")
+    assert both.returncode == 2 and "exclude each other" in both.stderr
+
+
 def test_eval_gives_every_control(workspace: Path) -> None:
     done = gracec("eval", workspace / "int4", "--data", workspace / "data", "--json")
     assert done.returncode == 0, done.stderr
@@ -77,6 +149,10 @@ def test_eval_gives_every_control(workspace: Path) -> None:
     assert {"accuracy", "standard_error", "blind_accuracy", "majority", "chance"} <= overall.keys()
     table = gracec("eval", workspace / "int4", "--data", workspace / "data", "--limit", 2)
     assert "majority" in table.stdout
+    lines = workspace / "data" / "samples.jsonl"
+    as_data = gracec("eval", workspace / "int4", "--data", lines, "--json", "--no-blind")
+    assert json.loads(as_data.stdout)["overall"]["accuracy"] == overall["accuracy"]
+    assert json.loads(as_data.stdout)["skipped"] == []
 
 
 def test_compile_trains_with_a_teacher_and_replaces_an_artifact(workspace: Path) -> None:
@@ -158,7 +234,7 @@ def test_report_writes_a_page_into_the_artifact(workspace: Path) -> None:
 
 
 def test_it_is_a_program_of_its_own(workspace: Path) -> None:
-    command = [sys.executable, "-m", "gracec.cli", "run", str(workspace / "missing")]
+    command = [sys.executable, "-m", "gracec", "run", str(workspace / "missing")]
     command += ["--image", "x.png", "--prompt", "?"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
 from io import TextIOWrapper
-from typing import TextIO
+from typing import Annotated
+
+import typer
 
 from gracec.cli import compiling, graphs, running
 from gracec.cli.app import app, err
+from gracec.cli.logs import say, show_warning
 
 __all__ = ["app", "compiling", "graphs", "main", "running"]
 
@@ -18,7 +22,8 @@ def main() -> None:
     """Entry point: bad input is one line on standard error, never a traceback."""
     from gracec.errors import GateError, GracecError, first_line, printable
 
-    warnings.showwarning = _show_warning
+    warnings.showwarning = show_warning
+    say(logging.WARNING)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a path may hold what no encoding does
             stream.reconfigure(errors="backslashreplace")
@@ -37,26 +42,22 @@ def main() -> None:
         sys.exit(2)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from gracec import __version__
+
+        typer.echo(f"gracec {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _before_any_command() -> None:
-    _quiet_libraries()
-
-
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
+def _before_any_command(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Say which it is."),
+    ] = False,
 ) -> None:
-    """A warning of gracec is one line; others are shown as Python does."""
-    from gracec.errors import GracecWarning, printable
-
-    if issubclass(category, GracecWarning):
-        err.print(f"gracec: warning: {printable(str(message))}", markup=False)
-    else:
-        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
+    _quiet_libraries()
 
 
 def _quiet_libraries() -> None:

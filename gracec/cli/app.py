@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from typing import Annotated, Any
+import logging
+from collections.abc import Callable
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
@@ -15,6 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -56,6 +60,14 @@ TargetName = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 
 
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and the result only.")]
+
+
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Also say what is done, and the seconds it takes.")
+]
+
+
 MOST_TOKENS, MOST_IMAGES, MOST_AT_ONCE, MOST_QUESTIONS = 1 << 20, 1 << 8, 1 << 16, 1 << 31
 
 
@@ -92,6 +104,32 @@ class WithNames(TyperCommand):
                 if getattr(parameter, "help", None):
                     parameter.help = parameter.help.replace(place, known)  # type: ignore[attr-defined]
         super().format_help(ctx, formatter)
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a function a command, with the options that all of them have."""
+    hints = get_type_hints(function, include_extras=True)
+
+    def run(quiet: bool = False, verbose: bool = False, **given: Any) -> None:
+        if quiet and verbose:
+            raise typer.BadParameter("--quiet and --verbose exclude each other")
+        if quiet or verbose:
+            logging.getLogger("gracec").setLevel(logging.ERROR if quiet else logging.INFO)
+        function(**given)
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    shared = [
+        inspect.Parameter(name, kind, default=False, annotation=annotation)
+        for name, annotation in (("quiet", Quiet), ("verbose", Verbose))
+    ]
+    own = [one.replace(kind=kind) for one in inspect.signature(function).parameters.values()]
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    run.__annotations__ = {**hints, "quiet": Quiet, "verbose": Verbose}
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [*(one.replace(annotation=hints[one.name]) for one in own), *shared]
+    )
+    app.command(cls=WithNames)(run)
+    return function
 
 
 def print_json(value: Any) -> None:

@@ -18,14 +18,14 @@ from gracec.cli.app import (
     ModelName,
     Revision,
     TargetName,
-    WithNames,
-    app,
+    command,
     out,
     print_json,
 )
+from gracec.cli.logs import is_quiet
 
 
-@app.command(cls=WithNames)
+@command
 def compile(
     model: Annotated[
         str, typer.Argument(help="Model: a directory, or org/name on the Hugging Face Hub.")
@@ -79,6 +79,10 @@ def compile(
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(help="Tracker of a training: tensorboard, wandb, ...; again for more."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compile a model to INT4 weights and save the result."""
@@ -103,11 +107,16 @@ def compile(
         teacher_revision=teacher_revision,
         device=device,
         dtype=dtype,
+        progress=not is_quiet(),
+        report_to=report_to,
     )
     if rank():  # another process of this run speaks
         return
     if as_json:
         print_json({"output": str(output), "report": compiled.report.to_dict()})
+        return
+    if is_quiet():
+        out.print(f"saved to {output}", markup=False)
         return
     for note in compiled.report.notes:
         out.print(str(note), markup=False, soft_wrap=True)
@@ -121,7 +130,7 @@ def compile(
     out.print(f"saved to {output}", markup=False)
 
 
-@app.command()
+@command
 def inspect(
     model: ModelName,
     recipe: Annotated[
@@ -177,7 +186,7 @@ def inspect(
         out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-@app.command()
+@command
 def report(
     artifacts: Annotated[
         list[str],
@@ -204,7 +213,7 @@ def report(
     out.print(f"wrote {target}", markup=False, highlight=False, soft_wrap=True)
 
 
-@app.command()
+@command
 def doctor(
     model: Annotated[
         str, typer.Argument(help="Anything that may be a model: a directory, or org/name.")
@@ -219,7 +228,7 @@ def doctor(
     from gracec.doctor import Check, diagnose
 
     def show(check: Check) -> None:
-        if not as_json:
+        if not as_json and not is_quiet():
             typer.echo(check.line())
 
     found = diagnose(model, recipe, show, revision=revision, device=device, dtype=dtype)

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from gracec.cli.app import Json, app, err, print_json
+from gracec.cli.app import Json, command, err, print_json
 
 
-@app.command()
+@command
 def opt(
     model: Annotated[
         str, typer.Argument(help="Model: a directory, or org/name on the Hugging Face Hub.")
@@ -80,7 +80,7 @@ def opt(
             err.print(_time_line(run), markup=False)
 
 
-@app.command()
+@command
 def passes(as_json: Json = False) -> None:
     """List the passes that `gracec opt` can run, with their options and defaults."""
     from gracec.passes import all_passes

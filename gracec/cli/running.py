@@ -19,48 +19,86 @@ from gracec.cli.app import (
     ModelName,
     Revision,
     TargetName,
-    WithNames,
-    app,
+    command,
     err,
     out,
     print_json,
     text,
 )
+from gracec.cli.logs import is_quiet
 
 
-@app.command(cls=WithNames)
+@command
 def run(
     model: ModelName,
-    image: Annotated[Path, typer.Option(help="Picture to ask about.")],
-    prompt: Annotated[str, typer.Option(help="The question.")],
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Picture to ask about; several times for more.")
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="The question. Without it: a conversation, from the terminal or a pipe."),
+    ] = None,
+    system: Annotated[str, typer.Option(help="What the model is told before.")] = "",
     max_new_tokens: Annotated[
         int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer.")
     ] = 64,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Draw the words; 0, or none of these: do not.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Draw of the likeliest, up to this sum.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Draw of so many of the likeliest.")
+    ] = None,
+    num_beams: Annotated[int, typer.Option(min=1, help="Answers that are followed at once.")] = 1,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(min=0.01, help="Above 1: repeat less. By default the model's.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of what is drawn.")] = None,
     target: TargetName = None,
     revision: Revision = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Ask a model one question about one picture; the answer appears word by word."""
-    from transformers import TextStreamer
+    """Ask a model about pictures, or about none; the answer appears word by word.
 
-    from gracec.evaluate import answer, load_image
+    In a conversation: /image PATH adds a picture to the next question, /reset forgets what was
+    said, /quit or Ctrl-D ends. From a pipe each line is a question. With --json an answer is an
+    object; those of a conversation are one a line.
+    """
+    from transformers import TextStreamer, set_seed
 
-    text(prompt, "--prompt")
-    picture = load_image(image)
+    from gracec.cli.conversing import answer_one, converse
+    from gracec.evaluate import Chat, load_image
+
+    for value, option in ((prompt or "", "--prompt"), (system, "--system")):
+        text(value, option)
+    images = image or []
+    for path in images:
+        load_image(path)
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
+    drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    given = {name: value for name, value in drawn.items() if value is not None}
+    if given and temperature != 0:
+        settings |= {"do_sample": True, **given}
+    if repetition_penalty is not None:
+        settings["repetition_penalty"] = repetition_penalty
+    if seed is not None:
+        set_seed(seed)
     loaded, processor, _ = _load(model, target, revision, device, dtype)
     streamer = None
-    if not as_json:
+    if not as_json and num_beams == 1:  # beams are not known before the end
         streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    said = answer(
-        loaded, processor, picture, prompt, max_new_tokens=max_new_tokens, streamer=streamer
-    )
-    if as_json:
-        print_json({"model": str(model), "image": str(image), "prompt": prompt, "answer": said})
+    chat = Chat(loaded, processor, system=system, settings=settings)
+    if prompt is None:
+        converse(chat, images, streamer, as_json)
+    else:
+        answer_one(chat, prompt, images, streamer, as_json, model=str(model))
 
 
-@app.command()
+@command
 def serve(
     model: Annotated[Path, typer.Argument(help="Directory compiled with --format onnx.")],
     page: Annotated[
@@ -84,10 +122,16 @@ def serve(
             server.serve_forever()
 
 
-@app.command(cls=WithNames)
+@command
 def eval(
     model: ModelName,
-    data: Annotated[Path, typer.Option(help="Folder with samples.jsonl and its images.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Questions with answers: a folder with samples.jsonl and its images, or what "
+            "`compile --data` takes; the last answer of a conversation is the one expected."
+        ),
+    ],
     limit: Annotated[
         int | None, typer.Option(min=1, max=MOST_QUESTIONS, help="Use an even spread of samples.")
     ] = None,
@@ -101,11 +145,11 @@ def eval(
     as_json: Json = False,
 ) -> None:
     """Accuracy by type of question, beside the blind, majority and chance rates."""
-    from gracec.evaluate import evaluate_vqa, format_table, load_samples
+    from gracec.evaluate import evaluate_vqa, format_table, load_questions
 
-    samples = load_samples(data, limit)
+    samples, skipped = load_questions(data, limit)
     loaded, processor, name = _load(model, target, revision, device, dtype)
-    with Progress(console=err, disable=not err.is_terminal) as progress:
+    with Progress(console=err, disable=is_quiet() or not err.is_terminal) as progress:
         task = progress.add_task(name, total=len(samples))
         report = evaluate_vqa(
             loaded,
@@ -117,12 +161,13 @@ def eval(
             progress=lambda done, _: progress.update(task, completed=done),
         )
     if as_json:
-        print_json({"model": str(model), "data": str(data), **report.to_dict()})
+        found = {"model": str(model), "data": str(data), "skipped": skipped}
+        print_json({**found, **report.to_dict()})
     else:
         out.print(format_table({name: report}))
 
 
-@app.command()
+@command
 def demo(
     example: Annotated[Path, typer.Option(help="Example with teacher, student and data.")] = Path(
         "examples/emojivqa"

@@ -274,7 +274,7 @@ class Prompts:
         self, conversations: Sequence[Sequence[Message]], options: Mapping[str, Any]
     ) -> Mapping[str, Any]:
         texts = [self.text(conversation) for conversation in conversations]
-        images = [_images(conversation) for conversation in conversations]
+        images = [images_of(conversation) for conversation in conversations]
         if self.takes_text_alone or all(images):
             found: Mapping[str, Any] = self.processor(
                 images=images if any(images) else None, text=texts, **options
@@ -296,6 +296,7 @@ class Prompts:
         return {**found, **padded}
 
 
-def _images(conversation: Sequence[Message]) -> list[Image.Image]:
+def images_of(conversation: Sequence[Message]) -> list[Image.Image]:
+    """The pictures of a conversation, in order."""
     parts = [part for message in conversation for part in message["content"]]
     return [part["image"] for part in parts if part["type"] == "image"]

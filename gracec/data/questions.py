@@ -74,7 +74,7 @@ def load_samples(path: Path, limit: int | None = None) -> list[VqaSample]:
     if not numbered:
         raise GracecError("no samples", where=str(file))
     if limit is not None:
-        chosen = _spread([sample.type for _, sample in numbered], limit)
+        chosen = spread([sample.type for _, sample in numbered], limit)
         numbered = [numbered[index] for index in chosen]
     checked: set[Path] = set()
     for number, sample in numbered:
@@ -151,7 +151,7 @@ def _text(record: dict[str, object], name: str, where: str) -> str:
     return value
 
 
-def _spread(types: Sequence[str], limit: int) -> list[int]:
+def spread(types: Sequence[str], limit: int) -> list[int]:
     """Positions of at most `limit` elements: equal shares of each type, drawn at random in it.
 
     Drawn with a fixed seed rather than evenly spaced: data sets are often balanced in a cycle,

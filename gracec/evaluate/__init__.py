@@ -3,6 +3,8 @@
 from gracec.data.pictures import load_image
 from gracec.data.questions import VqaSample, load_samples
 from gracec.evaluate.ask import answer, answers, evaluate_vqa
+from gracec.evaluate.chat import Chat
+from gracec.evaluate.references import Reference, load_questions
 from gracec.evaluate.scores import (
     Prediction,
     VqaReport,
@@ -13,7 +15,9 @@ from gracec.evaluate.scores import (
 )
 
 __all__ = [
+    "Chat",
     "Prediction",
+    "Reference",
     "VqaReport",
     "VqaSample",
     "VqaScore",
@@ -23,6 +27,7 @@ __all__ = [
     "evaluate_vqa",
     "format_table",
     "load_image",
+    "load_questions",
     "load_samples",
     "paired_difference",
 ]

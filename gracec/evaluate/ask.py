@@ -12,10 +12,10 @@ from torch import Tensor
 
 from gracec.data.answers import stop_tokens
 from gracec.data.pictures import as_loaded
-from gracec.data.prompts import Message, Prompts, encode_questions
-from gracec.data.questions import VqaSample
+from gracec.data.prompts import Message, Prompts, encode_questions, images_of, question_about
 from gracec.data.taught import Reply
 from gracec.errors import GracecError, first_line
+from gracec.evaluate.references import Question, asked
 from gracec.evaluate.scores import Prediction, VqaReport, same_answer, summarise
 
 Progress = Callable[[int, int], None]
@@ -40,7 +40,7 @@ class Generator(Protocol):
 def evaluate_vqa(
     model: Generator,
     processor: Any,
-    samples: Sequence[VqaSample],
+    samples: Sequence[Question],
     *,
     batch_size: int = 32,
     max_new_tokens: int = 8,
@@ -52,7 +52,7 @@ def evaluate_vqa(
     Args:
         model: has `generate(**inputs, ...)` and `device`.
         processor: of the model; its chat template builds the prompt, or "<image>\\nquestion" does.
-        samples: the questions.
+        samples: the questions, or references: conversations without their last answer.
         batch_size: questions a batch, padded on the left.
         max_new_tokens: the longest answer.
         blind: whether to run the control without the image (twice the time).
@@ -64,19 +64,19 @@ def evaluate_vqa(
         raise GracecError("batch_size and max_new_tokens must be at least 1")
     predictions: list[Prediction] = []
     tokens_by_size: dict[tuple[int, int], int] = {}
-    with _inference(model):
+    with inference(model):
         for start in range(0, len(samples), batch_size):
             batch = samples[start : start + batch_size]
-            images = [sample.picture() for sample in batch]
             names = [f"sample {start + offset}" for offset in range(len(batch))]
-            questions = [sample.question for sample in batch]
-            inputs = _prepare(model, processor, questions, images, names, tokens_by_size)
-            answers = _generate(model, processor, inputs, max_new_tokens)
+            messages = [asked(sample) for sample in batch]
+            inputs = _prepare(model, processor, messages, names, tokens_by_size)
+            settings = {"max_new_tokens": max_new_tokens}
+            answers = generate(model, processor, inputs, settings)
             blind_answers: Sequence[str | None] = [None] * len(batch)
-            if blind and not any(images):
+            if blind and not any(map(images_of, messages)):
                 blind_answers = answers
             elif blind:
-                blind_answers = _generate(model, processor, _without_image(inputs), max_new_tokens)
+                blind_answers = generate(model, processor, _without_image(inputs), settings)
             predictions += [
                 Prediction(
                     index=start + offset,
@@ -112,8 +112,9 @@ def answer(
     """
     picture = None if image is None else as_loaded(image, "the question")
     inputs = encode_questions(processor, [question], [picture], ["the question"])
-    with _inference(model):
-        return _generate(model, processor, _place(inputs, model), max_new_tokens, streamer)[0]
+    with inference(model):
+        settings = {"max_new_tokens": max_new_tokens}
+        return generate(model, processor, place(inputs, model), settings, streamer)[0]
 
 
 def answers(
@@ -137,13 +138,14 @@ def answers(
         tokens_by_size: empty at first, then the same for each batch: image size -> image tokens.
         max_new_tokens: the longest answer.
     """
-    with _inference(model):
-        inputs = _prepare(model, processor, questions, images, names, tokens_by_size)
-        return _generate(model, processor, inputs, max_new_tokens)
+    with inference(model):
+        messages = [question_about(*pair) for pair in zip(images, questions, strict=True)]
+        inputs = _prepare(model, processor, messages, names, tokens_by_size)
+        return generate(model, processor, inputs, {"max_new_tokens": max_new_tokens})
 
 
 @contextmanager
-def _inference(model: Any) -> Iterator[None]:
+def inference(model: Any) -> Iterator[None]:
     """Dropout off, as generating needs it; the model is put back as it was."""
     training = bool(getattr(model, "training", False))
     if training:
@@ -159,21 +161,23 @@ def _inference(model: Any) -> Iterator[None]:
 def _prepare(
     model: Generator,
     processor: Any,
-    questions: Sequence[str],
-    images: Sequence[Image.Image | None],
+    conversations: Sequence[Sequence[Message]],
     names: Sequence[str],
     tokens_by_size: dict[tuple[int, int], int],
 ) -> dict[str, Any]:
     """Prompts and pixels of a batch on the model's device, with all of their image tokens."""
-    inputs = encode_questions(processor, questions, images, names)
+    inputs = Prompts(processor).encode(
+        conversations, names, padding_side="left", generation_prompt=True
+    )
+    images = [images_of(messages) for messages in conversations]
     _check_image_tokens(processor, inputs["input_ids"], images, names, tokens_by_size)
-    return _place(inputs, model)
+    return place(inputs, model)
 
 
 def _check_image_tokens(
     processor: Any,
     input_ids: Tensor,
-    images: Sequence[Image.Image | None],
+    images: Sequence[Sequence[Image.Image]],
     names: Sequence[str],
     tokens_by_size: dict[tuple[int, int], int],
 ) -> None:
@@ -183,15 +187,13 @@ def _check_image_tokens(
     `tokens_by_size` holds the largest seen so far.
     """
     counts = (input_ids == Prompts(processor).image_id).sum(dim=1).tolist()
-    pictured = [
-        (name, count, image)
-        for name, count, image in zip(names, counts, images, strict=True)
-        if image is not None
-    ]
-    for _, count, image in pictured:
-        tokens_by_size[image.size] = max(count, tokens_by_size.get(image.size, 0))
-    for name, count, image in pictured:
-        expected = tokens_by_size[image.size]
+    pictured = [one for one in zip(names, counts, images, strict=True) if one[2]]
+    for _, count, own in pictured:
+        if len(own) == 1:
+            tokens_by_size[own[0].size] = max(count, tokens_by_size.get(own[0].size, 0))
+    for name, count, own in pictured:
+        # Of several images it is not known how many are of which.
+        expected = tokens_by_size[own[0].size] if len(own) == 1 else count
         if count == 0 or count != expected:
             raise GracecError(
                 f"the prompt has {count} image tokens where {expected or 'some'} are expected",
@@ -200,7 +202,7 @@ def _check_image_tokens(
             )
 
 
-def _place(inputs: Mapping[str, Any], model: Generator) -> dict[str, Any]:
+def place(inputs: Mapping[str, Any], model: Generator) -> dict[str, Any]:
     """On the model's device; floating-point inputs in its dtype."""
     dtype = getattr(model, "dtype", None)
     placed = {}
@@ -224,14 +226,19 @@ def _without_image(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {**inputs, PIXELS: blank}
 
 
-def _generate(
+def generate(
     model: Generator,
     processor: Any,
     inputs: Mapping[str, Any],
-    max_new_tokens: int,
+    settings: Mapping[str, Any],
     streamer: Any = None,
 ) -> list[str]:
-    tokens = _new_tokens(model, inputs, max_new_tokens, streamer=streamer)
+    """The new text of each prompt, by `generate` of the model; greedy where nothing else is set.
+
+    Raises:
+        GracecError: if the model does not take the inputs or the settings.
+    """
+    tokens = _new_tokens(model, inputs, {**settings, "streamer": streamer})
     decoded: list[str] = processor.batch_decode(tokens, skip_special_tokens=True)
     return [text.strip() for text in decoded]
 
@@ -265,8 +272,9 @@ def replies(
             f"the prompt leaves no place for an answer in {positions} tokens", where=names[0]
         )
     stops = stop_tokens(model, processor)
-    with _inference(model):
-        tokens = _new_tokens(model, _place(encoded, model), room, pad_token_id=stops[0])
+    settings = {"max_new_tokens": room, "pad_token_id": stops[0]}
+    with inference(model):
+        tokens = _new_tokens(model, place(encoded, model), settings)
     found = []
     for row in tokens.tolist():
         end = next((at for at, token in enumerate(row) if token in stops), None)
@@ -275,15 +283,13 @@ def replies(
     return found
 
 
-def _new_tokens(
-    model: Generator, inputs: Mapping[str, Any], max_new_tokens: int, **more: Any
-) -> Tensor:
-    """int64 [B, N]: what a model generates after a prompt, greedily."""
+def _new_tokens(model: Generator, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> Tensor:
+    """int64 [B, N]: what a model generates after a prompt; greedily where nothing else is set."""
     prompt: Tensor = inputs["input_ids"]
-    settings: dict[str, Any] = {"do_sample": False, "num_beams": 1}
-    settings |= {name: value for name, value in more.items() if value is not None}
+    options: dict[str, Any] = {"do_sample": False, "num_beams": 1}
+    options |= {name: value for name, value in settings.items() if value is not None}
     try:
-        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
+        tokens = model.generate(**inputs, **options)
     except _FAILURES as error:
         raise GracecError(
             f"the model does not take what its processor made ({first_line(error)})",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -107,6 +108,8 @@ class PipelineResult:
     runs: tuple[PassRun, ...] = ()
 
 
+LOGGER = logging.getLogger(__name__)
+
 Observer = Callable[[Pass, Program, PassResult], None]
 
 
@@ -126,6 +129,7 @@ def run_passes(
         change = operators(result.program)
         change.subtract(operators(program))
         changed = Counter({op: count for op, count in change.items() if count})
+        LOGGER.info("pass %s %.2f s", item.name, seconds)
         runs.append(PassRun(item, result.modified, result.notes, seconds, changed))
         if observe is not None:
             observe(item, program, result)

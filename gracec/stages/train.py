@@ -91,7 +91,9 @@ def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
     if directory is not None:
         teacher = taught.model if taught else None
         fingerprint = _fingerprint(owned, teacher, (samples, held_out), request.recipe)
-    with training_log(directory, rule, len(samples), request.progress and rank() == 0) as log:
+    first = rank() == 0
+    told = request.told if first else ()
+    with training_log(rule, len(samples), request.progress and first, told) as log:
         curve = train_learner(
             student,
             taught,

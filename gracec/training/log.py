@@ -1,18 +1,17 @@
-"""What a person sees of a training run: a bar on a terminal, lines elsewhere, TensorBoard."""
+"""What a person is told of a training run, by a bar or lines, and what callbacks are."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gracec.callbacks import tell
 from gracec.recipe import Training
 from gracec.training.setup import steps_of
 
@@ -29,21 +28,17 @@ SCORES = {
 
 @contextmanager
 def training_log(
-    directory: Path | None, rule: Training, samples: int, progress: bool
-) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function that takes every row of figures of a run.
-
-    TensorBoard events go to `directory` if the package is installed.
-    """
+    rule: Training, samples: int, progress: bool, callbacks: Sequence[Any] = ()
+) -> Iterator[Callable[[dict[str, Any]], bool]]:
+    """A function that takes every row of figures of a run, and says whether to stop after it."""
     steps = steps_of(rule, samples)
     console = Console(file=sys.stderr, soft_wrap=True, highlight=False)
-    writer = _tensorboard(directory) if progress else None
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     last = 0.0
     with Progress(*columns, console=console, disable=not (progress and console.is_terminal)) as bar:
         task = bar.add_task("training", total=steps)
 
-        def log(row: dict[str, Any]) -> None:
+        def log(row: dict[str, Any]) -> bool:
             nonlocal last
             text = line(row, steps)
             bar.update(task, completed=row["step"], description=text)
@@ -52,16 +47,13 @@ def training_log(
             if progress and not console.is_terminal and due:
                 last = time.monotonic()
                 console.print(text, markup=False)
-            if writer is not None:
-                for name, value in row.items():
-                    if isinstance(value, (int, float)) and name != "step":
-                        writer.add_scalar(name, value, row["step"])
+            return tell(callbacks, *_event(row))
 
         try:
+            tell(callbacks, "on_train_begin", rule.model_dump(mode="json"))
             yield log
         finally:
-            if writer is not None:
-                writer.close()
+            tell(callbacks, "on_train_end")
 
 
 def line(row: dict[str, Any], steps: int) -> str:
@@ -88,9 +80,11 @@ def _scores(row: Mapping[str, Any]) -> str:
     return f"held out: {', '.join(figures)}"
 
 
-def _tensorboard(directory: Path | None) -> Any:
-    if directory is None or find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(directory))
+def _event(row: Mapping[str, Any]) -> tuple[str, int, dict[str, Any]]:
+    """The method of a callback for a row, with its step and figures."""
+    figures = {name: value for name, value in row.items() if name != "step"}
+    if "candidate" in row:  # the untrained one, whose scores are not those of the run
+        figures = {f"candidate_{name}": value for name, value in row["candidate"].items()}
+        return "on_evaluation", row["step"], figures
+    method = "on_evaluation" if "held_out_loss" in row else "on_step"
+    return method, row["step"], figures

@@ -52,7 +52,7 @@ from gracec.training.setup import (
     trainable,
 )
 
-Log = Callable[[dict[str, Any]], None]
+Log = Callable[[dict[str, Any]], bool | None]
 
 
 def train(
@@ -83,7 +83,7 @@ def train(
         fingerprint: of everything that decides the run; a checkpoint of another is refused.
         directory: for checkpoints and metrics; nothing is written without it.
         resume: go on from the newest checkpoint there, if there is one.
-        log: called with every row of figures.
+        log: called with every row of figures; whether to end the training after it.
 
     Raises:
         GracecError: if a checkpoint does not fit, or the loss is not finite too often in a row.
@@ -171,17 +171,20 @@ class Run:
                 raise GracecError("the model's loss on the held-out data is not finite")
             if self.candidate is not None:
                 self._try(self.candidate, held_out, log)
-        while self.step < self.steps:
+        stops = False
+        while self.step < self.steps and not stops:
             row = self.take_step()
             ended = self.step % self.steps_an_epoch == 0
             if ended and isinstance(self.controller, EpochLagrangianController):
                 self.controller.end_epoch(capacity(self.student.program))  # looks at every code
-            self._report(row, log)
-            last = self.step == self.steps
+            stops = self._anywhere(self._report(row, log))
+            last = stops or self.step == self.steps
             if last or self.step % self.rule.evaluate_every == 0:
-                self._evaluate(held_out, log)
-            if last or self.step % self.rule.checkpoint_every == 0:
+                stops |= self._anywhere(self._evaluate(held_out, log))
+            if last or stops or self.step % self.rule.checkpoint_every == 0:
                 self._save()
+        if stops and self.step < self.steps:
+            self.curve.notes.append(f"a callback ended the training after step {self.step}")
         if self.best:
             load_tensors(self.best, self.parameters)
         if self.curve.best_step is None and self.candidate is not None:
@@ -308,6 +311,12 @@ class Run:
         if self.ranked:
             dist.all_reduce(tensor)
 
+    def _anywhere(self, stops: bool) -> bool:
+        """Whether a callback, which one rank alone has, says to stop."""
+        said = torch.tensor(float(stops), device=self.student.model.device)
+        self._add_over_ranks(said)
+        return bool(said)
+
     def _skip(self) -> None:
         self.skipped_in_a_row += 1
         self.curve.skipped += 1
@@ -321,12 +330,13 @@ class Run:
             fix=f"lower the learning rate{hint}",
         )
 
-    def _evaluate(self, held_out: Iterable[Batch], log: Log) -> None:
+    def _evaluate(self, held_out: Iterable[Batch], log: Log) -> bool:
         """Score the held-out part, and keep the state if it is the best so far."""
         row = {"step": self.step, **self._scores(held_out)}
         self.curve.held_out.append(row)
-        log(row)
+        stops = bool(log(row))
         self._keep(row[self.curve.chosen_by], self.step, always=self.rule.keep == "last")
+        return stops
 
     def _try(
         self, candidate: Mapping[str, FrozenWeight], held_out: Iterable[Batch], log: Log
@@ -357,12 +367,12 @@ class Run:
             self.best_score, self.curve.best_step = figure, step
             self.best = {n: p.detach().clone() for n, p in self.parameters.items()}
 
-    def _report(self, row: dict[str, Any], log: Log) -> None:
+    def _report(self, row: dict[str, Any], log: Log) -> bool:
         self.curve.rows.append(row)
         if self.directory is not None and self.rank == 0:
             append_metrics(row, self.directory)
         seconds = self.curve.seconds[-1]
-        log({**row, "seconds": seconds.whole, "data_seconds": seconds.data})
+        return bool(log({**row, "seconds": seconds.whole, "data_seconds": seconds.data}))
 
     def _save(self) -> None:
         if self.directory is None or self.fingerprint is None or self.rank:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from gracec.data.questions import VqaSample, _spread, load_samples
+from gracec.data.questions import VqaSample, load_samples, spread
 from gracec.errors import GracecError
 from tests.tiny import tiny_image
 
@@ -97,7 +97,7 @@ def test_a_folder_without_samples_says_what_to_give(tmp_path: Path) -> None:
 
 def test_limit_does_not_fall_in_step_with_a_cycle_in_the_data() -> None:
     answers = ["yes", "no", "no", "yes"] * 50  # every stride of 2, 4, ... would see few of them
-    chosen = _spread(["exist"] * len(answers), 50)
+    chosen = spread(["exist"] * len(answers), 50)
     assert 15 <= sum(answers[index] == "yes" for index in chosen) <= 35
 
 
@@ -118,7 +118,7 @@ def test_limit_is_balanced_and_repeatable(tmp_path: Path) -> None:
 
 @given(types=st.lists(st.sampled_from("abcd"), min_size=1, max_size=60), limit=st.integers(1, 80))
 def test_spread_takes_distinct_positions_and_is_fair(types: list[str], limit: int) -> None:
-    chosen = _spread(types, limit)
+    chosen = spread(types, limit)
     assert chosen == sorted(set(chosen))
     assert len(chosen) == min(limit, len(types))
     taken, there = Counter(types[index] for index in chosen), Counter(types)
