@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from gracec.cli.app import Json, command, err, print_json
+from gracec.cli.logs import is_quiet
 
 
 @command
@@ -55,7 +56,7 @@ def opt(
 
         def show(item: Pass, before: Program, result: PassResult) -> None:
             if not (print_after_all or diff_after_all):
-                for note in result.notes:
+                for note in () if is_quiet() else result.notes:
                     err.print(f"{item.name}: {note}", markup=False)
                 return
             state = "modified" if result.modified else "unchanged"

@@ -7,11 +7,18 @@ import sys
 import warnings
 from typing import TextIO
 
-from rich.logging import RichHandler
-
 from gracec.cli.app import err
 
 LOGGER = logging.getLogger("gracec")
+
+
+class Lines(logging.Handler):
+    """Prints a record as a line, as errors and warnings are."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from gracec.errors import printable
+
+        err.print(f"gracec: {printable(record.getMessage())}", markup=False)
 
 
 def say(level: int) -> None:
@@ -19,11 +26,8 @@ def say(level: int) -> None:
 
     Warnings of gracec are shown from WARNING on. The library itself sets no level.
     """
-    if not any(isinstance(handler, RichHandler) for handler in LOGGER.handlers):
-        handler = RichHandler(console=err, show_time=False, show_level=False, show_path=False)
-        handler.setFormatter(logging.Formatter("gracec: %(message)s"))
-        LOGGER.addHandler(handler)
-        LOGGER.propagate = False
+    if not any(isinstance(handler, Lines) for handler in LOGGER.handlers):
+        LOGGER.addHandler(Lines())
     LOGGER.setLevel(level)
 
 

@@ -85,9 +85,9 @@ def run(
         settings |= {"do_sample": True, **given}
     if repetition_penalty is not None:
         settings["repetition_penalty"] = repetition_penalty
-    if seed is not None:
-        set_seed(seed)
     loaded, processor, _ = _load(model, target, revision, device, dtype)
+    if seed is not None:  # loading draws as well
+        set_seed(seed)
     streamer = None
     if not as_json and num_beams == 1:  # beams are not known before the end
         streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
