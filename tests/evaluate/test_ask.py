@@ -16,9 +16,9 @@ from rich.console import Console
 from torch import Tensor
 
 from gracec.data.pictures import load_image
+from gracec.data.prompts import Prompts
 from gracec.data.questions import VqaSample
 from gracec.errors import GracecError
-from gracec.evaluate import ask as vqa
 from gracec.evaluate.ask import answer, evaluate_vqa
 from gracec.evaluate.scores import (
     Prediction,
@@ -270,17 +270,17 @@ def test_answer_is_that_of_the_evaluation(samples: list[VqaSample]) -> None:
 def test_a_prompt_whose_image_tokens_were_cut_names_the_sample(
     samples: list[VqaSample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode_questions = vqa.encode_questions
+    encode = Prompts.encode
 
-    def cutting(processor: Any, questions: Sequence[str], *more: Any) -> dict[str, Any]:
-        encoded = encode_questions(processor, questions, *more)
-        cut = [question == QUESTIONS[1] for question in questions]
+    def cutting(prompts: Prompts, conversations: Any, *more: Any, **options: Any) -> dict[str, Any]:
+        encoded = encode(prompts, conversations, *more, **options)
+        cut = [messages[0]["content"][-1]["text"] == QUESTIONS[1] for messages in conversations]
         ids = encoded["input_ids"]
         for row in torch.tensor(cut).nonzero().flatten().tolist():
             ids[row, (ids[row] == 4).nonzero()[0]] = 3
         return encoded
 
-    monkeypatch.setattr(vqa, "encode_questions", cutting)
+    monkeypatch.setattr(Prompts, "encode", cutting)
     asked = [samples[0]] * 5 + [samples[1], samples[0]]
     with pytest.raises(GracecError, match="sample 5: the prompt has 15 image tokens where 16 are"):
         evaluate_vqa(Scripted(tiny_processor()), tiny_processor(), asked, batch_size=4)
