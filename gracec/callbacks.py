@@ -25,7 +25,8 @@ class Callback:
     """
 
     def on_stage(self, name: str) -> None:
-        """A stage begins: load, examine, prepare, train, freeze, lower, evaluate or publish."""
+        """A stage begins: load, examine, answer, prepare, train, freeze, lower, evaluate or
+        publish."""
 
     def on_train_begin(self, settings: Figures) -> None:
         """Training begins, by a recipe with these settings."""

@@ -181,7 +181,8 @@ def quantize(model: Any, request: Request, journal: Journal) -> tuple[Frozen, Ex
     told = listeners(request)
     source = stage(told, "load", load_source, model, request, journal)
     exam = stage(told, "examine", examine_original, source, request)
-    request = stage(told, "answer", answer, source, request, journal)
+    if request.asks_teacher:
+        request = stage(told, "answer", answer, source, request, journal)
     prepared = stage(told, "prepare", prepare, source, request, journal)
     accept(prepared, request)
     if request.training is not None:

@@ -112,6 +112,11 @@ class Request:
         return self.recipe.training if self.train_data is not None else None
 
     @property
+    def asks_teacher(self) -> bool:
+        """Whether the teacher answers the questions of `train_data` before they are learned."""
+        return self.training is not None and self.training.answers == "teacher"
+
+    @property
     def calibrates_weights(self) -> bool:
         """Whether scales and codes of weights are calibrated on `train_data`."""
         return self.train_data is not None and self.recipe.calibrates_weights

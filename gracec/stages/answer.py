@@ -18,14 +18,13 @@ from gracec.training.teacher_answers import teacher_answers
 
 
 def answer(source: Source, request: Request, journal: Journal) -> Request:
-    """The request with data that has the teacher's answers; as it is, if the data has them.
+    """The request with data that has the teacher's answers.
 
     Raises:
         GracecError: if there is no processor, the teacher does not fit, or the data cannot be read.
     """
     rule, processor = request.training, source.processor
-    if rule is None or rule.answers == "data":
-        return request
+    assert rule is not None
     if processor is None:
         raise GracecError("training needs the model's processor", fix="pass processor=")
     join_ranks()
