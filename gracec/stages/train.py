@@ -111,7 +111,7 @@ def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
     said = (*one.notes, *other.notes, *one.problems, *other.problems, *collate.problems)
     said += tuple(collate.notes) if rule.micro_batch_size > 1 else ()
     journal.note("training", *said, *curve.notes)
-    journal.training = {**curve.to_dict(), "seconds": curve.times()}
+    journal.training = curve.to_dict()
     if isinstance(request.train_data, TaughtSource):
         journal.training["answers"] = dict(request.train_data.summary)
     if journal.training["best_step"] != (0 if rule.learns == "scales" else None):

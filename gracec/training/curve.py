@@ -44,10 +44,12 @@ class Curve:
     chosen_by: str = "held_out_loss"
     seconds: list[Seconds] = field(default_factory=list, compare=False)
 
-    def times(self) -> dict[str, float]:
-        """Seconds of all steps that this process took, and of those the wait for samples."""
+    def waiting(self) -> str:
+        """How long the steps of this process took, and what share of it they waited for data."""
         whole, data = (sum(getattr(one, of) for one in self.seconds) for of in ("whole", "data"))
-        return {"steps": len(self.seconds), "whole": round(whole, 3), "data": round(data, 3)}
+        share = data / whole if whole else 0.0
+        steps = len(self.seconds)
+        return f"{steps} steps took {whole:,.1f} s, {share:.0%} of it waiting for samples"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; the same for runs to the same bits."""

@@ -50,9 +50,7 @@ def trained(
 
     def read(student: Any, teacher: Any, read: Any, size: int, held_out: Any, *_: Any, **__: Any):
         list(read([range(size)])), list(held_out)
-        return SimpleNamespace(
-            notes=("kept step 0",), to_dict=lambda: {"best_step": kept["step"]}, times=dict
-        )
+        return SimpleNamespace(notes=("kept step 0",), to_dict=lambda: {"best_step": kept["step"]})
 
     monkeypatch.setattr(stage, "train_learner", read)
     monkeypatch.setattr(stage, "capture", lambda teacher: captured)
@@ -82,7 +80,7 @@ def test_what_was_said_is_in_the_journal(trained: Callable[..., Journal]) -> Non
     problem, curve = journal.notes
     assert problem.source == "training" and "'<pad>', a control token" in problem.text
     assert curve == Note("training", "kept step 0")
-    assert journal.training == {"best_step": 0, "seconds": {}}
+    assert journal.training == {"best_step": 0}
 
 
 @pytest.mark.parametrize(

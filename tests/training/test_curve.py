@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gracec.training.curve import METRICS, Curve, append_metrics, write_metrics
+from gracec.training.curve import METRICS, Curve, Seconds, append_metrics, write_metrics
 
 
 def curve(best: int = 2, skipped: int = 0, saturated: int = 0) -> Curve:
@@ -67,3 +67,12 @@ def test_metrics_are_the_rows(tmp_path: Path) -> None:
     assert [json.loads(line) for line in written.splitlines()] == whole.rows
     write_metrics(whole, tmp_path / "run")
     assert file.read_text() == written
+
+
+def test_the_wait_for_samples_is_said_and_part_of_no_figure() -> None:
+    found = curve()
+    figures = found.to_dict()
+    assert found.waiting() == "0 steps took 0.0 s, 0% of it waiting for samples"
+    found.seconds += [Seconds(1.0, 0.5), Seconds(2.0, 0.25)]
+    assert found.waiting() == "2 steps took 3.0 s, 25% of it waiting for samples"
+    assert found.to_dict() == figures

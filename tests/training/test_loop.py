@@ -566,7 +566,7 @@ def test_workers_change_no_bit_of_a_run_nor_of_what_it_goes_on_with(
     more |= {"resume": True}
     curve = train(parts[2], None, Loader(made, 1), SAMPLES, HELD_OUT, options, **more)
     assert curve.to_dict() == expected.to_dict()
-    assert curve.times()["steps"] == 3 and curve.times()["data"] <= curve.times()["whole"]
+    assert len(curve.seconds) == 3 and curve.waiting() in curve.notes
     for name, tensor in weights(parts[0]).items():
         assert torch.equal(tensor, weights(parts[2])[name]), name
 
