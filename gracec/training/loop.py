@@ -193,7 +193,7 @@ class Run:
             parameter.grad = None
             parameter.requires_grad_(False)
         distils = self.objective.distillation != "none"
-        self.curve.notes += [self.curve.waiting(), *self.curve.conclusions(distils=distils)]
+        self.curve.notes += [*self.curve.conclusions(distils=distils), self.curve.waiting()]
         return self.curve
 
     def take_step(self) -> dict[str, Any]:
