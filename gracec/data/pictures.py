@@ -71,7 +71,7 @@ def confined(root: Path, name: str) -> tuple[Path, int]:
         Broken: if it is an address, leads out of the folder, or is no file.
     """
     if name.startswith("file://"):
-        name = _below(root, unquote(name.removeprefix("file://").removeprefix("localhost/")))
+        name = _below(root, unquote(name.removeprefix("file://").removeprefix("localhost")))
     if is_address(name) or name.startswith("data:"):
         raise Broken("image path", f"image {short(name)} is an address, nothing is fetched")
     flavours = (PurePosixPath(name), PureWindowsPath(name))

@@ -157,6 +157,7 @@ def as_openai(url: Any) -> dict[str, Any]:
         as_openai({"url": "images/3.png", "detail": "low"}),
         as_openai({"url": "file://images/3.png"}),
         as_openai({"url": "file://FOLDER/images/3.png"}),
+        as_openai({"url": "file://localhostFOLDER/images/3.png"}),
     ],
 )
 def test_parts_hold_pictures_as_clients_write_them(part: dict[str, Any], tmp_path: Path) -> None:
