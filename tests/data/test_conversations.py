@@ -514,7 +514,7 @@ def test_the_records_of_the_page_can_be_read(tmp_path: Path) -> None:
         tiny_image().save(tmp_path / name)
     *records, asked, text = [json.loads(block.text) for block in blocks]
     data = open_train_data(records, image_root=tmp_path, strict=True)
-    assert [len(whole(data, index).turns) for index in range(len(data))] == [4, 2]
+    assert [len(whole(data, index).turns) for index in range(len(data))] == [4, 2, 2, 2, 2]
     opened = open_source([asked])
     data = read_conversations(opened, image_root=tmp_path, strict=True, answered=False)
     assert [turn.role for turn in whole(data).turns] == ["user"]
