@@ -1,4 +1,5 @@
 # make test    lint, then every test that is not marked slow
+# make test-versions  the same with the oldest and with the newest packages: see CONTRIBUTING.md
 # make fuzz    mutate inputs of every kind, some thousands of each
 # make demo    quantize, evaluate and export a small model from end to end
 # make evidence  train what docs/results.md needs and is missing, and write that page (hours)
@@ -14,21 +15,26 @@ PYTEST_ARGS ?=
 WORKERS     ?= auto
 DEMO_ARGS   ?=
 FUZZ_ARGS   ?= --count 2000
+NOX_ARGS    ?=
 
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 # One thread a worker: the workers are the parallelism, and sums come out the same on every machine.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 $(PYTEST_ARGS)
-SOURCES := $(wildcard gracec tests examples benchmarks docs)
+SOURCES := $(wildcard gracec tests examples benchmarks docs noxfile.py)
 
-.PHONY: fuzz test test-all lint format demo evidence install constraints clean
+.PHONY: fuzz test test-all test-versions lint format demo evidence install constraints clean
 
 test: lint
 	$(PYTEST) -m "not slow" --timeout 600
 
 test-all: lint
 	$(PYTEST)
+
+# Environments of their own, with whatever Python of the sessions is there. It writes a results file.
+test-versions: $(STAMP)
+	PIP_ARGS="$(PIP_ARGS)" WORKERS=$(WORKERS) $(BIN)/nox $(NOX_ARGS)
 
 # Thousands of mutated inputs of each kind: one line, or the same answer. See tests/fuzz/run.py.
 fuzz: $(STAMP)
@@ -64,7 +70,7 @@ $(STAMP): pyproject.toml constraints.txt
 constraints:
 	rm -rf build/constraints
 	$(PYTHON) -m venv build/constraints
-	build/constraints/bin/python -m pip install $(PIP_ARGS) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) 'torch>=2.13,<2.14'
+	build/constraints/bin/python -m pip install $(PIP_ARGS) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) 'torch>=2.11,<2.16'
 	build/constraints/bin/python -m pip install $(PIP_ARGS) '.[dev]'
 	{ grep '^#' constraints.txt; \
 	  build/constraints/bin/python -m pip freeze --all --exclude gracec --exclude pip \
@@ -72,5 +78,5 @@ constraints:
 	mv build/constraints.txt constraints.txt
 
 clean:
-	rm -rf $(VENV) build dist out examples/*/node_modules *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .nox build dist out examples/*/node_modules *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -533,6 +533,23 @@ def doctor_examples() -> str:
     )
 
 
+def versions_table() -> str:
+    """What the sessions of noxfile.py ran with, and what came out."""
+    text = (DOCS / "results/versions.json").read_text(encoding="utf-8")
+    found: dict[str, Row] = dict(sorted(json.loads(text).items()))
+    lines: dict[str, Callable[[Row], str]] = {
+        "Python": lambda run: str(run["python"]),
+        "tests": lambda run: str(run["tests"]),
+        "passed": lambda run: str(run["passed"]),
+        "failed": lambda run: str(run["failed"]),
+        "skipped": lambda run: str(run["skipped"]),
+    }
+    rows = [[what, *map(cell, found.values())] for what, cell in lines.items()]
+    for package in sorted({name for run in found.values() for name in run["packages"]}):
+        rows.append([package, *(run["packages"].get(package, "-") for run in found.values())])
+    return table(["", *found], rows)
+
+
 FIRST_PAGE = (
     "torch bfloat16",
     "torchao int4 g64 bfloat16",
@@ -590,6 +607,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "speed": partial(decode_table, "decode_1b", "1.1 billion random weights", FIRST_PAGE),
     },
     "recipes.md": {"recipes": recipes_table, "fields": fields_table},
+    "versions.md": {"versions": versions_table},
     "which-recipe.md": {
         "smollm2": partial(which_recipe_table, "smollm2"),
         "gemma3": partial(which_recipe_table, "gemma3"),

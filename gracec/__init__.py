@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gracec._quiet import drop_import_noise, keep_usage_data
+from gracec._requirements import check_versions_of_command
 from gracec._version import __version__
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CompiledModel", "Recipe", "__version__", "compile", "load"]
 
+check_versions_of_command()
 drop_import_noise()
 keep_usage_data()
 

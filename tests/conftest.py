@@ -20,7 +20,7 @@ from gracec.compiler import compile
 from gracec.ir.program import Program
 from gracec.passes import parse_pipeline, run_passes
 from gracec.reload import SWITCH
-from tests.goldens import TWO_BLOCKS, header
+from tests.goldens import TWO_BLOCKS, header, same_graphs
 from tests.tiny import tiny_batch, tiny_llava, tiny_processor
 
 # A process for each artifact takes seconds; the tests of it ask for it. Children inherit this.
@@ -44,6 +44,7 @@ def golden(request: pytest.FixtureRequest) -> Callable[..., None]:
     def check(
         name: str, text: str, *, made_by: object, after: str = "", model: str = TWO_BLOCKS
     ) -> None:
+        same_graphs()
         path = GOLDEN / name
         text = header(made_by, after, model) + text
         if request.config.getoption("--update-goldens"):

@@ -128,7 +128,8 @@ def test_narrow_codes_are_named_in_the_notes(tmp_path: Path) -> None:
 def test_dequantizing_at_load_is_exact_for_one_scheme_only(
     case: str, exact: bool, batch: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    """Why there is a note: transformers loads a mixture by its first scheme, without an error."""
+    """Why there is a note: transformers loads a mixture by its first scheme, without an error. Not
+    all of its versions do; none is promised to load a mixture right."""
     artifact = random_artifact(CASES[case])
     notes = HuggingFace().write(artifact, tmp_path)
     assert any("dequantize=True" in note for note in notes) != exact
@@ -137,8 +138,8 @@ def test_dequantizing_at_load_is_exact_for_one_scheme_only(
         model = AutoModelForImageTextToText.from_pretrained(
             tmp_path, quantization_config=dequantize
         )
-    found = logits_of(model, batch)
-    assert torch.equal(found, logits_of(dense_model(artifact), batch)) == exact
+    if exact:
+        assert torch.equal(logits_of(model, batch), logits_of(dense_model(artifact), batch))
 
 
 def test_two_writes_are_equal_byte_for_byte(tmp_path: Path) -> None:
