@@ -57,7 +57,8 @@ def rendered(template: str) -> Any:
 def test_a_template_that_fails_or_takes_too_much_ends_in_one_line(
     template: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(templates, "SECONDS", 1.0)
+    if "longer" in message:  # the others have the time that a busy machine needs
+        monkeypatch.setattr(templates, "SECONDS", 1.0)
     started = time.perf_counter()
     with pytest.raises(GracecError) as error:
         encode_questions(tiny_processor(chat_template=template), ["what ?"], [tiny_image()])
