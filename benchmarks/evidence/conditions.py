@@ -151,6 +151,8 @@ def _calibrated() -> Iterator[Condition]:
         yield Condition("calibrated", f"w{bits}-no-data", NO_TRAINING, **given)
         given |= {"scenes": CALIBRATION_SCENES}
         yield Condition("calibrated", f"w{bits}-calibrated", NO_TRAINING, **given)
+        given |= {"weights": {"decoder": {"bits": bits, "group_size": 128}}}
+        yield Condition("calibrated", f"w{bits}d-calibrated", NO_TRAINING, **given)
     for bits in (3, 2):
         given = {"weights": both(bits), "calibrated": True, "scenes": CALIBRATION_SCENES}
         yield Condition("calibrated", f"w{bits}-scales", "w4a16-scales", "self", steps=120, **given)

@@ -505,6 +505,16 @@ CALIBRATED = [
     ("2 bits, trained by GRACE, from weights alone", "w2-grace", "student"),
     ("2 bits, trained by GRACE, from calibrated scales", "w2-grace-calibrated", "student"),
 ]
+PEERS = [
+    (f"{bits} bits, {words}", name, "student")
+    for bits, label in ((4, "g128"), (3, "w3d"), (2, "w2d"))
+    for words, name in (
+        ("llm-compressor, RTN", f"peer-rtn-{label}"),
+        ("llm-compressor, GPTQ", f"peer-gptq-{label}"),
+        ("llm-compressor, AWQ", f"peer-awq-{label}"),
+        ("gracec, calibrated", f"w{bits}d-calibrated"),
+    )
+]
 
 
 def render(evidence: Evidence) -> str:
@@ -564,6 +574,8 @@ def render(evidence: Evidence) -> str:
         "\n## Without training, and from there\n",
         CALIBRATED_TEXT.format(scenes=by_name["w2-calibrated"].scenes),
         comparison_table(evidence, CALIBRATED),
+        "\n" + PEERS_TEXT,
+        comparison_table(evidence, PEERS),
         "\n## Little data\n",
         LITTLE_TEXT.format(steps=steps["little"]),
         accuracy_table(evidence, _words(evidence, LITTLE_ROWS)),
@@ -680,6 +692,10 @@ seconds of work. In the last two, scales may be negative. "then scales trained" 
 `w4a16-scales` on the same questions, without their answers: codes stay, scales learn what the
 original would say. The trained rows are those of "Two bits" with the calibrated scales to start
 from.
+"""
+PEERS_TEXT = """Beside another tool, with the decoder alone quantized (g128). Its GPTQ and AWQ
+calibrate on 512 of the training questions, drawn by the seed; where data is used there are several
+seeds.
 """
 ABLATION_TEXT = """The same two bits, 100 scenes (so that there are epochs), the bigger teacher,
 {steps} steps of which the last state is kept, two seeds. Each row changes one thing in GRACE; a

@@ -69,23 +69,29 @@ def factor(moments: Tensor, damping: float = 0.01, *, by_activation: bool = True
         matrix = moments[turned[:, None], turned].to(torch.float64)
         matrix.diagonal().copy_(diagonal[turned] + added * diagonal.mean())
         failed = torch.empty((), dtype=torch.int32, device=moments.device)
-        # In its own place: these are the largest tensors of a calibration.
+        # In its own place, column by column as LAPACK has it, which would otherwise copy it: these
+        # are the largest tensors of a calibration.
+        matrix = matrix.mT
         torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
         if not failed:
-            upper = _inverse(matrix).flip(0, 1)
-            if torch.isfinite(upper).all():
+            upper = _turned_inverse(matrix)
+            del matrix
+            if torch.isfinite(torch.stack(upper.aminmax())).all():
                 return Factor(upper, order, added)
     return None
 
 
-def _inverse(lower: Tensor) -> Tensor:
-    """float32 inverse of a float64 lower triangular matrix, some columns at a time."""
-    found = torch.empty(lower.shape, dtype=torch.float32, device=lower.device)
-    for start in range(0, len(lower), COLUMNS):
-        unit = torch.zeros_like(lower[:, start : start + COLUMNS])
+def _turned_inverse(lower: Tensor) -> Tensor:
+    """float32 inverse of a float64 lower triangular matrix turned by 180 degrees, some columns at
+    a time."""
+    size = len(lower)
+    found = torch.empty(size, size, dtype=torch.float32, device=lower.device)
+    for start in range(0, size, COLUMNS):
+        end = min(start + COLUMNS, size)
+        unit = torch.zeros_like(lower[:, start:end])
         unit[start:].diagonal().fill_(1)
         torch.linalg.solve_triangular(lower, unit, upper=False, out=unit)
-        found[:, start : start + COLUMNS] = unit
+        found[:, size - end : size - start] = unit.flip(0, 1)
     return found
 
 
