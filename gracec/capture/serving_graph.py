@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from gracec.models.cache_argument import CACHE_ARGUMENT
 from gracec.quant.ops import last_positions
 
 BATCH, LENGTH, PAST = "batch_size", "sequence_length", "past_sequence_length"
@@ -84,12 +85,12 @@ class DecoderStep(nn.Module):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=_cache(past_key_values),
             use_cache=True,
+            **{CACHE_ARGUMENT: _cache(past_key_values)},
         )
         kept = last_positions(outputs.last_hidden_state, num_logits_to_keep)
         logits: Tensor = model.lm_head(kept)
-        layers = outputs.past_key_values.layers
+        layers = outputs[CACHE_ARGUMENT].layers
         return logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values))
 
 

@@ -3,6 +3,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from gracec.ir.program import Program
+from gracec.models.cache_argument import CACHE_ARGUMENT
 from gracec.passes import parse_pipeline, run_passes
 from gracec.passes.plan_quantization import Plan, plan_of
 from gracec.report.memory import memory_plan, size
@@ -26,7 +27,7 @@ def test_the_kv_cache_and_the_logits_are_those_of_the_model(
     }
     with torch.no_grad():
         outputs = llava(**inputs, use_cache=True)
-    layers = outputs.past_key_values.layers
+    layers = outputs[CACHE_ARGUMENT].layers
     cache = sum(
         t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values)
     )

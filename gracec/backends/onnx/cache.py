@@ -46,6 +46,13 @@ class RuntimeCache(Cache):
     def is_initialized(self) -> bool:
         return bool(self.values)
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """Whether each layer keeps a state instead of positions, as transformers asks: none does.
+
+        Of a cache without layers it would be true of all, and prompts would be read again."""
+        return [False]
+
     def reset(self) -> None:
         self.values = {}
 

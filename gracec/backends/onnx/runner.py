@@ -35,6 +35,7 @@ from gracec.capture.serving_graph import (
     empty_cache,
 )
 from gracec.errors import GracecError
+from gracec.models.cache_argument import CACHE_ARGUMENT
 from gracec.models.configs import read_generation_config
 from gracec.models.loading import load_config, load_processor
 
@@ -187,12 +188,13 @@ class OnnxModel(GenerationMixin):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: RuntimeCache | None = None,
+        cache: RuntimeCache | None = None,
         mm_encoder_outputs: Mapping[str, Any] | None = None,
         prompt_positions: Tensor | None = None,
         logits_to_keep: int = 0,
         use_cache: bool = True,
         return_dict: bool = True,
+        past_key_values: RuntimeCache | None = None,
         **images: Tensor,
     ) -> CausalLMOutputWithPast:
         """Logits [B, S, V] of a batch from the processor, or of the tokens after a cache.
@@ -200,17 +202,19 @@ class OnnxModel(GenerationMixin):
         Args:
             input_ids: int64 [B, S].
             attention_mask: int64 [B, P + S] with a cache of P positions; all ones by default.
-            past_key_values: the cache of a call before, which this one makes longer.
+            cache: of a call before, which this one makes longer.
             mm_encoder_outputs, prompt_positions: what `generate` has made of the images.
             logits_to_keep: the last positions whose logits are computed, 0 for all.
             use_cache: whether to return a cache.
             return_dict: there is no other form.
+            past_key_values: another word for `cache`.
             images: what else the processor returned.
 
         Raises:
             GracecError: if the images do not fit the prompts.
         """
-        past = RuntimeCache() if past_key_values is None else past_key_values
+        given = past_key_values if cache is None else cache
+        past = RuntimeCache() if given is None else given
         features = _features(mm_encoder_outputs)
         if images or (features is None and not past.values):
             prepared, features = self._encoded(
@@ -228,7 +232,8 @@ class OnnxModel(GenerationMixin):
         logits, past.values = self.decode(
             embeds, attention_mask, positions, logits_to_keep, past.values
         )
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past if use_cache else None)
+        found: Any = {CACHE_ARGUMENT: past if use_cache else None}
+        return CausalLMOutputWithPast(logits=logits, **found)
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *arguments: Any, **options: Any) -> Any:
@@ -252,13 +257,16 @@ class OnnxModel(GenerationMixin):
         if inputs is not None:
             batch["input_ids"] = inputs
         prepared, features = self._encoded(batch)
-        mask, past = prepared["attention_mask"], options.get("past_key_values")
+        for name in ("cache", "past_key_values"):
+            if name in options:
+                options[CACHE_ARGUMENT] = options.pop(name)
+        mask, past = prepared["attention_mask"], options.get(CACHE_ARGUMENT)
         if not mask[:, -1].all():
             raise GracecError("padded on the right", where="batch", fix="pad on the left")
         if past is not None and not isinstance(past, RuntimeCache):
             raise GracecError(
                 f"a {type(past).__name__} is no cache of the ONNX runner",
-                where="past_key_values",
+                where=CACHE_ARGUMENT,
                 fix="give that of an output with return_dict_in_generate=True",
             )
         if features is not None:
@@ -285,8 +293,8 @@ class OnnxModel(GenerationMixin):
             raise GracecError(
                 f"cache_implementation {kind!r}: the cache is in ONNX Runtime", fix="leave it out"
             )
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
-            model_kwargs["past_key_values"] = RuntimeCache()
+        if model_kwargs.get(CACHE_ARGUMENT) is None and generation_config.use_cache:
+            model_kwargs[CACHE_ARGUMENT] = RuntimeCache()
 
     def _encoded(self, batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor | None]:
         """Prepared inputs, and the visual tokens [N, H] of all images, if there are any."""

@@ -20,6 +20,7 @@ from gracec.backends.onnx.session import SessionConfig
 from gracec.compiled import CompiledModel
 from gracec.errors import GracecError
 from gracec.evaluate import answer
+from gracec.models.cache_argument import CACHE_ARGUMENT
 from gracec.models.loading import load_config
 from tests.backends.artifacts import tokens_of
 from tests.test_cli import gracec as command
@@ -124,7 +125,7 @@ def test_an_answer_goes_on_from_its_cache(model: OnnxModel, batch: dict[str, Ten
         "input_ids": first.sequences,
         "attention_mask": torch.cat([mask, mask.new_ones(len(mask), 3)], 1),
     }
-    length, cache = first.sequences.shape[1] - 1, first.past_key_values
+    length, cache = first.sequences.shape[1] - 1, first[CACHE_ARGUMENT]
     assert (cache.get_seq_length(), cache.batch_size, len(cache)) == (length, 2, 2)
     rest = model.generate(**longer, max_new_tokens=3, past_key_values=cache, **options)
     assert torch.equal(rest.sequences, whole.sequences)
