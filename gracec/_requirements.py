@@ -13,7 +13,7 @@ from gracec.errors import GracecError, GracecWarning
 SUPPORTED = {
     "torch": ("2.11", "2.16"),
     "torchao": ("0.17", "0.19"),
-    "transformers": ("5.19", "6"),
+    "transformers": ("5.21", "6"),
 }
 """Package -> the oldest version, and the first that is too new; as in pyproject.toml."""
 

@@ -24,9 +24,11 @@ def header(made_by: object, after: str, model: str) -> str:
     return f"// pass: {made_by}\n// after: {after or 'the capture'}\n// model: {model}\n"
 
 
+INSTALLED = tuple(int(number) for number in transformers.__version__.split(".")[:2])
+
+
 def same_graphs() -> None:
     """Skip a test of what is in a graph where transformers computes the same in other steps."""
-    installed = tuple(int(number) for number in transformers.__version__.split(".")[:2])
-    if installed < GRAPHS_FROM:
+    if INSTALLED < GRAPHS_FROM:
         first = ".".join(map(str, GRAPHS_FROM))
         pytest.skip(f"the graphs that are written down are those of transformers {first} and later")

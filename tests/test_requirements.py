@@ -59,13 +59,13 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
 def test_what_is_too_old_is_refused(version: str, install: Install) -> None:
     install(version)
     message = (
-        rf"^transformers {version} is installed, gracec needs 5.19 or newer; pip install '.*'$"
+        rf"^transformers {version} is installed, gracec needs 5.21 or newer; pip install '.*'$"
     )
     with pytest.raises(GracecError, match=message):
         check_versions()
 
 
-@pytest.mark.parametrize("version", ["5.19.0", "5.24.0", "5.100.1"])
+@pytest.mark.parametrize("version", ["5.21.0", "5.24.0", "5.100.1"])
 @pytest.mark.filterwarnings("error")
 def test_what_is_supported_is_used(version: str, install: Install) -> None:
     install(version)

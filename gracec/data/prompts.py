@@ -28,6 +28,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REFUSALS = (
     *(ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, AttributeError),
     *(MemoryError, TemplateError),
+    StopIteration,  # of transformers before 5.23, for more placeholders than pictures
 )
 
 Message = dict[str, Any]

@@ -160,6 +160,7 @@ def _fetched(
             revision=revision,
             allow_patterns=list(patterns),
             ignore_patterns=[*NEVER, *without],
+            local_files_only=constants.HF_HUB_OFFLINE,  # older ones ask all the same
         )
     except GatedRepoError as error:
         raise GracecError(

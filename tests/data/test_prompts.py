@@ -110,7 +110,7 @@ def test_masks_of_answers_and_no_labels() -> None:
 def test_a_refusal_names_the_first_that_fails_by_itself() -> None:
     questions = ["what ?", "is <image> it ?", "is <image> it ?"]
     images = [tiny_image()] * 3
-    with pytest.raises(GracecError, match=r"^b: the processor refuses it \(.*2 <image>") as caught:
+    with pytest.raises(GracecError, match=r"^b: the processor refuses it \(") as caught:
         encode_questions(tiny_processor(), questions, images, ["a", "b", "c"])
     assert "\n" not in str(caught.value)
     with pytest.raises(GracecError, match="^question 2: the processor refuses it"):

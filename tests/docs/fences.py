@@ -15,6 +15,7 @@ from unittest import mock
 from transformers import PreTrainedModel
 
 from gracec.ir.program import Program
+from tests.goldens import same_graphs
 
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
 _FENCE = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -50,6 +51,7 @@ def run_page(page: str, captured: Program | None = None) -> dict[str, Any]:
     Returns:
         The namespace.
     """
+    same_graphs()
     if captured is not None:
         with mock.patch("gracec.capture.capture", capture_again(captured)):
             return run_page(page)

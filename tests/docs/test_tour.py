@@ -13,7 +13,7 @@ from gracec import ir
 from gracec.ir.program import Program
 from gracec.passes import all_passes
 from tests.docs.fences import DOCS, Fence, fences, run_page
-from tests.goldens import ONE_BLOCK, TWO_BLOCKS, header
+from tests.goldens import ONE_BLOCK, TWO_BLOCKS, header, same_graphs
 
 ROOT = DOCS.parent
 PAGE = "tour.md"
@@ -40,6 +40,7 @@ def test_every_pass_has_its_section() -> None:
 def test_the_commands_make_the_golden_files(
     after: Callable[[str], Program], after_block: Callable[[str], Program]
 ) -> None:
+    same_graphs()
     run = {"out/tiny-llava": (after, TWO_BLOCKS), "out/one-block": (after_block, ONE_BLOCK)}
     blocks = [fence for fence in fences(PAGE) if fence.language in ("sh", "ir")]
     made = set()
