@@ -95,8 +95,14 @@ def test_a_lora_is_merged(
         GracecError, match="holds an adapter of PEFT, not a model; load it with peft"
     ):
         gracec.compile(tmp_path / "adapter", "w4a16-ptq")
+
+
+def test_adapters_inside_a_model_are_refused(llava: LlavaForConditionalGeneration) -> None:
     inside = copy.deepcopy(llava)
-    inside.add_adapter(LoraConfig(r=4, target_modules=r".*language_model.*\.q_proj"))
+    try:
+        inside.add_adapter(LoraConfig(r=4, target_modules=r".*language_model.*\.q_proj"))
+    except ValueError as error:
+        pytest.skip(f"transformers says: {error}")
     with pytest.raises(GracecError, match="adapters of PEFT are inside the model"):
         gracec.compile(inside, "w4a16-ptq")
 
