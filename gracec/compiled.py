@@ -21,11 +21,13 @@ from gracec.backends.onnx.format import Onnx
 from gracec.errors import GracecError, first_line
 from gracec.frozen import Frozen
 from gracec.ir.program import Program
-from gracec.models.devices import device_named, dtype_named
-from gracec.models.hub import find_artifact
+from gracec.models.devices import device_and_dtype, device_named, dtype_named, same_device
+from gracec.models.hub import find_artifact, find_description, find_model
+from gracec.models.loading import load_model, load_processor
 from gracec.quant.frozen import FrozenWeight
 from gracec.report import Report
 from gracec.stages.publish import read_artifact, write_artifact, write_formats
+from gracec.store import is_artifact
 from gracec.targets.base import Runtime, Target, target_named
 
 if TYPE_CHECKING:
@@ -130,15 +132,14 @@ class CompiledModel:
         Raises:
             GracecError: if it cannot, or for another dtype, which the kernels were chosen for.
         """
-        if isinstance(device, torch.dtype):
-            device, dtype = None, device
+        device, dtype = device_and_dtype(device, dtype)
         if dtype not in (None, self.dtype):
             raise GracecError(
                 f"the kernels were made for {self.dtype}, and {dtype} is asked for",
                 where="to",
                 fix="compile again with that dtype",
             )
-        if device is None or _same_device(torch.device(device), self.device):
+        if device is None or same_device(device, self.device):
             return self
         if not hasattr(self.runtime, "to"):
             raise GracecError(
@@ -268,11 +269,6 @@ class _Placement(TypedDict, total=False):
     dtype: str | torch.dtype | None
 
 
-def _same_device(asked: torch.device, found: torch.device) -> bool:
-    """Whether a device is meant by another, which may say no number."""
-    return asked.type == found.type and asked.index in (None, found.index)
-
-
 @overload
 def load(
     directory: str | Path,
@@ -342,6 +338,31 @@ def load(
     frozen, report = read_artifact(path)
     runtime, _ = chosen.lower(_placed(frozen, chosen, place, precision))
     return CompiledModel(frozen, runtime, report)
+
+
+def open_model(
+    named: str | Path,
+    target: str | None = None,
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> tuple[Any, Any]:
+    """What answers questions, and its processor: a gracec artifact, or a Hugging Face model.
+
+    Args:
+        named: a directory, or "org/name" of a repository of the Hugging Face Hub.
+        target: of an artifact, as for `load`, whose other arguments these are as well.
+
+    Raises:
+        GracecError: if it is neither.
+    """
+    where, precision = device_named(device), dtype_named(dtype)
+    if target is None and not is_artifact(find_description(named, revision).path):
+        path = find_model(named, revision).path
+        return load_model(path, precision, where), load_processor(path)
+    loaded: Any = load(named, target, revision=revision, device=where, dtype=precision)
+    return loaded, loaded.processor
 
 
 def _placed(

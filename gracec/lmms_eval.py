@@ -19,16 +19,12 @@ from typing import Any
 
 from PIL import Image
 from rich.console import Console
-from rich.progress import Progress
 
-import gracec
+from gracec.compiled import open_model
 from gracec.data.pictures import as_loaded
 from gracec.errors import GracecError
-from gracec.evaluate.ask import Generator, answers
-from gracec.models.devices import device_named, dtype_named
-from gracec.models.hub import find_description, find_model
-from gracec.models.loading import load_model, load_processor
-from gracec.store import is_artifact
+from gracec.evaluate.ask import answers
+from gracec.training.progress import bar
 
 # Without the extra the class can still be read and tested, but not registered.
 lmms: Any = object
@@ -140,7 +136,13 @@ class Gracec(lmms):  # type: ignore[misc]  # untyped
         self.batch_size = int(batch_size)
         # lmms-eval has made numbers of what looks like one.
         at = None if revision is None else str(revision)
-        self.model, self.processor = _load(str(pretrained), backend, at, device, dtype)
+        self.model, self.processor = open_model(
+            str(pretrained),
+            None if backend == DEFAULT_BACKEND else backend,
+            revision=at,
+            device=device,
+            dtype=dtype,
+        )
 
     @property
     def device(self) -> Any:
@@ -169,8 +171,8 @@ class Gracec(lmms):  # type: ignore[misc]  # untyped
         found: list[str] = []
         tokens_by_size: dict[tuple[int, int], int] = {}
         console = Console(stderr=True)
-        with Progress(console=console, disable=not console.is_terminal) as progress:
-            bar = progress.add_task("gracec", total=len(requests))
+        with bar(console, console.is_terminal) as progress:
+            task = progress.add_task("gracec", total=len(requests))
             for setting, batch in _batches(requests, settings, self.batch_size):
                 texts = answers(
                     self.model,
@@ -182,7 +184,7 @@ class Gracec(lmms):  # type: ignore[misc]  # untyped
                     max_new_tokens=setting.max_new_tokens,
                 )
                 found += [setting.cut(text) for text in texts]
-                progress.update(bar, completed=len(found))
+                progress.update(task, completed=len(found))
         return found
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -216,19 +218,6 @@ class Gracec(lmms):  # type: ignore[misc]  # untyped
                 where=where,
             )
         return as_loaded(picture, where)
-
-
-def _load(
-    name: str, backend: str, revision: str | None, device: str | None, dtype: str | None
-) -> tuple[Generator, Any]:
-    """A model that generates, and its processor."""
-    where, precision = device_named(device), dtype_named(dtype)
-    if backend == DEFAULT_BACKEND and not is_artifact(find_description(name, revision).path):
-        path = find_model(name, revision).path
-        return load_model(path, precision, where), load_processor(path)  # type: ignore[return-value]
-    target = None if backend == DEFAULT_BACKEND else backend
-    model: Any = gracec.load(name, target, revision=revision, device=where, dtype=precision)
-    return model, model.processor
 
 
 def _batches(

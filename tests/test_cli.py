@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import gracec as package
-from gracec import cli, gates
+from gracec import cli, compiled, gates
 from gracec.ir.program import Program
 from gracec.passes import Pass, PassResult, all_passes
 from gracec.recipe import Recipe
@@ -79,7 +79,7 @@ def talk(
 
 
 def test_run_talks_line_by_line(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.running, "_load", cache(cli.running._load))
+    monkeypatch.setattr(compiled, "open_model", cache(compiled.open_model))
     image = workspace / "data/images/0.png"
     said = f"what is this ?\n\nand red ?\n/reset\n/image {image}\nwhat is this ?\n/quit\nno more\n"
     done = talk(monkeypatch, said, workspace / "int4", "--image", image, "--json")
@@ -111,7 +111,7 @@ def test_a_person_is_told_what_is_wrong_and_goes_on(
 
 
 def test_run_draws_and_follows_beams(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.running, "_load", cache(cli.running._load))
+    monkeypatch.setattr(compiled, "open_model", cache(compiled.open_model))
     question = ("run", workspace / "int4", "--prompt", "what is red ?", "--max-new-tokens", 6)
     drawn = [gracec(*question, "--temperature", 5, "--seed", seed).stdout for seed in (1, 1, 2, 3)]
     assert drawn[0] == drawn[1]

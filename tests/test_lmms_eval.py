@@ -293,7 +293,7 @@ def test_a_backend_is_handed_on_to_load(
         asked.append((name, target, options))
         return compiled
 
-    monkeypatch.setattr(gracec, "load", load)
+    monkeypatch.setattr("gracec.compiled.load", load)
     assert Gracec(pretrained=artifact, backend="torch").model is compiled
     placed = {"revision": 12, "device": "cpu", "dtype": "float32"}
     assert Gracec(pretrained=artifact, backend="onnx", **placed).model is compiled

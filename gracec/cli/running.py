@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import Progress
 
 from gracec.cli.app import (
     MOST_AT_ONCE,
@@ -71,6 +70,7 @@ def run(
     from transformers import TextStreamer, set_seed
 
     from gracec.cli.conversing import answer_one, converse
+    from gracec.compiled import open_model
     from gracec.evaluate import Chat, load_image
 
     for value, option in ((prompt or "", "--prompt"), (system, "--system")):
@@ -85,7 +85,7 @@ def run(
         settings |= {"do_sample": True, **given}
     if repetition_penalty is not None:
         settings["repetition_penalty"] = repetition_penalty
-    loaded, processor, _ = _load(model, target, revision, device, dtype)
+    loaded, processor = open_model(model, target, revision=revision, device=device, dtype=dtype)
     if seed is not None:  # loading draws as well
         set_seed(seed)
     streamer = None
@@ -145,11 +145,15 @@ def eval(
     as_json: Json = False,
 ) -> None:
     """Accuracy by type of question, beside the blind, majority and chance rates."""
+    from gracec.compiled import open_model
     from gracec.evaluate import evaluate_vqa, format_table, load_questions
+    from gracec.models.hub import name_of
+    from gracec.training.progress import bar
 
     samples, skipped = load_questions(data, limit)
-    loaded, processor, name = _load(model, target, revision, device, dtype)
-    with Progress(console=err, disable=is_quiet() or not err.is_terminal) as progress:
+    loaded, processor = open_model(model, target, revision=revision, device=device, dtype=dtype)
+    name = name_of(model)
+    with bar(err, not is_quiet() and err.is_terminal) as progress:
         task = progress.add_task(name, total=len(samples))
         report = evaluate_vqa(
             loaded,
@@ -186,29 +190,3 @@ def demo(
     result = run_demo(example, output, limit=limit, console=err if as_json else out)
     if as_json:
         print_json(result)
-
-
-def _load(
-    model: str,
-    target: str | None,
-    revision: str | None,
-    device: str | None,
-    dtype: str | None,
-) -> tuple[Any, Any, str]:
-    """A model that generates, its processor and its name, from an artifact or of Hugging Face."""
-    import gracec
-    from gracec.models.devices import device_named, dtype_named
-    from gracec.models.hub import find_artifact, find_description, find_model
-    from gracec.models.loading import load_model, load_processor
-    from gracec.store import is_artifact
-    from gracec.targets.base import target_named
-
-    where, precision = device_named(device), dtype_named(dtype)
-    place = find_description(model, revision)
-    if target is not None or is_artifact(place.path):
-        onnx = target_named(target).reads
-        place = find_artifact(model, revision, onnx=onnx)
-        loaded: Any = gracec.load(place.path, target, device=where, dtype=precision)
-        return loaded, loaded.processor, place.name
-    place = find_model(model, revision)
-    return load_model(place.path, precision, where), load_processor(place.path), place.name

@@ -60,6 +60,15 @@ def dtype_named(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return DTYPES[name]
 
 
+def device_and_dtype(
+    device: str | torch.device | torch.dtype | None, dtype: torch.dtype | None
+) -> tuple[torch.device | None, torch.dtype | None]:
+    """What `to` of a model is asked for: the first may be either, as torch has it."""
+    if isinstance(device, torch.dtype):
+        return None, device
+    return None if device is None else torch.device(device), dtype
+
+
 def same_device(one: torch.device, other: torch.device) -> bool:
     """Whether both are one device; without a number it is the current one."""
     if one.type != other.type or one.type == "cpu":

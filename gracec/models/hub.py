@@ -78,6 +78,11 @@ def is_hub_name(named: object) -> bool:
     return not os.path.lexists(named)
 
 
+def name_of(named: str | os.PathLike[str]) -> str:
+    """What a model is called: "org/name" of a repository, else the last part of its path."""
+    return os.fspath(named) if is_hub_name(named) else Path(named).resolve().name
+
+
 def find_model(named: Named, revision: str | None = None) -> Place:
     """A Hugging Face model or a gracec artifact, with its weights or codes.
 
@@ -135,7 +140,7 @@ def find_description(named: Named, revision: str | None = None) -> Place:
             where=str(named),
             fix='leave revision out, or name a repository of the Hugging Face Hub, "org/name"',
         )
-    return Place(path, path.resolve().name)
+    return Place(path, name_of(path))
 
 
 def _with(place: Place, patterns: Sequence[str], without: Sequence[str] = ()) -> Place:

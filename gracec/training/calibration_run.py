@@ -9,8 +9,6 @@ kept are the first ones. Each file says what decided it: the model, the samples,
 from __future__ import annotations
 
 import json
-import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,8 +16,6 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -30,11 +26,10 @@ from gracec.passes.correct_codes import Corrected
 from gracec.quant import FrozenWeight, QuantSpec
 from gracec.quant.frozen import Experts, check_frozen
 from gracec.training.checkpoints.fingerprint import Fingerprint, FingerprintFields
+from gracec.training.progress import Shown, shown
 
 CALIBRATED = "calibrated"
 """Name of the folder in that of a run."""
-LINE_EVERY = 10.0
-"""Seconds between two lines where there is no terminal."""
 _REMOVE = "remove it: everything from it on is corrected again"
 
 
@@ -60,16 +55,14 @@ class CalibrationRun:
     """Progress of `correct-codes`.
 
     Attributes:
-        bar, console: where it is shown; nowhere without a console.
+        show: how far it is.
         directory: where sets are kept; nowhere without one.
         fingerprint: of everything that decides them.
     """
 
-    bar: Progress
-    console: Console | None = None
+    show: Shown
     directory: Path | None = None
     fingerprint: Fingerprint | None = None
-    last_line: float = 0.0
 
     def kept(self, run: str, number: int) -> dict[str, Corrected] | None:
         """The weights of a set, if it was kept.
@@ -90,12 +83,7 @@ class CalibrationRun:
             assert self.fingerprint is not None
             _write(path, weights, self.fingerprint)
         text = f"calibrating {number + 1}/{of}" + ("" if run == "0" else f" (asymmetric {run})")
-        task = self.bar.tasks[0].id if self.bar.tasks else self.bar.add_task(text)
-        self.bar.update(task, completed=number + 1, total=of, description=text)
-        due = number + 1 == of or time.monotonic() - self.last_line > LINE_EVERY
-        if self.console is not None and not self.console.is_terminal and due:
-            self.last_line = time.monotonic()
-            self.console.print(text, markup=False)
+        self.show(text, number + 1, of, due=number + 1 == of)
 
     def _path(self, run: str, number: int) -> Path | None:
         if self.directory is None:
@@ -108,11 +96,8 @@ def calibration_run(
     progress: bool, directory: Path | None = None, fingerprint: Fingerprint | None = None
 ) -> Iterator[CalibrationRun]:
     """What follows a calibration, on a terminal as a bar and elsewhere as lines."""
-    console = Console(file=sys.stderr, soft_wrap=True, highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    hidden = not (progress and console.is_terminal)
-    with Progress(*columns, console=console, disable=hidden) as bar:
-        yield CalibrationRun(bar, console if progress else None, directory, fingerprint)
+    with shown(progress) as show:
+        yield CalibrationRun(show, directory, fingerprint)
 
 
 def calibrated_sets(directory: Path) -> list[Path]:

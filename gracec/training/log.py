@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
 from gracec.callbacks import tell
 from gracec.recipe import Training
+from gracec.training.progress import shown
 from gracec.training.setup import steps_of
 
-LINE_EVERY = 10.0
-"""Seconds between two lines where there is no terminal."""
 SCORES = {
     "held_out_loss": ("loss", ".4f"),
     "held_out_exact": ("exact", ".1%"),
@@ -32,21 +26,11 @@ def training_log(
 ) -> Iterator[Callable[[dict[str, Any]], bool]]:
     """A function that takes every row of figures of a run, and says whether to stop after it."""
     steps = steps_of(rule, samples)
-    console = Console(file=sys.stderr, soft_wrap=True, highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    last = 0.0
-    with Progress(*columns, console=console, disable=not (progress and console.is_terminal)) as bar:
-        task = bar.add_task("training", total=steps)
+    with shown(progress, "training", steps) as show:
 
         def log(row: dict[str, Any]) -> bool:
-            nonlocal last
-            text = line(row, steps)
-            bar.update(task, completed=row["step"], description=text)
             scored = bool({"held_out_loss", "candidate"} & row.keys())
-            due = scored or time.monotonic() - last > LINE_EVERY
-            if progress and not console.is_terminal and due:
-                last = time.monotonic()
-                console.print(text, markup=False)
+            show(line(row, steps), row["step"], steps, due=scored)
             return tell(callbacks, *_event(row))
 
         try:

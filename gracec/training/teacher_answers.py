@@ -14,17 +14,12 @@ Batches are the same however often it was interrupted, so the answers are too.
 from __future__ import annotations
 
 import json
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel
 
 from gracec.data.collate import Collator
@@ -45,14 +40,13 @@ from gracec.training.checkpoints.fingerprint import (
     fingerprint_of_json,
     fingerprint_of_tensors,
 )
+from gracec.training.progress import shown
 from gracec.training.samples import positions_of
 
 ANSWERS = "answers"
 """Name of the folder in that of a run."""
 EXAMPLES = 3
 """Answers that a report shows."""
-LINE_EVERY = 10.0
-"""Seconds between two lines where there is no terminal."""
 _REMOVE = "remove it: what it holds is asked again"
 
 Answer = Reply | str
@@ -118,7 +112,8 @@ def teacher_answers(
     given: dict[int, list[Answer]] = {index: [] for index in range(len(data))}
     said = {index: data.said(index) for index in given}
     left = {index: len(wanted(turns)) for index, turns in said.items()}
-    with _shown(progress and rank == 0, sum(left.values())) as shown:
+    done, total = 0, sum(left.values())
+    with shown(progress and rank == 0, "the teacher answers", total) as show:
         for number in range(max(left.values(), default=0)):
             own: dict[int, Answer] = {}
             indices = [index for index in given if left[index] > number and _goes_on(given[index])]
@@ -130,7 +125,8 @@ def teacher_answers(
                     if kept is not None:
                         kept.add(number, at, batches[at], found)
                 own |= dict(zip(batches[at], found, strict=True))
-                shown(len(found) * ranks)
+                done = min(done + len(found) * ranks, total)
+                show(f"the teacher answered {done}/{total}", done, total, due=done == total)
             for index, answer in _of_all_ranks(own, ranks).items():
                 given[index].append(answer)
     found_in = {i: [one for one in own if isinstance(one, Reply)] for i, own in given.items()}
@@ -319,24 +315,3 @@ def _summary(
             for index in shown
         ],
     }
-
-
-@contextmanager
-def _shown(progress: bool, total: int) -> Iterator[Callable[[int], None]]:
-    """A function that takes how many answers there are more."""
-    console = Console(file=sys.stderr, soft_wrap=True, highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    done, last = 0, 0.0
-    with Progress(*columns, console=console, disable=not (progress and console.is_terminal)) as bar:
-        task = bar.add_task("the teacher answers", total=total)
-
-        def more(count: int) -> None:
-            nonlocal done, last
-            done = min(done + count, total)
-            bar.update(task, completed=done)
-            due = done == total or time.monotonic() - last > LINE_EVERY
-            if progress and not console.is_terminal and due:
-                last = time.monotonic()
-                console.print(f"the teacher answered {done}/{total}", markup=False)
-
-        yield more

@@ -37,6 +37,7 @@ from gracec.capture.serving_graph import (
 from gracec.errors import GracecError
 from gracec.models.cache_argument import CACHE_ARGUMENT
 from gracec.models.configs import read_generation_config
+from gracec.models.devices import device_and_dtype, same_device
 from gracec.models.loading import load_config, load_processor
 
 TEXT = ("input_ids", "attention_mask")
@@ -169,9 +170,8 @@ class OnnxModel(GenerationMixin):
         Raises:
             GracecError: for another device or dtype.
         """
-        if isinstance(device, torch.dtype):
-            device, dtype = None, device
-        if device is not None and torch.device(device).type != self.device.type:
+        device, dtype = device_and_dtype(device, dtype)
+        if device is not None and not same_device(device, self.device):
             raise GracecError(
                 f"the ONNX runner runs on the CPU, not on {device}",
                 fix="compile for target torchao to run on a GPU",
