@@ -188,10 +188,7 @@ class _Reader:
         Raises:
             Broken: if it cannot be used.
         """
-        record = self.source.record(number)
-        if isinstance(record, Conversation):
-            return record
-        return read_record(record, answered=self.answered)
+        return read_record(self.source.record(number), answered=self.answered)
 
     def _identity(self, image: ImageRef, sizes: dict[str, int | Broken]) -> bytes:
         """What tells one picture from another without decoding it: its name and size in bytes."""

@@ -133,15 +133,19 @@ def read_text(record: Mapping[str, Any]) -> str:
     return text
 
 
-def read_record(record: Mapping[str, Any], *, answered: bool = True) -> Conversation:
+def read_record(record: Any, *, answered: bool = True) -> Conversation:
     """The conversation of a record; none of its pictures is looked at.
 
     Args:
+        record: what was parsed, or a conversation already.
         answered: whether it has to end with an answer, or may end with a question.
 
     Raises:
         Broken: naming the first fault.
     """
+    if isinstance(record, Conversation):
+        return record
+    record = as_record(record)
     for untaught in _UNTAUGHT:
         if _holds(record.get(untaught)):
             raise Broken(untaught, f'it has "{untaught}", which no model is taught here')

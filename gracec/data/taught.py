@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gracec.data.records import Broken, Conversation, Turn, as_record, check_turns, read_record
+from gracec.data.records import Broken, Conversation, Turn, check_turns, read_record
 from gracec.data.sources import Source
 
 EMPTY = "the teacher's answer is empty"
@@ -95,7 +95,7 @@ class TaughtSource:
         Raises:
             Broken: if the question is, or was not answered.
         """
-        asked = question(self.opened, number)
+        asked = read_record(self.opened.record(number), answered=False)
         replies = self.replies.get(number)
         if replies is None:
             raise Broken("not answered", self.refused.get(number, "the teacher was not asked"))
@@ -104,15 +104,3 @@ class TaughtSource:
         turns = answered(asked.turns, replies)
         check_turns(turns)
         return replace(asked, turns=turns)
-
-
-def question(opened: Source, number: int) -> Conversation:
-    """What a record asks, and perhaps answers.
-
-    Raises:
-        Broken: if it cannot be used.
-    """
-    record = opened.record(number)
-    if isinstance(record, Conversation):
-        return record
-    return read_record(as_record(record), answered=False)
