@@ -92,7 +92,7 @@ def _forward(
     inner = _project(self, "gate_up_proj" if self.has_gate else "up_proj", rows, experts)
     inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
     found = _project(self, "down_proj", inner, experts)
-    if getattr(self, "has_post_expert_norm", False):  # known from transformers 5.20 on
+    if self.has_post_expert_norm:
         found = self.post_expert_norm(found)
     found = found * top_k_weights.t().reshape(-1, 1)
     found = found.to(hidden_states.dtype).reshape(chosen, tokens, -1)

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from gracec.capture.families.base import Dims, Family, Inputs
 from gracec.capture.serving_graph import BATCH
@@ -39,11 +38,6 @@ class Idefics3(Family):
         hidden = parts.vision_model(pixel_values=pixels, patch_attention_mask=seen)
         features: Tensor = parts.connector(hidden.last_hidden_state)
         return features.reshape(-1, features.shape[-1])
-
-    def encoder_outputs(self, model: PreTrainedModel, inputs: Inputs) -> dict[str, Any]:
-        # No list of them: transformers before 5.20 takes none here.
-        features: Any = self.encode(model, inputs)
-        return {"image": BaseModelOutputWithPooling(pooler_output=features)}
 
     def vision_inputs(self, model: PreTrainedModel, batch: Inputs) -> dict[str, Tensor]:
         pixels = batch["pixel_values"].flatten(0, 1)
