@@ -313,6 +313,8 @@ class Run:
 
     def _anywhere(self, stops: bool) -> bool:
         """Whether a callback, which one rank alone has, says to stop."""
+        if not self.ranked:
+            return stops
         said = torch.tensor(float(stops), device=self.student.model.device)
         self._add_over_ranks(said)
         return bool(said)

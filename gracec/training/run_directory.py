@@ -6,7 +6,7 @@ OUT.training/step-00000042    checkpoints; see `gracec.training.checkpoints.dire
 OUT.training/calibrated       corrected codes so far; see `gracec.training.calibration_run`
 OUT.training/answers          of a teacher so far; see `gracec.training.teacher_answers`
 OUT.training/metrics.jsonl    a row for each optimizer step
-OUT.training/events.out.*     the same for TensorBoard
+OUT.training/events.out.*     of TensorBoard, by versions that wrote it there
 OUT.training/frozen           what the training came to, until the result is published
 """
 
