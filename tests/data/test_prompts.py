@@ -11,6 +11,7 @@ from gracec.data.prompts import Prompts, encode_questions, messages, question_ab
 from gracec.data.records import Turn
 from gracec.errors import GracecError
 from tests.data.conversations import said
+from tests.goldens import INSTALLED
 from tests.tiny import CHAT_TEMPLATE, EOS, IMAGE, IMAGE_TOKENS, tiny_image, tiny_processor
 from tests.tiny_families import PROCESSORS
 from tests.tiny_families import tiny_processor as tiny_processor_of
@@ -110,7 +111,8 @@ def test_masks_of_answers_and_no_labels() -> None:
 def test_a_refusal_names_the_first_that_fails_by_itself() -> None:
     questions = ["what ?", "is <image> it ?", "is <image> it ?"]
     images = [tiny_image()] * 3
-    with pytest.raises(GracecError, match=r"^b: the processor refuses it \(") as caught:
+    why = ".*2 <image>" if INSTALLED >= (5, 23) else "StopIteration"  # older ones say no more
+    with pytest.raises(GracecError, match=rf"^b: the processor refuses it \({why}") as caught:
         encode_questions(tiny_processor(), questions, images, ["a", "b", "c"])
     assert "\n" not in str(caught.value)
     with pytest.raises(GracecError, match="^question 2: the processor refuses it"):
