@@ -113,10 +113,21 @@ def onnx(directory: Path, threads: int) -> tuple[Stream, int]:
 
     def stream(prompt: Sequence[int], count: int) -> Iterator[int]:
         came: SimpleQueue[torch.Tensor | None] = SimpleQueue()
-        streamer = SimpleNamespace(put=came.put, end=lambda: came.put(None))
-        options = {"max_new_tokens": count, "do_sample": False, "streamer": streamer}
+        streamer = SimpleNamespace(put=came.put, end=lambda: None)
+        options: dict[str, Any] = {
+            "max_new_tokens": count,
+            "do_sample": False,
+            "streamer": streamer,
+        }
         ids = torch.tensor([list(prompt)])
-        thread = Thread(target=model.generate, args=(ids,), kwargs=options)
+
+        def generate() -> None:
+            try:
+                model.generate(ids, **options)
+            finally:
+                came.put(None)  # also after an error, so that nobody waits for more
+
+        thread = Thread(target=generate)
         thread.start()
         came.get()  # the prompt
         while (token := came.get()) is not None:
