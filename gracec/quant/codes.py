@@ -166,18 +166,26 @@ def quantize(weight: Tensor, scales: Tensor, bits: int, group_size: int) -> Tens
 
 
 def dequantize(
-    codes: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype = torch.float32
+    codes: Tensor,
+    scales: Tensor,
+    group_size: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The weight that codes and scales stand for: the product in float32, then cast to `dtype`.
 
     Args:
         codes: int8 [N, K], or as stored: uint8 [N, K / 2].
         scales: [N, K / group_size].
+        out: [N, K] to write into, of any float dtype; by default a new tensor of `dtype`.
 
     Returns:
-        [N, K] in `dtype`.
+        [N, K].
     """
-    weight = torch.empty(codes_shape(codes), dtype=dtype, device=codes.device)
+    weight = out
+    if weight is None:
+        weight = torch.empty(codes_shape(codes), dtype=dtype, device=codes.device)
     for part, scale, target in row_chunks(codes, scales, weight):
         groups = grouped(read_codes(part), group_size)
         # The product is computed in float32, whatever `out` is.
@@ -186,10 +194,20 @@ def dequantize(
 
 
 def fake_quantize(
-    weight: Tensor, scales: Tensor, bits: int, group_size: int, dtype: torch.dtype = torch.float32
+    weight: Tensor,
+    scales: Tensor,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """`dequantize(quantize(weight, ...), ...)` in one go, without the codes in between."""
-    result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    """`dequantize(quantize(weight, ...), ...)` in one go, without the codes in between.
+
+    Args:
+        out: [N, K] to write into, of any float dtype; by default a new tensor of `dtype`.
+    """
+    result = torch.empty(weight.shape, dtype=dtype, device=weight.device) if out is None else out
     for part, scale, target in row_chunks(weight, scales, result):
         rounded = _rounded(part, scale, bits, group_size)
         rounded *= scale.to(torch.float32).unsqueeze(-1)

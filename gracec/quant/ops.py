@@ -82,25 +82,56 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     weight, scale_param, scale_signs = ctx.saved_tensors
-    bits, group_size, parametrization, scale_grid = ctx.options
+    gradients = fake_quantize_gradients(
+        weight, scale_param, scale_signs, grad_output, *ctx.options, out=torch.empty_like(weight)
+    )
+    return *gradients, None, None, None, None, None, None
+
+
+def fake_quantize_gradients(
+    weight: Tensor,
+    scale_param: Tensor,
+    scale_signs: Tensor | None,
+    grad: Tensor,
+    bits: int,
+    group_size: int,
+    parametrization: str,
+    scale_grid: str,
+    *,
+    out: Tensor,
+    rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the weight [N, K] and of the scale parameter from that of `fake_quantize`.
+
+    Linear in `grad`: of a sum of gradients it is the sum of what each would give.
+
+    Args:
+        grad: [N, K], any float dtype.
+        out: [N, K] for the gradient of the weight, in its dtype; may be `grad` itself.
+        rows: how many the weight has, if this is a part of them; LSQ divides by what it counts.
+    """
     lowest, highest = quant.code_range(bits)
     scales = quant.scale_from_param(scale_param, parametrization, scale_grid, scale_signs)
-    grad_weight = torch.empty_like(weight)
     per_group = (len(weight), weight.shape[1] // group_size)
     grad_scale = torch.empty(per_group, dtype=torch.float32, device=weight.device)
-    parts = quant.row_chunks(weight, scales, grad_output, grad_weight, grad_scale)
-    for part, scale, grad_part, weight_target, scale_target in parts:
-        grad = quant.grouped(grad_part.to(torch.float32), group_size)
+    for part, scale, grad_part, weight_target, scale_target in quant.row_chunks(
+        weight, scales, grad, out, grad_scale
+    ):
+        incoming = quant.grouped(grad_part.to(torch.float32), group_size)
         ratio = quant.grouped(part.to(torch.float32), group_size) / scale.unsqueeze(-1)
         codes = torch.round(ratio)
         clipped = codes.clamp(lowest, highest)
-        inside = codes == clipped
-        weight_target.copy_((grad * inside).reshape(part.shape))
-        step = torch.where(inside, codes - ratio, clipped)
-        torch.sum(grad * step, -1, out=scale_target)
+        # 0 or 1 as a float: a tensor of booleans is several times slower to compute with.
+        inside = codes.eq_(clipped)
+        step = clipped.addcmul_(inside, ratio, value=-1).mul_(incoming)
+        torch.sum(step, -1, out=scale_target)
+        torch.mul(incoming, inside, out=quant.grouped(weight_target, group_size))
     grad_scale = grad_scale.sum_to_size(scales.shape)
-    grad_param = _scale_gradient(grad_scale, scale_param, scales, parametrization, weight, highest)
-    return grad_weight, grad_param.to(scale_param.dtype), None, None, None, None, None, None
+    per_scale = group_size * (1 if scales.shape == per_group else rows or len(weight))
+    grad_param = _scale_gradient(
+        grad_scale, scale_param, scales, parametrization, per_scale, highest
+    )
+    return out, grad_param.to(scale_param.dtype)
 
 
 def _scale_gradient(
@@ -108,13 +139,12 @@ def _scale_gradient(
     scale_param: Tensor,
     scales: Tensor,
     parametrization: str,
-    quantized: Tensor,
+    per_scale: int,
     highest: int,
 ) -> Tensor:
     """From the gradient of the scale to that of its parameter; LSQ divides by sqrt(N * q_max)."""
     if parametrization == "log":
         return grad_scale * scales
-    per_scale = quantized.numel() / scales.numel()
     return grad_scale * scales.sign() * scale_param.sign() / math.sqrt(per_scale * highest)
 
 

@@ -61,18 +61,29 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     codes, scale_param, scale_signs = ctx.saved_tensors
-    group_size, parametrization, scale_grid = ctx.options
+    found = scale_codes_gradient(codes, scale_param, scale_signs, grad_output, *ctx.options)
+    return None, found, None, None, None, None, None
+
+
+def scale_codes_gradient(
+    codes: Tensor,
+    scale_param: Tensor,
+    scale_signs: Tensor | None,
+    grad: Tensor,
+    group_size: int,
+    parametrization: str,
+    scale_grid: str,
+) -> Tensor:
+    """Gradient of the scale parameter from that of `scale_codes`, [N, K] in any float dtype."""
     scales = quant.scale_from_param(scale_param, parametrization, scale_grid, scale_signs)
     rows, columns = quant.codes_shape(codes)
-    per_group = torch.empty(
-        (rows, columns // group_size), dtype=torch.float32, device=grad_output.device
-    )
-    for part, grad_part, target in quant.row_chunks(codes, grad_output, per_group):
-        grad = quant.grouped(grad_part.to(torch.float32), group_size)
-        torch.sum(grad * quant.grouped(quant.read_codes(part), group_size), -1, out=target)
+    per_group = torch.empty((rows, columns // group_size), dtype=torch.float32, device=grad.device)
+    for part, grad_part, target in quant.row_chunks(codes, grad, per_group):
+        incoming = quant.grouped(grad_part.to(torch.float32), group_size)
+        torch.sum(incoming * quant.grouped(quant.read_codes(part), group_size), -1, out=target)
     grad_scale = per_group.sum_to_size(scales.shape)
     slope = scales if parametrization == "log" else scales.sign() * scale_param.sign()
-    return None, (grad_scale * slope).to(scale_param.dtype), None, None, None, None, None
+    return (grad_scale * slope).to(scale_param.dtype)
 
 
 scale_codes.register_autograd(_backward, setup_context=_save)

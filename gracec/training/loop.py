@@ -1,12 +1,14 @@
 """The training loop: a student program learns from labels and from a teacher program.
 
-    for each optimizer step:  normalisers of all micro-batches, summed over ranks
+    for each optimizer step:  quantize the weights
+                              normalisers of all micro-batches, summed over ranks
                               loss of each micro-batch, backward
+                              gradients of quantized weights -> of weights and scales
                               clip, AdamW, β
 
-Both are captured graphs. The student's holds fake-quantized weights, so that weights and scales
-learn what rounding does; the teacher's runs without gradients. Nothing in a graph is random, so a
-run is decided by its data order, and a checkpoint at an optimizer step resumes bit for bit.
+Both are captured graphs. The student's computes with fake-quantized weights, so that weights and
+scales learn what rounding does; the teacher's runs without gradients. Nothing in a graph is random,
+so a run is decided by its data order, and a checkpoint at an optimizer step resumes bit for bit.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +41,11 @@ from gracec.training.checkpoints.optimizer import load_optimizer_state, optimize
 from gracec.training.checkpoints.rng import rng_state, set_rng_state
 from gracec.training.checkpoints.sealed import Checkpoint, load_checkpoint, load_tensors
 from gracec.training.curve import METRICS, Curve, Seconds, append_metrics, write_metrics
+from gracec.training.forward import Forward
 from gracec.training.learner import Learner, score
 from gracec.training.loader import Batches, Groups
 from gracec.training.micro_batch import Batch, MicroBatch
+from gracec.training.quantized_weights import QuantizedWeights
 from gracec.training.setup import (
     allow_mixed_precision,
     capacity,
@@ -134,7 +139,11 @@ class Run:
             parameter.requires_grad_(False)
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
-        self.optimizer = torch.optim.AdamW(parameter_groups(student.program, self.parameters, rule))
+        self.quantized = QuantizedWeights(student.program)
+        self.quantized.require_gradients(at_once=not self.ranked)
+        self.running = replace(student, program=self.quantized.program)
+        groups = parameter_groups(student.program, self.parameters, rule)
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.module = self._module()
         self.ahead: Generator[Batch | EmptyBatch] | None = None
         self.step, self.skipped_in_a_row = 0, 0
@@ -145,13 +154,18 @@ class Run:
         self.best_score: float | None = None
 
     def _module(self) -> Any:
-        program = self.student.program
-        if self.rule.precision == "bfloat16":
-            program = allow_mixed_precision(program)
-        module: Any = program.graph_module
+        narrow = self.rule.precision == "bfloat16"
+        if narrow:
+            self.running = replace(
+                self.running, program=allow_mixed_precision(self.running.program)
+            )
+        graph: Any = self.running.program.graph_module
         if self.rule.compile:
-            module = torch.compile(module, dynamic=True)
-        return DistributedDataParallel(module) if self.ranked else module
+            graph = torch.compile(graph, dynamic=True)
+        module = Forward(self.running, graph, self.objective, narrow=narrow)
+        if not self.ranked:
+            return module
+        return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
     def go(self, held_out: Iterable[Batch], log: Log) -> Curve:
         """All steps that are left."""
@@ -235,6 +249,7 @@ class Run:
 
     def _accumulate(self) -> dict[str, float]:
         """Gradients of one optimizer step; the mean of each term over all samples and ranks."""
+        self.quantized.refresh()
         micro = list(self._micro_batches())
         taught = [self._taught(one) for one in micro]
         targets = [one.targets for one in micro]
@@ -242,18 +257,16 @@ class Run:
         normalisers = torch.stack([self.objective.normalisers(*pair) for pair in pairs]).sum(0)
         self._add_over_ranks(normalisers)
         totals = torch.zeros_like(normalisers)
-        device, narrow = self.student.model.device.type, self.rule.precision == "bfloat16"
         for number, one in enumerate(micro):
             alone = self.ranked and number < len(micro) - 1
-            values = self.student.inputs(one)
             with self.module.no_sync() if alone else nullcontext():
-                with torch.autocast(device, torch.bfloat16, narrow):
-                    outputs = self.student.outputs(self.module(**values))
-                terms = self.objective.terms(outputs, taught[number], targets[number])
-                loss = self.objective.loss(terms, normalisers, self.controller.beta, self.step)
+                loss, found = self.module(
+                    one, taught[number], normalisers, self.controller.beta, self.step
+                )
                 (loss * self.ranks).backward()  # DDP averages
-            totals += terms.totals
+            totals += found
             taught[number] = None
+        self.quantized.hand_on_gradients()
         self._add_over_ranks(totals)
         return means(totals, normalisers)
 
@@ -360,7 +373,8 @@ class Run:
 
     def _scores(self, held_out: Iterable[Batch]) -> dict[str, Any]:
         teacher = self.teacher if self.rule.chooses_by_teacher else None
-        return score(self.student, held_out, teacher, everywhere=self.rule.labels == "all").row()
+        self.quantized.refresh()
+        return score(self.running, held_out, teacher, everywhere=self.rule.labels == "all").row()
 
     def _keep(self, figure: float | None, step: int | None, *, always: bool = False) -> None:
         """Keep the state if its score is the best so far."""

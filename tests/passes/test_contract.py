@@ -38,6 +38,7 @@ PREPARED: dict[str, tuple[str, ...]] = {
     "correct-codes": (FAKE, f"{OBSERVED},insert-fake-quant"),
     "freeze": (FAKE, f"{OBSERVED},insert-fake-quant", f"{FAKE},free-scales"),
     "free-scales": (FAKE, FROZEN),
+    "hoist-fake-quant": (FAKE, f"{FAKE},free-scales"),
     "lower-torchao": (FROZEN,),
     "lower-qdq": (FROZEN, f"{OBSERVED},insert-fake-quant,freeze"),
     "strip": ("analyze-modality,insert-taps",),
