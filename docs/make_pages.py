@@ -94,7 +94,8 @@ MEANING = {
     "training.weight_decay": "of matrices; vectors and scales have none",
     "training.warmup": "share of the steps in which the rates rise; then a cosine to zero",
     "training.clip": "largest norm of the gradient",
-    "training.precision": "of the matmuls; weights, scales and optimizer stay in float32",
+    "training.precision": "of the matmuls; `auto` is bfloat16 where an accelerator has it, else "
+    "float32; weights, scales and optimizer stay in float32",
     "training.frozen": "parts that are not trained",
     "training.learns": "weights and scales, or scales alone: codes stay as they were before",
     "training.labels": "what counts: the tokens of answers, or every token of text, which needs no "
@@ -111,6 +112,8 @@ MEANING = {
     "training.workers": "processes that make batches ahead, on each rank; no batch depends on it",
     "training.compile": "run the student through torch.compile",
     "training.activation_checkpointing": "share of the activations that is kept; needs `compile`",
+    "training.deterministic": "an accelerator adds up in a fixed order, so that what is repeated "
+    "or resumed has equal bits; takes longer. The CPU always does",
     "training.cross_entropy": "weight of the labels",
     "training.distillation.kind": "decoupled, classical, or off",
     "training.distillation.temperature": "T of distillation",
@@ -172,6 +175,7 @@ def gates_table() -> str:
     for dtype, bound in bounds.items():
         by_bound.setdefault(bound, []).append(dtype)
     matmul = "; ".join(f"{bound:.0e} in {', '.join(d)}" for bound, d in by_bound.items())
+    kernels = "; ".join(f"{b:.0e} in {str(d)[6:]}" for d, b in gates.KERNEL_BOUND.items())
     merged = "; ".join(f"{b:.0e} in {str(d)[6:]}" for d, b in MERGED_BOUND.items())
     rows = [
         [
@@ -185,7 +189,16 @@ def gates_table() -> str:
             "the one that was given",
             "equal bits",
         ],
-        ["`captured_equals_eager`", "logits of the captured graph and of the model", "equal bits"],
+        [
+            "`captured_equals_eager`",
+            "logits of the captured graph and of the model; on a GPU by one kernel for attention",
+            "equal bits",
+        ],
+        [
+            "`default_kernels_agree`",
+            "on a GPU: the same by the kernels that it chooses, relative to the largest",
+            kernels,
+        ],
         [
             "`blocks_equal_hidden_states`",
             "what each decoder block but the last returns, and the model's hidden states",

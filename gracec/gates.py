@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
+from gracec.capture.capture import gate_batches
+from gracec.capture.eager import eager_logits
+from gracec.capture.families import family_of
 from gracec.errors import GateError
 from gracec.ir.program import Program, annotation
 from gracec.kernels.torchao import CountInt4Kernels, PackedWeight, packed_expert_linear
@@ -17,6 +21,8 @@ from gracec.quant.frozen import FrozenWeight, by_matrix
 from gracec.recipe import Expectation
 
 MATMUL_BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+KERNEL_BOUND = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 1e-1}
+"""Of the largest logit, between kernels of one device that compute the same thing."""
 NEAR_TIE = 0.02
 """Two top logits closer than this share of their spread are a tie that rounding may decide."""
 
@@ -53,6 +59,23 @@ def logits_are_those_of(
             where=where,
         )
     return change
+
+
+def default_kernels_agree(program: Program, model: PreTrainedModel) -> float:
+    """Largest relative difference of a graph from its model by the kernels that a device chooses.
+
+    That both compute the same is for `captured_equals_eager`, which has one kernel for attention.
+    A device chooses one by whether there is a mask, and the choice may be another in the graph.
+    """
+    worst, family = 0.0, family_of(model)
+    for batch in gate_batches(family, model):
+        real = batch["attention_mask"].bool()
+        with torch.no_grad():
+            found = program(**family.prepare(model, batch))[0]
+        expected, found = (one.cpu()[real] for one in (eager_logits(model, batch), found))
+        bound, where = KERNEL_BOUND[found.dtype], type(model).__name__
+        worst = max(worst, logits_are_those_of("the model", expected, found, bound, where))
+    return worst
 
 
 def frozen_equals_fake_quantized(

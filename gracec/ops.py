@@ -9,6 +9,7 @@ from gracec.quant.ops import (
     last_positions,
     quantize_dequantize,
     segment_attention,
+    segment_lengths,
 )
 from gracec.quant.ops_experts import expert_linear
 from gracec.quant.ops_onnx import (
@@ -44,4 +45,5 @@ __all__ = [
     "rotary_embedding",
     "scale_codes",
     "segment_attention",
+    "segment_lengths",
 ]

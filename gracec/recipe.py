@@ -189,7 +189,8 @@ class Training(_Strict):
         weight_decay: of weights; scales have none.
         warmup: share of the steps.
         clip: largest norm of the gradient.
-        precision: of the matmuls; weights, scales and their optimizer stay in float32.
+        precision: of the matmuls; weights, scales and their optimizer stay in float32. "auto" is
+            bfloat16 where an accelerator has it, and float32 on the CPU.
         frozen: parts that are not trained.
         learns: "all", weights and scales; or "scales": codes stay as they were before training, and
             every weight that is not quantized as it was.
@@ -209,6 +210,8 @@ class Training(_Strict):
         compile: run the graphs through torch.compile.
         activation_checkpointing: share of the activations that may be kept; the others are computed
             again. Needs compile.
+        deterministic: have an accelerator add up in a fixed order, so that a training that is
+            repeated or resumed has equal bits; it takes longer. On the CPU it always does.
     """
 
     steps: int | None = Field(None, ge=1, le=MOST_STEPS)
@@ -220,7 +223,7 @@ class Training(_Strict):
     weight_decay: float = Field(1e-3, ge=0, le=1)
     warmup: float = Field(0.03, ge=0, lt=1)
     clip: float = Field(1.0, gt=0, le=1e6)
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     frozen: list[Literal["vision", "projector", "decoder", "head"]] = Field(
         ["vision"], max_length=4
     )
@@ -238,6 +241,7 @@ class Training(_Strict):
     workers: Annotated[int, Field(ge=0, le=256)] | Literal["auto"] = "auto"
     compile: bool = False
     activation_checkpointing: float | None = Field(None, gt=0, le=1)
+    deterministic: bool = False
     cross_entropy: float = Field(1.0, ge=0, le=MOST_WEIGHT)
     distillation: Distillation = Distillation()
 

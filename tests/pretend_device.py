@@ -19,6 +19,8 @@ from torch.utils.backend_registration import (
 )
 
 NAME, CPU = "sim", torch.device("cpu")
+READS: list[tuple[int, ...]] = []
+"""Shapes of what the processor read from the device, for which it would wait."""
 _HELD: dict[int, tuple[Tensor, Any]] = {}
 """Address of a storage -> the tensor that it stands for, and the storage, which stays alive."""
 _TAKES_BOTH = ("aten::copy_", "aten::_copy_from", "aten::_to_copy", "aten::repeat_interleave")
@@ -101,6 +103,8 @@ def _empty_strided(size: Any, stride: Any, **options: Any) -> Tensor:
 
 
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    if target.device.type == "cpu":
+        READS.append(tuple(source.shape))
     _held(target).copy_(_held(source))
     return target
 
@@ -111,11 +115,19 @@ def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Te
 
 def _to_copy(x: Tensor, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
     copied: Tensor = _held(x).to(dtype=dtype or x.dtype, copy=True)
-    return copied if device is not None and torch.device(device) == CPU else _stand_in(copied)
+    if device is None or torch.device(device) != CPU:
+        return _stand_in(copied)
+    READS.append(tuple(x.shape))
+    return copied
 
 
 def _view(x: Tensor, size: Any) -> Tensor:
     return _stand_in(_held(x).reshape(size))
+
+
+def _number(x: Tensor) -> Any:
+    READS.append(())
+    return _held(x).item()
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Any:
@@ -130,6 +142,44 @@ def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *options: Any
     )
 
 
+def _pack_int4(codes: Tensor, inner_tiles: int) -> Tensor:
+    """uint8 [N, K / 2] as CUDA has it, int32 [N / 8, K / 16 / tiles, 32, tiles / 2]; in its order
+    of bytes nothing but the kernel can read it."""
+    held = _held(codes).contiguous()
+    rows, half = held.shape
+    shape = (rows // 8, 2 * half // (16 * inner_tiles), 32, inner_tiles // 2)
+    return _stand_in(held.view(torch.int32).reshape(shape))
+
+
+def _multiply_int4(x: Tensor, packed: Tensor, group_size: int, scale_and_zero: Tensor) -> Tensor:
+    """[M, K] times the transpose of (u - 8) * scale + zero, the even u in the high nibble."""
+    if any(one.device.type != NAME for one in (x, packed, scale_and_zero)):
+        raise RuntimeError("Expected all tensors to be on the same device: an INT4 kernel")
+    given, codes, scales = _held(x), _held(packed), _held(scale_and_zero)
+    if given.dtype != torch.bfloat16 or scales.dtype != torch.bfloat16:
+        raise RuntimeError("the INT4 kernel takes bfloat16")
+    stored = codes.reshape(len(codes) * 8, -1).view(torch.uint8)
+    unsigned = torch.stack([stored >> 4, stored & 15], dim=-1).flatten(1).to(torch.bfloat16)
+    scale, zero = scales.repeat_interleave(group_size, 0).unbind(-1)
+    return _stand_in(given @ ((unsigned.t() - 8) * scale + zero))
+
+
+def _narrow(name: str) -> Callable[..., Any]:
+    """An operator that autocast gives 16-bit operands."""
+    op, keys = getattr(torch.ops.aten, name).default, torch._C.DispatchKeySet
+    autocast = keys(torch._C.DispatchKey.AutocastPrivateUse1)
+
+    def cast(value: Any) -> Any:
+        wide = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(torch.get_autocast_dtype(NAME)) if wide else value
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(autocast):
+            return op(*pytree.tree_map(cast, args), **pytree.tree_map(cast, kwargs))
+
+    return run
+
+
 def _operator(name: str) -> Callable[..., Any]:
     base, _, overload = name.partition(".")
     op = getattr(getattr(torch.ops.aten, base), overload or "default")
@@ -139,7 +189,10 @@ def _operator(name: str) -> Callable[..., Any]:
 _setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
 _ANY = torch.library.Library("_", "IMPL")
 _ANY.fallback(_compute, "PrivateUse1")
+_ANY.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
 _ATEN = torch.library.Library("aten", "IMPL")
+for _name in "linear matmul mm bmm addmm conv2d scaled_dot_product_attention".split():
+    _ATEN.impl(_name, _narrow(_name), dispatch_key="AutocastPrivateUse1")
 for _name, _function in {
     **{name: _operator(name) for name in _WITHOUT_FALLBACK},
     "empty.memory_format": _empty,
@@ -148,7 +201,9 @@ for _name, _function in {
     "_copy_from": _copy_from,
     "_to_copy": _to_copy,
     "view": _view,
-    "_local_scalar_dense": lambda x: _held(x).item(),
+    "_local_scalar_dense": _number,
+    "_convert_weight_to_int4pack": _pack_int4,
+    "_weight_int4pack_mm": _multiply_int4,
     "convolution_overrideable": _convolution,
     "convolution_backward_overrideable": _convolution_backward,
 }.items():

@@ -20,6 +20,19 @@ LOWERED = f"{FROZEN},lower-torchao"
 Q_PROJ = "model.language_model.layers.0.self_attn.q_proj.weight"
 
 
+def test_the_kernels_of_a_device_may_round_and_nothing_more(
+    captured: Program, llava: LlavaForConditionalGeneration
+) -> None:
+    assert gates.default_kernels_agree(captured, llava) == 0  # the CPU has the same for both
+    other = captured.copy()
+    name = "model.model.language_model.layers.0.self_attn.q_proj.weight"
+    other.set_tensor(name, nn.Parameter(captured.tensor(name) * 1.0001))
+    assert 0 < gates.default_kernels_agree(other, llava) < 1e-3
+    other.set_tensor(name, nn.Parameter(captured.tensor(name) * 1.1))
+    with pytest.raises(GateError, match="the logits differ from those of the model by"):
+        gates.default_kernels_agree(other, llava)
+
+
 def test_frozen_gate_catches_one_changed_code(after: After, batch: dict[str, Tensor]) -> None:
     expected = after(FAKE)(**batch)
     gates.frozen_equals_fake_quantized(expected, after(FROZEN), batch)

@@ -72,7 +72,7 @@ def pack(codes: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype) -> 
         dtype: of the activations; the scales must be exact in it.
     """
     block = [1, group_size]
-    if codes.device.type == "cuda":
+    if codes.device.type != "cpu":
         unsigned, scale_and_zero = tile_packed_operands(codes, scales, group_size)
         tiles = torch.ops.aten._convert_weight_to_int4pack(unsigned, CUDA_TILES_K)
         return Int4TilePackedTo4dTensor(tiles, scale_and_zero, block, codes.shape)

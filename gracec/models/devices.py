@@ -80,6 +80,13 @@ def same_device(one: torch.device, other: torch.device) -> bool:
     return bool(here == there)
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device is an accelerator that multiplies bfloat16 by itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type != "cpu" and torch.amp.is_autocast_available(device.type)
+
+
 def _number(device: torch.device) -> int | None:
     """Which of its type it is; the stubs know of no device without a number."""
     found: Any = device.index

@@ -8,6 +8,7 @@ equivalent.
     gracec::quantize_dequantize       -> gracec::quantize_activation, gracec::dequantize_activation
     gracec::last_positions               (its result has as many positions as an input says)
     gracec::conv2d                       (a convolution whose weight is a matrix)
+    gracec::segment_lengths,
     gracec::segment_attention            (of images of several sizes, packed into one sequence)
 
 Each is one node with a registered gradient, so that it survives re-export and saving as one node
@@ -297,9 +298,28 @@ def _(x: Tensor, count: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], kept, x.shape[2]))
 
 
+@torch.library.custom_op("gracec::segment_lengths", mutates_args=())
+def segment_lengths(segments: Tensor) -> Tensor:
+    """How long each segment is, int64 [P] on the CPU, with zeros behind the last one.
+
+    A device is asked for it once, and not by each attention over the same segments and again by
+    its gradient.
+
+    Args:
+        segments: int64 [P]; positions of one segment are next to each other.
+    """
+    lengths = torch.unique_consecutive(segments, return_counts=True)[1].cpu()
+    return torch.nn.functional.pad(lengths, (0, len(segments) - len(lengths)))
+
+
+@segment_lengths.register_fake
+def _(segments: Tensor) -> Tensor:
+    return segments.new_empty(segments.shape, device="cpu")
+
+
 @torch.library.custom_op("gracec::segment_attention", mutates_args=())
 def segment_attention(
-    query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float
 ) -> Tensor:
     """Attention among the positions of the same segment, one segment after the other.
 
@@ -308,30 +328,30 @@ def segment_attention(
 
     Args:
         query, key, value: [1, H, P, D].
-        segments: int64 [P]; positions of one segment are next to each other.
+        lengths: int64 [P] on the CPU, as `segment_lengths` says.
 
     Returns:
         [1, P, H, D].
     """
     attend = torch.nn.functional.scaled_dot_product_attention
-    parts = _segments(segments, query, key, value)
+    parts = _segments(lengths, query, key, value)
     found = [attend(q, k, v, scale=scale).transpose(1, 2).contiguous() for q, k, v in parts]
     return torch.cat(found, dim=1).to(query.dtype)
 
 
 @segment_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float) -> Tensor:
     batch, heads, positions, size = query.shape
     return query.new_empty((batch, positions, heads, size))
 
 
 @torch.library.custom_op("gracec::segment_attention_backward", mutates_args=())
 def segment_attention_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, from that of the result [1, P, H, D]."""
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for part in _segments(segments, query, key, value, grad.transpose(1, 2)):
+    for part in _segments(lengths, query, key, value, grad.transpose(1, 2)):
         q, k, v, g = (tensor.to(torch.float32) for tensor in part)
         weights = torch.softmax(q @ k.transpose(-1, -2) * scale, dim=-1)
         by_weight = g @ v.transpose(-1, -2)
@@ -344,16 +364,16 @@ def segment_attention_backward(
 
 @segment_attention_backward.register_fake
 def _(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.empty_like(t).contiguous() for t in (query, key, value))  # type: ignore[return-value]
 
 
-def _segments(segments: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _segments(lengths: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Tensors [1, H, P, D] split along P; all in the dtype of the first, as autocast may differ."""
     tensors = tuple(tensor.to(tensors[0].dtype) for tensor in tensors)
-    lengths = torch.unique_consecutive(segments, return_counts=True)[1].tolist()
-    return zip(*(tensor.split(lengths, dim=2) for tensor in tensors), strict=True)
+    parts = [length for length in lengths.tolist() if length]
+    return zip(*(tensor.split(parts, dim=2) for tensor in tensors), strict=True)
 
 
 def _save_segments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -27,7 +27,7 @@ def answer(source: Source, request: Request, journal: Journal) -> Request:
     assert rule is not None
     if processor is None:
         raise GracecError("training needs the model's processor", fix="pass processor=")
-    join_ranks()
+    join_ranks(source.model.device)
     _accept(source, request)
     teacher = teacher_of(source, request)
     check_teacher(source.model, teacher)

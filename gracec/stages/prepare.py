@@ -131,6 +131,10 @@ def prepare(source: Source, request: Request, journal: Journal) -> Prepared:
     program = capture(model)
     equal = captured_equals_eager(program, model)
     journal.figures["captured_equals_eager"] = Equal(equal, "batches")
+    if model.device.type != "cpu":
+        worst, bound = gates.default_kernels_agree(program, model), gates.KERNEL_BOUND[model.dtype]
+        figure = Error(worst, bound, "of the largest logit, by the kernels that the device chooses")
+        journal.figures["default_kernels_agree"] = figure
     blocks = blocks_equal_hidden_states(run_passes(program, ANALYSIS).program, model)
     journal.figures["blocks_equal_hidden_states"] = Equal(blocks, "blocks")
     observed, notes = observe(model, source, request)

@@ -26,6 +26,7 @@ from gracec.models.ties import say_what_is_tied, untie_head
 from gracec.recipe import Recipe
 from gracec.request import Request
 from gracec.stages.peft import keep_adapters, merge_adapters
+from gracec.training.ranks import take_device
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def load_source(model: PreTrainedModel | str | Path, request: Request, journal: 
         GateError: if what is made of it computes something else.
     """
     processor = request.processor
+    take_device()
     if isinstance(model, (str, Path)):
         place = find_model(model, request.revision)
         path = place.path

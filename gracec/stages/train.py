@@ -45,6 +45,7 @@ from gracec.training.loop import train as train_learner
 from gracec.training.micro_batch import Batch
 from gracec.training.ranks import join_ranks, rank
 from gracec.training.samples import Samples, open_samples
+from gracec.training.setup import precision_of
 from gracec.training.teacher import (
     check_teacher,
     check_tokenizers,
@@ -70,7 +71,7 @@ def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
     assert rule is not None
     if processor is None:
         raise GracecError("training needs the model's processor", fix="pass processor=")
-    join_ranks()
+    join_ranks(prepared.model.device)
     taps = learning(rule)
     taught = None
     if rule.distillation.needs_teacher:
@@ -91,6 +92,13 @@ def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
     if directory is not None:
         teacher = taught.model if taught else None
         fingerprint = _fingerprint(owned, teacher, (samples, held_out), request.recipe)
+    if rule.precision == "auto" and owned.model.device.type != "cpu":
+        dtype, device = str(precision_of(rule, owned.model.device)), owned.model.device.type
+        journal.note(
+            "training",
+            f"matmuls compute in {dtype.removeprefix('torch.')}, which precision auto is on "
+            f"{device}; weights, scales and the optimizer are in float32",
+        )
     first = rank() == 0
     told = request.told if first else ()
     with training_log(rule, len(samples), request.progress and first, told) as log:

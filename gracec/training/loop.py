@@ -50,8 +50,10 @@ from gracec.training.setup import (
     allow_mixed_precision,
     capacity,
     controller_of,
+    in_fixed_order,
     objective_of,
     parameter_groups,
+    precision_of,
     rate,
     steps_of,
     trainable,
@@ -139,6 +141,7 @@ class Run:
             parameter.requires_grad_(False)
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
+        self.narrow = precision_of(rule, student.model.device) == torch.bfloat16
         self.quantized = QuantizedWeights(student.program)
         self.quantized.require_gradients(at_once=not self.ranked)
         self.running = replace(student, program=self.quantized.program)
@@ -154,23 +157,22 @@ class Run:
         self.best_score: float | None = None
 
     def _module(self) -> Any:
-        narrow = self.rule.precision == "bfloat16"
-        if narrow:
-            self.running = replace(
-                self.running, program=allow_mixed_precision(self.running.program)
-            )
+        if self.narrow:
+            program = allow_mixed_precision(self.running.program)
+            self.running = replace(self.running, program=program)
         graph: Any = self.running.program.graph_module
         if self.rule.compile:
             graph = torch.compile(graph, dynamic=True)
-        module = Forward(self.running, graph, self.objective, narrow=narrow)
+        module = Forward(self.running, graph, self.objective, narrow=self.narrow)
         if not self.ranked:
             return module
         return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
     def go(self, held_out: Iterable[Batch], log: Log) -> Curve:
         """All steps that are left."""
-        budget = self.rule.activation_checkpointing
-        with functorch.patch(activation_memory_budget=budget) if budget else nullcontext():
+        budget, device = self.rule.activation_checkpointing, self.student.model.device
+        saving = functorch.patch(activation_memory_budget=budget) if budget else nullcontext()
+        with saving, in_fixed_order(self.rule, device):
             try:
                 return self._go(held_out, log)
             finally:
@@ -402,7 +404,7 @@ class Run:
             best_score=self.best_score,
             optimizer=optimizer_state(self.optimizer, self.parameters),
             controller=self.controller.state_dict(),
-            rng=rng_state(),
+            rng=rng_state(self.student.model.device),
             skipped_in_a_row=self.skipped_in_a_row,
             skipped_total=self.curve.skipped,
             extra={
@@ -426,7 +428,7 @@ class Run:
         load_tensors(found.tensors, {**self.parameters, **self.signs})
         load_optimizer_state(self.optimizer, self.parameters, found.optimizer)
         self.controller.load_state_dict(dict(found.controller))
-        set_rng_state(found.rng)
+        set_rng_state(found.rng, self.student.model.device)
         self.step, self.skipped_in_a_row = found.step, found.skipped_in_a_row
         self.best, self.best_score = dict(found.best), found.best_score
         self.curve = Curve(
@@ -436,10 +438,20 @@ class Run:
             best_step=found.extra["best_step"],
             chosen_by=self.curve.chosen_by,
             skipped=found.skipped_total,
-            notes=[f"resumed after optimizer step {found.step}"],
+            notes=[f"resumed after optimizer step {found.step}{self._how_equal()}"],
         )
         if self.rank == 0:
             write_metrics(self.curve, self.directory)
+
+    def _how_equal(self) -> str:
+        """What a resumed training has to say of one that was never interrupted."""
+        device = self.student.model.device.type
+        if device == "cpu" or self.rule.deterministic:
+            return ""
+        return (
+            f"; on {device} sums have no fixed order, so that it goes on as without a break up to "
+            "rounding, and bit for bit with training.deterministic"
+        )
 
 
 def _batches(batches: Batches, groups: Groups) -> Generator[Batch | EmptyBatch]:

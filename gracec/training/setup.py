@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from gracec.errors import GracecError, first_line
 from gracec.ir.annotations import Part, part_of, planned_quant
 from gracec.ir.program import Program, annotation
 from gracec.ir.queries import VIEWS
+from gracec.models.devices import has_bfloat16
 from gracec.objective import (
     Controller,
     DualAscentController,
@@ -77,6 +81,38 @@ def rate(step: int, steps: int, warmup: float) -> float:
     if step < rising:
         return (step + 1) / rising
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def precision_of(rule: Training, device: torch.device) -> torch.dtype:
+    """What the matmuls of a training compute in on a device."""
+    if rule.precision == "auto":
+        return torch.bfloat16 if has_bfloat16(device) else torch.float32
+    return torch.bfloat16 if rule.precision == "bfloat16" else torch.float32
+
+
+@contextmanager
+def in_fixed_order(rule: Training, device: torch.device) -> Iterator[None]:
+    """Have a device add up in a fixed order, where the recipe asks for it.
+
+    Raises:
+        GracecError: if an operator has none there.
+    """
+    if not rule.deterministic or device.type == "cpu":
+        yield
+        return
+    before = torch.get_deterministic_debug_mode()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is refused
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise GracecError(
+            first_line(error), where="training.deterministic", fix="leave it out on this device"
+        ) from error
+    finally:
+        torch.set_deterministic_debug_mode(before)
 
 
 def trainable(

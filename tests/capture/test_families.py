@@ -509,7 +509,9 @@ def test_attention_of_segments_is_that_of_a_mask() -> None:
     generator = torch.Generator().manual_seed(0)
     segments = torch.tensor([0, 0, 0, 4, 4, 5, 5, 5, 5])
     q, k, v = (torch.randn(1, 2, 9, 8, generator=generator, requires_grad=True) for _ in range(3))
-    found = ops.segment_attention(q, k, v, segments, 0.3)
+    lengths = ops.segment_lengths(segments)
+    assert lengths.tolist() == [3, 2, 4, 0, 0, 0, 0, 0, 0]
+    found = ops.segment_attention(q, k, v, lengths, 0.3)
     mask = segments[:, None] == segments[None, :]
     attend = torch.nn.functional.scaled_dot_product_attention
     expected = attend(q, k, v, mask, scale=0.3).transpose(1, 2)
@@ -520,6 +522,16 @@ def test_attention_of_segments_is_that_of_a_mask() -> None:
     for grad, want in zip(grads, wanted, strict=True):
         torch.testing.assert_close(grad, want)
     long = torch.zeros(1, 1, 32768, 4)  # a mask would have 2^30 elements
-    parts = torch.arange(32768) // 64
+    parts = ops.segment_lengths(torch.arange(32768) // 64)
     assert ops.segment_attention(long, long, long, parts, 1.0).shape == (1, 32768, 1, 4)
-    torch.library.opcheck(ops.segment_attention, (q, k, v, segments, 0.3))
+    torch.library.opcheck(ops.segment_attention, (q, k, v, lengths, 0.3))
+    torch.library.opcheck(ops.segment_lengths, (segments,))
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("qwen2_vl", 1), ("qwen2_5_vl", 2)])
+def test_a_device_is_asked_once_for_the_lengths_of_segments(name: str, kinds: int) -> None:
+    """And not by every block of the tower."""
+    program = capture(tiny_model(name))
+    gracec = torch.ops.gracec
+    assert len(list(program.nodes(gracec.segment_lengths.default))) == kinds
+    assert len(list(program.nodes(gracec.segment_attention.default))) >= 2

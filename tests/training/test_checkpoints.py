@@ -48,6 +48,7 @@ from gracec.training.checkpoints.sealed import (
 from tests.children import in_a_child
 from tests.test_store import snapshot
 
+CPU = torch.device("cpu")
 RUN = Fingerprint(model="a" * 64, teacher="", data="d" * 64, processor="p", recipe="r")
 
 
@@ -108,7 +109,7 @@ class Trainer:
             tensors=self.names,
             optimizer=optimizer_state(self.optimizer, self.names),
             controller=self.controller.state_dict(),
-            rng=rng_state(),
+            rng=rng_state(CPU),
             best=self.best,
             best_score=self.best_score,
         )
@@ -126,7 +127,7 @@ class Trainer:
         load_optimizer_state(new.optimizer, new.names, found.optimizer)
         new.controller.load_state_dict(dict(found.controller))
         new.step, new.best, new.best_score = found.step, dict(found.best), found.best_score
-        set_rng_state(found.rng)
+        set_rng_state(found.rng, CPU)
         return new
 
     def everything(self) -> str:
@@ -142,9 +143,9 @@ class Trainer:
 @pytest.fixture(scope="module", autouse=True)
 def _generators() -> Iterator[None]:
     """Other tests go on with the numbers that they would have drawn without these."""
-    before = rng_state()
+    before = rng_state(CPU)
     yield
-    set_rng_state(before)
+    set_rng_state(before, CPU)
 
 
 @pytest.fixture
@@ -282,25 +283,33 @@ def test_the_generators_go_on_where_they_were() -> None:
         return torch_ones, python_ones, numpy.random.standard_normal(3).tolist()
 
     draw()
-    state = rng_state()
+    state = rng_state(CPU)
     assert state.scalars["python"]["gauss"] is not None
     assert state.scalars["numpy"]["has_gauss"] == 1
     first, second = draw(), draw()
     assert first != second
-    set_rng_state(state)
+    set_rng_state(state, CPU)
     assert (draw(), draw()) == (first, second)
 
 
-def test_generators_that_are_not_here_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    state = rng_state()
-    here = torch.cuda.device_count()
-    cuda = {f"cuda:{number}": state.tensors["torch"] for number in range(here + 1)}
-    with pytest.raises(GracecError, match=f"states of {here + 1} CUDA devices and {here} are here"):
-        set_rng_state(replace(state, tensors={**state.tensors, **cuda}))
+def test_only_the_device_of_a_training_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    state = torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: asked.append(device) or state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: asked.append(device))
+    assert "device" not in rng_state(CPU).tensors
+    found = rng_state(torch.device("cuda:1"))
+    assert torch.equal(found.tensors["device"], state)
+    set_rng_state(found, torch.device("cuda:0"))
+    assert asked == [torch.device("cuda:1"), torch.device("cuda:0")]
+
+
+def test_another_generator_of_numpy_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     other = numpy.random.PCG64(1).state
     monkeypatch.setattr(numpy.random, "get_state", lambda legacy: other)
     with pytest.raises(GracecError, match="numpy.random draws from PCG64"):
-        rng_state()
+        rng_state(CPU)
 
 
 # Going on

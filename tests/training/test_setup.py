@@ -1,15 +1,19 @@
 from collections.abc import Callable
 
 import pytest
+import torch
 
+from gracec.errors import GracecError
 from gracec.ir.program import Program
 from gracec.objective import DualAscentController, EpochLagrangianController, FixedController
 from gracec.recipe import Training
 from gracec.training.setup import (
     capacity,
     controller_of,
+    in_fixed_order,
     objective_of,
     parameter_groups,
+    precision_of,
     rate,
     trainable,
 )
@@ -106,3 +110,38 @@ def test_scales_alone_learn_where_the_recipe_says_so(after: After) -> None:
 
 def test_capacity_counts_codes_whose_scales_learn(after: After) -> None:
     assert capacity(after(f"{FAKE},free-scales")) == capacity(after(FAKE))
+
+
+@pytest.mark.parametrize(
+    ("capability", "auto"), [((9, 0), torch.bfloat16), ((7, 5), torch.float32)]
+)
+def test_precision_is_that_of_the_device_unless_it_is_said(
+    capability: tuple[int, int], auto: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert precision_of(Training(), cuda) == auto
+    assert precision_of(Training(), cpu) == torch.float32
+    for device in (cuda, cpu):
+        assert precision_of(Training(precision="bfloat16"), device) == torch.bfloat16
+        assert precision_of(Training(precision="float32"), device) == torch.float32
+
+
+def test_sums_of_a_device_have_a_fixed_order_where_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    cuda, fixed = torch.device("cuda"), torch.are_deterministic_algorithms_enabled
+    with in_fixed_order(Training(), cuda):
+        assert not fixed()
+    with in_fixed_order(Training(deterministic=True), torch.device("cpu")):
+        assert not fixed()  # it always has one, and would only be slower
+
+    @in_fixed_order(Training(deterministic=True), cuda)
+    def sums() -> None:
+        assert fixed()
+        raise RuntimeError("x does not have a deterministic implementation\nand more")
+
+    with pytest.raises(GracecError, match=r"^training\.deterministic: x does not have a determin"):
+        sums()
+    assert not fixed()

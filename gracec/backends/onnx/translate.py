@@ -9,6 +9,7 @@ gracec::conv2d              Conv, where no codes took the place of the matrix
 gracec::expert_matmul, gracec::expert_matmul_nbits, gracec::expert_linear
                             for each expert GatherND of its rows, the matmul, ScatterND
 gracec::last_positions      Slice from -count to the end, so that 0 keeps everything
+gracec::segment_lengths     nothing: what it says is the segments themselves
 gracec::segment_attention   Attention with a mask of the segments, [P, P]
 aten::bucketize, aten::argsort
                             the number of boundaries below, TopK; torch.onnx has no translation
@@ -44,6 +45,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.expert_matmul.default: _expert_matmul,
         ops.expert_matmul_nbits.default: _expert_matmul_nbits,
         ops.last_positions.default: _last_positions,
+        ops.segment_lengths.default: _segment_lengths,
         ops.segment_attention.default: _segment_attention,
         torch.ops.aten.bucketize.Tensor: _bucketize,
         torch.ops.aten.argsort.default: _argsort,
@@ -187,6 +189,10 @@ def _last_positions(x: Any, count: Any) -> Any:
     axis: Any = op.Constant(value_ints=[1])
     start: Any = op.Reshape(op.Neg(count), axis)
     return op.Slice(x, start, op.Constant(value_ints=[_LAST]), axis)
+
+
+def _segment_lengths(segments: Any) -> Any:
+    return op.Identity(segments)
 
 
 def _segment_attention(q: Any, k: Any, v: Any, segments: Any, scale: float) -> Any:

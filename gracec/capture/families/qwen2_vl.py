@@ -16,11 +16,14 @@ from transformers import AttentionInterface, PreTrainedModel
 from gracec.capture.families.base import Dims, Family, Inputs
 from gracec.capture.serving_graph import BATCH, LENGTH, Shape
 from gracec.errors import GracecError
-from gracec.quant.ops import segment_attention
+from gracec.quant.ops import segment_attention, segment_lengths
 
 GRID = "image_grid_thw"
 SEGMENT_ATTENTION = "gracec_segments_as_flash_attention"
 """transformers hands over packed sequences whole where the name has "flash" in it."""
+
+SEGMENTS = ("cu_seqlens", "cu_window_seqlens")
+"""Arguments of a tower that say what attends to what: here how long each segment is."""
 
 SERVED_PATCHES = 1 << 13
 """Patches that a serving graph takes at once. ONNX has no attention of segments: a mask of all
@@ -60,12 +63,16 @@ class Qwen2VL(Family):
         config = parts.visual.config
         usual = config._attn_implementation
         config._attn_implementation = SEGMENT_ATTENTION
+        indices = self.patch_indices(config, inputs["pixel_values"].shape[0], inputs[GRID])
         try:
             return parts.visual(
                 inputs["pixel_values"],
                 grid_thw=inputs[GRID],
                 max_seqlen=1,  # not looked at
-                **self.patch_indices(config, inputs["pixel_values"].shape[0], inputs[GRID]),
+                **{
+                    name: segment_lengths(found) if name in SEGMENTS else found
+                    for name, found in indices.items()
+                },
             )
         finally:
             config._attn_implementation = usual

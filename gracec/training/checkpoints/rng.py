@@ -13,13 +13,16 @@ from torch import Tensor
 
 from gracec.errors import GracecError
 
+SAVED = ("cuda", "xpu")
+"""Devices that say the state of each of them."""
+
 
 @dataclass(frozen=True, eq=False)
 class RngState:
     """The states of the random number generators: of torch, Python and NumPy.
 
     Attributes:
-        tensors: "torch", "cuda:0" and so on, "python", "numpy".
+        tensors: "torch", "python", "numpy", and "device" of a training on a GPU.
         scalars: what else Python and NumPy keep; JSON-able.
     """
 
@@ -27,8 +30,10 @@ class RngState:
     scalars: Mapping[str, Any]
 
 
-def rng_state() -> RngState:
-    """The states of the generators of torch, Python and NumPy, and of CUDA where it is in use.
+def rng_state(device: torch.device) -> RngState:
+    """The states of the generators of torch, Python and NumPy, and of the device of a training.
+
+    No other device is asked: that would take memory of each.
 
     Raises:
         GracecError: if NumPy draws from another generator than its usual one.
@@ -45,9 +50,8 @@ def rng_state() -> RngState:
         "python": torch.tensor(words, dtype=torch.int64),
         "numpy": torch.from_numpy(legacy["state"]["key"].astype("int64")),
     }
-    if torch.cuda.is_initialized():  # asking would otherwise make a context on every device
-        for number, state in enumerate(torch.cuda.get_rng_state_all()):
-            tensors[f"cuda:{number}"] = state
+    if device.type in SAVED:
+        tensors["device"] = torch.get_device_module(device).get_rng_state(device)
     scalars = {
         "python": {"version": version, "gauss": gauss},
         "numpy": {
@@ -59,19 +63,8 @@ def rng_state() -> RngState:
     return RngState(tensors, scalars)
 
 
-def set_rng_state(state: RngState) -> None:
-    """Put the generators into a state that `rng_state` took.
-
-    Raises:
-        GracecError: if it has a state for a CUDA device that is not here.
-    """
-    devices = sorted(name for name in state.tensors if name.startswith("cuda:"))
-    here = torch.cuda.device_count()
-    if len(devices) > here:
-        raise GracecError(
-            f"the checkpoint has states of {len(devices)} CUDA devices and {here} are here",
-            fix="resume on as many devices",
-        )
+def set_rng_state(state: RngState, device: torch.device) -> None:
+    """Put the generators into a state that `rng_state` took on a device of the same type."""
     python, legacy = state.scalars["python"], state.scalars["numpy"]
     torch.set_rng_state(state.tensors["torch"])
     words = tuple(state.tensors["python"].tolist())
@@ -85,5 +78,5 @@ def set_rng_state(state: RngState) -> None:
             "gauss": legacy["gauss"],
         }
     )
-    for name in devices:
-        torch.cuda.set_rng_state(state.tensors[name], name)
+    if device.type in SAVED and "device" in state.tensors:
+        torch.get_device_module(device).set_rng_state(state.tensors["device"], device)
