@@ -111,7 +111,10 @@ MEANING = {
     "training.max_skipped": "steps in a row whose loss may be NaN or infinite",
     "training.workers": "processes that make batches ahead, on each rank; no batch depends on it",
     "training.compile": "run the student through torch.compile",
-    "training.activation_checkpointing": "share of the activations that is kept; needs `compile`",
+    "training.activation_checkpointing": "share of the activations that is kept, with "
+    "`compile`; or `blocks`: what enters each decoder block is kept, without `compile`",
+    "training.strategy": "what each of several processes holds: all (`ddp`), or its rows of "
+    "student, optimizer and teacher (`sharded`); `auto` shards what does not fit",
     "training.deterministic": "an accelerator adds up in a fixed order, so that what is repeated "
     "or resumed has equal bits; takes longer. The CPU always does",
     "training.cross_entropy": "weight of the labels",

@@ -208,8 +208,11 @@ class Training(_Strict):
         workers: processes that read samples and make batches ahead, of each rank; "auto" is a few
             where a GPU does the training, and none where the CPU does. No batch depends on it.
         compile: run the graphs through torch.compile.
-        activation_checkpointing: share of the activations that may be kept; the others are computed
-            again. Needs compile.
+        activation_checkpointing: share of the activations that may be kept, the others are computed
+            again, which needs compile; or "blocks", which keeps what enters each decoder block and
+            computes the rest again, without compile.
+        strategy: what several processes hold. With "ddp" each has the whole student and teacher;
+            with "sharded" its rows of both (FSDP2); "auto" shards what does not fit otherwise.
         deterministic: have an accelerator add up in a fixed order, so that a training that is
             repeated or resumed has equal bits; it takes longer. On the CPU it always does.
     """
@@ -240,7 +243,8 @@ class Training(_Strict):
     max_skipped: int = Field(5, ge=1, le=MOST_STEPS)
     workers: Annotated[int, Field(ge=0, le=256)] | Literal["auto"] = "auto"
     compile: bool = False
-    activation_checkpointing: float | None = Field(None, gt=0, le=1)
+    activation_checkpointing: Annotated[float, Field(gt=0, le=1)] | Literal["blocks"] | None = None
+    strategy: Literal["auto", "ddp", "sharded"] = "auto"
     deterministic: bool = False
     cross_entropy: float = Field(1.0, ge=0, le=MOST_WEIGHT)
     distillation: Distillation = Distillation()
@@ -252,8 +256,14 @@ class Training(_Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Training:
-        if self.activation_checkpointing is not None and not self.compile:
-            raise ValueError("activation_checkpointing needs compile: true")
+        if self.activation_checkpointing is not None:
+            by_block = self.activation_checkpointing == "blocks"
+            if by_block and self.compile:
+                raise ValueError("activation_checkpointing: blocks needs compile: false")
+            if not by_block and not self.compile:
+                raise ValueError("activation_checkpointing needs compile: true, or is blocks")
+        if self.strategy == "sharded" and self.compile:
+            raise ValueError("strategy: sharded needs compile: false")
         if self.cross_entropy == 0 and not self.distillation.needs_teacher:
             raise ValueError("every term of the objective is switched off")
         return self

@@ -171,7 +171,8 @@ def _teacher(prepared: Prepared, request: Request, taps: Pipeline) -> Learner:
     ids = taught_ids(prepared.model, found, prepared.source.processor)
     program = run_passes(capture(found), ANALYSIS).program
     blocks_equal_hidden_states(program, found)
-    return Learner(run_passes(program, taps).program, found, ids)
+    owned = found is not prepared.source.model and found is not request.teacher
+    return Learner(run_passes(program, taps).program, found, ids, owned=owned)
 
 
 def _ignored_rows(student: PreTrainedModel, teacher: Learner) -> list[str]:
@@ -225,9 +226,10 @@ def _fingerprint(
 
 
 def _deciding(recipe: Recipe) -> dict[str, Any]:
-    """A recipe without what changes no bit of what it comes to."""
+    """A recipe without what changes nothing but, in the case of a strategy, the order of sums."""
     fields = recipe.to_dict()
-    fields["training"].pop("workers")
+    for name in ("workers", "strategy"):
+        fields["training"].pop(name)
     return fields
 
 

@@ -87,6 +87,12 @@ def blocks_of(module: nn.Module) -> Iterator[Block]:
     return (child for child in module.children() if isinstance(child, Block))
 
 
+def by_path(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Attribute path in the program -> each parameter of what `in_blocks` made."""
+    every = module.named_parameters(remove_duplicate=False)
+    return {name.partition(".graph.")[2] or name: parameter for name, parameter in every}
+
+
 def _graph_of(
     nodes: Sequence[fx.Node], number: int, homes: Mapping[str, set[int | None]]
 ) -> tuple[fx.Graph, list[fx.Node], list[fx.Node]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +29,20 @@ class Learner:
         model: that it was captured from.
         vocabulary: of a teacher, how many of its logits, the first ones, its student learns from;
             None for all.
+        graph: what runs, where that is not the graph of the program itself.
+        owned: whether nobody but the training needs its tensors.
     """
 
     program: Program
     model: PreTrainedModel
     vocabulary: int | None = None
+    graph: Any = None
+    owned: bool = False
+
+    def __call__(self, micro: MicroBatch) -> Outputs:
+        """What it says of a micro-batch."""
+        graph = self.program.graph_module if self.graph is None else self.graph
+        return self.outputs(graph(**self.inputs(micro)))
 
     def inputs(self, micro: MicroBatch) -> dict[str, Tensor]:
         """What the program takes, in order, in the dtype and on the device of the model."""
@@ -119,6 +129,6 @@ def score(
 
 def _logits(learner: Learner, micro: MicroBatch) -> Tensor:
     """float32 [S, V] at the targets, on the CPU."""
-    logits = learner.outputs(learner.program(**learner.inputs(micro))).logits
+    logits = learner(micro).logits
     assert isinstance(logits, Tensor)
     return logits.float().cpu()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from gracec.objective import EpochLagrangianController, Outputs, means
 from gracec.passes.insert_fake_quant import signs_of_scales
 from gracec.quant.frozen import FrozenWeight
 from gracec.recipe import Training
+from gracec.training.blocks import in_blocks
 from gracec.training.candidate import tensors_of, write_codes
 from gracec.training.checkpoints.directory import latest_checkpoint, save_checkpoint
 from gracec.training.checkpoints.fingerprint import Fingerprint
@@ -58,6 +59,14 @@ from gracec.training.setup import (
     steps_of,
     trainable,
 )
+from gracec.training.sharding import (
+    ShardedStudent,
+    bytes_for_a_rank,
+    bytes_of_a_rank,
+    mesh_of,
+    shard_teacher,
+)
+from gracec.training.shards import local, most, number, rows_of, whole, whole_of
 
 Log = Callable[[dict[str, Any]], bool | None]
 
@@ -141,13 +150,16 @@ class Run:
             parameter.requires_grad_(False)
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
+        self.originals = dict(self.parameters)
         self.narrow = precision_of(rule, student.model.device) == torch.bfloat16
         self.quantized = QuantizedWeights(student.program)
         self.quantized.require_gradients(at_once=not self.ranked)
         self.running = replace(student, program=self.quantized.program)
+        self.shards: ShardedStudent | None = None
+        self.said: list[str] = []
+        self.module = self._module()
         groups = parameter_groups(student.program, self.parameters, rule)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
-        self.module = self._module()
         self.ahead: Generator[Batch | EmptyBatch] | None = None
         self.step, self.skipped_in_a_row = 0, 0
         self.curve = Curve()
@@ -157,21 +169,49 @@ class Run:
         self.best_score: float | None = None
 
     def _module(self) -> Any:
+        program, rule = self.running.program, self.rule
         if self.narrow:
-            program = allow_mixed_precision(self.running.program)
-            self.running = replace(self.running, program=program)
-        graph: Any = self.running.program.graph_module
-        if self.rule.compile:
+            program = allow_mixed_precision(program)
+        by_block, shards = rule.activation_checkpointing == "blocks", self._shards()
+        blocks = in_blocks(program, checkpointed=by_block) if by_block or shards else None
+        if blocks is not None and shards:
+            mesh = mesh_of(self.student.model.device, self.ranks)
+            self.shards = ShardedStudent(blocks, self.quantized, self.parameters, mesh)
+            self.parameters = self.shards.parameters
+            if self.teacher is not None:
+                taught = in_blocks(self.teacher.program)
+                shard_teacher(taught, mesh, owned=self.teacher.owned)
+                self.teacher = replace(self.teacher, graph=taught)
+        self.running = replace(self.running, program=program, graph=blocks)
+        graph: Any = program.graph_module if blocks is None else blocks
+        if rule.compile:
             graph = torch.compile(graph, dynamic=True)
         module = Forward(self.running, graph, self.objective, narrow=self.narrow)
-        if not self.ranked:
+        if not self.ranked or shards:
             return module
         return DistributedDataParallel(module, gradient_as_bucket_view=True)
+
+    def _shards(self) -> bool:
+        """Whether each rank holds some rows of everything, and not the whole."""
+        if not self.ranked or self.rule.compile:
+            return False
+        if self.rule.strategy != "auto":
+            return self.rule.strategy == "sharded"
+        needed = bytes_of_a_rank(self.running.program, self.parameters, self.teacher)
+        room = bytes_for_a_rank(self.student.model.device, self.ranks)
+        if not most(int(needed > room), self.student.model.device):
+            return False
+        self.said.append(
+            f"sharded over {self.ranks} processes: each would need {needed / 1e9:.1f} GB for the "
+            f"whole of student, optimizer and teacher, and has {room / 1e9:.1f} GB for them"
+        )
+        return True
 
     def go(self, held_out: Iterable[Batch], log: Log) -> Curve:
         """All steps that are left."""
         budget, device = self.rule.activation_checkpointing, self.student.model.device
-        saving = functorch.patch(activation_memory_budget=budget) if budget else nullcontext()
+        shared = isinstance(budget, float)
+        saving = functorch.patch(activation_memory_budget=budget) if shared else nullcontext()
         with saving, in_fixed_order(self.rule, device):
             try:
                 return self._go(held_out, log)
@@ -192,7 +232,8 @@ class Run:
             row = self.take_step()
             ended = self.step % self.steps_an_epoch == 0
             if ended and isinstance(self.controller, EpochLagrangianController):
-                self.controller.end_epoch(capacity(self.student.program))  # looks at every code
+                with self._in_student():  # looks at every code
+                    self.controller.end_epoch(capacity(self.student.program))
             stops = self._anywhere(self._report(row, log))
             last = stops or self.step == self.steps
             if last or self.step % self.rule.evaluate_every == 0:
@@ -202,14 +243,20 @@ class Run:
         if stops and self.step < self.steps:
             self.curve.notes.append(f"a callback ended the training after step {self.step}")
         if self.best:
-            load_tensors(self.best, self.parameters)
+            self._load(self.best)
+        if self.shards is not None:
+            self.shards.gather()
         if self.curve.best_step is None and self.candidate is not None:
             write_codes(self.student.program, self.candidate)  # those of frozen parts too
-        for parameter in self.parameters.values():
+        for parameter in (*self.parameters.values(), *self.originals.values()):
             parameter.grad = None
             parameter.requires_grad_(False)
         distils = self.objective.distillation != "none"
-        self.curve.notes += [*self.curve.conclusions(distils=distils), self.curve.waiting()]
+        self.curve.notes += [
+            *self.said,
+            *self.curve.conclusions(distils=distils),
+            self.curve.waiting(),
+        ]
         return self.curve
 
     def take_step(self) -> dict[str, Any]:
@@ -227,7 +274,7 @@ class Run:
             group["lr"] = group["highest_lr"] * factor
         self.optimizer.zero_grad(set_to_none=True)
         found = self._accumulate()
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.rule.clip).item()
+        norm = number(nn.utils.clip_grad_norm_(self.parameters.values(), self.rule.clip))
         row = {
             "step": self.step + 1,
             "epoch": self.step // self.steps_an_epoch,
@@ -253,21 +300,25 @@ class Run:
         """Gradients of one optimizer step; the mean of each term over all samples and ranks."""
         self.quantized.refresh()
         micro = list(self._micro_batches())
+        own = len(micro)
+        if self.shards is not None:  # every rank has to gather each block as often
+            micro += micro[-1:] * (most(own, self.student.model.device) - own)
         taught = [self._taught(one) for one in micro]
-        targets = [one.targets for one in micro]
-        pairs = zip(taught, targets, strict=True)
+        pairs = zip(taught[:own], (one.targets for one in micro[:own]), strict=True)
         normalisers = torch.stack([self.objective.normalisers(*pair) for pair in pairs]).sum(0)
         self._add_over_ranks(normalisers)
         totals = torch.zeros_like(normalisers)
-        for number, one in enumerate(micro):
-            alone = self.ranked and number < len(micro) - 1
+        averaged = isinstance(self.module, DistributedDataParallel)
+        for turn, one in enumerate(micro):
+            alone = averaged and turn < own - 1
             with self.module.no_sync() if alone else nullcontext():
                 loss, found = self.module(
-                    one, taught[number], normalisers, self.controller.beta, self.step
+                    one, taught[turn], normalisers, self.controller.beta, self.step
                 )
-                (loss * self.ranks).backward()  # DDP averages
-            totals += found
-            taught[number] = None
+                counts = self.ranks if turn < own else 0  # ranks are averaged
+                (loss * counts).backward()
+            totals += found * (turn < own)
+            taught[turn] = None
         self.quantized.hand_on_gradients()
         self._add_over_ranks(totals)
         return means(totals, normalisers)
@@ -320,7 +371,7 @@ class Run:
     def _taught(self, micro: MicroBatch) -> Outputs | None:
         if self.teacher is None:
             return None
-        return self.teacher.outputs(self.teacher.program(**self.teacher.inputs(micro)))
+        return self.teacher(micro)
 
     def _add_over_ranks(self, tensor: Tensor) -> None:
         if self.ranked:
@@ -360,18 +411,33 @@ class Run:
     ) -> None:
         """Score the untrained graph with the weights of a candidate, and go on without them."""
         program, began = self.student.program, self.best
-        learn = {id(parameter) for parameter in self.parameters.values()}
+        learn = {id(parameter) for parameter in self.originals.values()}
         others = [one for one in tensors_of(program, candidate) if id(one) not in learn]
         before = [one.detach().clone() for one in others]
-        write_codes(program, candidate)
+        with self._in_student():
+            write_codes(program, candidate)
         self.curve.candidate = self._scores(held_out)
         log({"step": self.step, "candidate": self.curve.candidate})
         if self.rule.keep == "best":
             self._keep(self.curve.candidate[self.curve.chosen_by], None)
-        load_tensors(began, self.parameters)
-        with torch.no_grad():
+        with self._in_student(), torch.no_grad():
             for one, was in zip(others, before, strict=True):
                 one.copy_(was)
+        self._load(began)
+
+    @contextmanager
+    def _in_student(self) -> Iterator[None]:
+        """Have the state in the tensors of the student, where it may be changed."""
+        if self.shards is None:
+            yield
+            return
+        self.shards.gather()
+        yield
+        self.shards.scatter()
+
+    def _load(self, best: Mapping[str, Tensor]) -> None:
+        """Take up a state that was kept."""
+        load_tensors(best, {name: local(one) for name, one in self.parameters.items()})
 
     def _scores(self, held_out: Iterable[Batch]) -> dict[str, Any]:
         teacher = self.teacher if self.rule.chooses_by_teacher else None
@@ -383,7 +449,9 @@ class Run:
         best = self.best_score
         if figure is not None and (best is None or figure < best or always):
             self.best_score, self.curve.best_step = figure, step
-            self.best = {n: p.detach().clone() for n, p in self.parameters.items()}
+            # Beside a GPU, whose memory is for training.
+            own = {n: local(p).detach() for n, p in self.parameters.items()}
+            self.best = {n: tensor.to("cpu", copy=True) for n, tensor in own.items()}
 
     def _report(self, row: dict[str, Any], log: Log) -> bool:
         self.curve.rows.append(row)
@@ -393,16 +461,24 @@ class Run:
         return bool(log({**row, "seconds": seconds.whole, "data_seconds": seconds.data}))
 
     def _save(self) -> None:
-        if self.directory is None or self.fingerprint is None or self.rank:
+        if self.directory is None or self.fingerprint is None:
+            return
+        if self.rank and self.shards is None:
+            return
+        state = optimizer_state(self.optimizer, self.parameters)
+        best = {n: whole_of(rows, self.parameters[n]) for n, rows in self.best.items()}
+        tensors = {n: whole(p).cpu() for n, p in {**self.parameters, **self.signs}.items()}
+        state = state._replace(tensors={n: whole(t) for n, t in state.tensors.items()})
+        if self.rank:
             return
         checkpoint = Checkpoint(
             step=self.step,
             epoch=self.step // self.steps_an_epoch,
             sample=self.step % self.steps_an_epoch * self.rule.batch_size,
-            tensors={n: p.detach() for n, p in {**self.parameters, **self.signs}.items()},
-            best=self.best,
+            tensors=tensors,
+            best=best,
             best_score=self.best_score,
-            optimizer=optimizer_state(self.optimizer, self.parameters),
+            optimizer=state,
             controller=self.controller.state_dict(),
             rng=rng_state(self.student.model.device),
             skipped_in_a_row=self.skipped_in_a_row,
@@ -430,7 +506,10 @@ class Run:
         self.controller.load_state_dict(dict(found.controller))
         set_rng_state(found.rng, self.student.model.device)
         self.step, self.skipped_in_a_row = found.step, found.skipped_in_a_row
-        self.best, self.best_score = dict(found.best), found.best_score
+        self.best = {
+            n: rows_of(tensor, self.parameters[n]).clone() for n, tensor in found.best.items()
+        }
+        self.best_score = found.best_score
         self.curve = Curve(
             rows=list(found.extra["rows"]),
             held_out=list(found.extra["held_out"]),

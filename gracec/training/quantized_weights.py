@@ -11,7 +11,7 @@ Groups run along the rows of a weight: any rows of it are quantized alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from gracec.passes.insert_fake_quant import FAKE_QUANTIZE, reader
 from gracec.quant.frozen import Experts
 from gracec.quant.ops import fake_quantize_gradients
 from gracec.quant.ops_scales import scale_codes_gradient
+from gracec.training.shards import local, of_rows
 
 
 @dataclass
@@ -35,7 +36,8 @@ class QuantizedWeight:
     """A weight, its scales, and what stands for both in the graph that runs.
 
     Attributes:
-        held: ŵ [N, K], a parameter of the graph that runs.
+        held: ŵ [N, K], a parameter of the graph that runs. Like what follows it may be sharded, by
+            the same rows.
         weight: the float master, as the model holds it; or codes, where scales alone learn.
         scale_param: float32, as `gracec.quant.scale_from_param` reads it.
         scale_signs: int8, of that shape; None where every scale is positive.
@@ -44,7 +46,7 @@ class QuantizedWeight:
         rows: N of the whole, where these are some rows of it.
     """
 
-    held: nn.Parameter
+    held: Tensor
     weight: Tensor
     scale_param: Tensor
     scale_signs: Tensor | None
@@ -63,12 +65,10 @@ class QuantizedWeight:
     @torch.no_grad()
     def refresh(self) -> None:
         """ŵ := what the weight and its scales come to."""
-        held = self.held
-        scales = quant.scale_from_param(
-            self.scale_param, self.parametrization, self.scale_grid, self.scale_signs
-        )
+        held, (param, signs) = local(self.held), self._scale()
+        scales = quant.scale_from_param(param, self.parametrization, self.scale_grid, signs)
         if self.bits is None:
-            quant.dequantize(self.weight, scales, self.group_size, out=held)
+            quant.dequantize(local(self.weight), scales, self.group_size, out=held)
         else:
             quant.fake_quantize(self._matrix(), scales, self.bits, self.group_size, out=held)
 
@@ -78,18 +78,17 @@ class QuantizedWeight:
         grad, self.held.grad = self.held.grad, None
         if grad is None:
             return
+        grad, (param, signs) = local(grad), self._scale()
         options = (self.group_size, self.parametrization, self.scale_grid)
         if self.bits is None:
-            of_scale = scale_codes_gradient(
-                self.weight, self.scale_param, self.scale_signs, grad, *options
-            )
+            of_scale = scale_codes_gradient(local(self.weight), param, signs, grad, *options)
         else:
             matrix = self._matrix()
             out = grad if grad.dtype == matrix.dtype else torch.empty_like(matrix)
             of_weight, of_scale = fake_quantize_gradients(
                 matrix,
-                self.scale_param,
-                self.scale_signs,
+                param,
+                signs,
                 grad,
                 self.bits,
                 *options,
@@ -100,8 +99,12 @@ class QuantizedWeight:
             _add_gradient(self.weight, held)
         _add_gradient(self.scale_param, of_scale)
 
+    def _scale(self) -> tuple[Tensor, Tensor | None]:
+        signs = self.scale_signs
+        return local(self.scale_param), None if signs is None else local(signs)
+
     def _matrix(self) -> Tensor:
-        weight = self.weight.detach()
+        weight = local(self.weight).detach()
         return weight if self.experts is None else self.experts.matrix(weight)
 
 
@@ -118,7 +121,7 @@ class QuantizedWeights:
         """
         nodes = quantized_weights(program)
         self.program = run_passes(program, [HoistFakeQuant()]).program if nodes else program
-        self.weights: Mapping[str, QuantizedWeight] = {
+        self.weights: dict[str, QuantizedWeight] = {
             target: _read(program, calls[0], self.program.tensor(target))
             for target, calls in nodes.items()
         }
@@ -180,6 +183,7 @@ def _add_gradient(parameter: Tensor, grad: Tensor) -> None:
     """Where it learns. A weight that the graph also reads as it is has a gradient already."""
     if not parameter.requires_grad:
         return
+    grad = of_rows(grad, parameter)
     if parameter.grad is None:
         parameter.grad = grad
     else:

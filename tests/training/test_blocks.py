@@ -9,7 +9,7 @@ from gracec.capture import capture
 from gracec.errors import GracecError
 from gracec.ir.program import Program
 from gracec.passes import parse_pipeline, run_passes
-from gracec.training.blocks import blocks_of, in_blocks
+from gracec.training.blocks import blocks_of, by_path, in_blocks
 from tests.tiny import tiny_llava
 from tests.tiny_experts import tiny_experts
 from tests.tiny_families import tiny_model
@@ -29,16 +29,8 @@ def gradients(module: torch.nn.Module, program: Program) -> tuple[list[Tensor], 
         parameter.grad = None
     outputs = list(module(**program.example_inputs))
     torch.stack([one.float().square().mean() for one in outputs]).sum().backward()
-    found = {name: p.grad for name, p in named(module).items() if p.grad is not None}
+    found = {name: p.grad for name, p in by_path(module).items() if p.grad is not None}
     return outputs, found
-
-
-def named(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """By attribute path, without the names of blocks."""
-    every = module.named_parameters(remove_duplicate=False)
-    names = [(name.partition(".graph.")[2] or name, parameter) for name, parameter in every]
-    assert len({name for name, _ in names}) == len(names)
-    return dict(names)
 
 
 @pytest.mark.parametrize("kind", ["tied", "qwen2_vl", "qwen3_vl", "gemma3", "experts"])
@@ -58,10 +50,10 @@ def test_the_same_bits_of_outputs_and_gradients(kind: str, checkpointed: bool) -
     assert len(blocks) == program.decoder_layers
     inside = [id(one) for block in blocks for one in block.parameters()]
     assert len(set(inside)) == len(inside), "a parameter is in two blocks"
-    quantized = [name for name in named(module) if name.endswith("proj.weight_quantized")]
-    held = {id(named(module)[name]) for name in quantized if "language_model" in name}
+    quantized = [name for name in by_path(module) if name.endswith("proj.weight_quantized")]
+    held = {id(by_path(module)[name]) for name in quantized if "language_model" in name}
     assert held and held <= set(inside)
-    assert all(one is program.tensor(name) for name, one in named(module).items())
+    assert all(one is program.tensor(name) for name, one in by_path(module).items())
 
 
 def test_what_is_checkpointed_keeps_less_for_backward() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gracec.errors import GracecError
 from gracec.training.checkpoints.fingerprint import check_json
+from gracec.training.shards import write
 
 
 class OptimizerState(NamedTuple):
@@ -173,5 +174,6 @@ def _parameter_state(name: str, parameter: Tensor, state: OptimizerState) -> dic
             copy.requires_grad_(False)
         else:
             copy = torch.empty(value.shape, dtype=value.dtype, device=device)
-        result[key] = copy.copy_(value)
+        write(copy, value)
+        result[key] = copy
     return result

@@ -27,6 +27,7 @@ from gracec.training.checkpoints.fingerprint import (
 )
 from gracec.training.checkpoints.optimizer import OptimizerState
 from gracec.training.checkpoints.rng import RngState
+from gracec.training.shards import write
 
 TENSORS, CONTENTS = "tensors.safetensors", "checkpoint.json"
 
@@ -156,7 +157,7 @@ def load_tensors(saved: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> Non
             )
     with torch.no_grad():
         for name, value in saved.items():
-            into[name].copy_(value)
+            write(into[name], value)
 
 
 def contents_of(checkpoint: Checkpoint, fingerprint: Fingerprint) -> dict[str, Any]:
