@@ -38,7 +38,10 @@ from gracec.recipe import (
 )
 from gracec.stages.peft import MERGED_BOUND
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "ptq"))
+sys.path += [
+    str(Path(__file__).resolve().parents[1] / "benchmarks" / name) for name in ("ptq", "gpu")
+]
+import gpu_page
 import tables as ptq
 
 DOCS = Path(__file__).resolve().parent
@@ -601,6 +604,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "ptq smollm2": partial(ptq_table, "smollm2"),
         "ptq gemma3": partial(ptq_table, "gemma3"),
     },
+    "gpu.md": {"results": gpu_page.page},
     "extending.md": sources(
         "pyproject.toml",
         "gracec_example/protect_fragile.py",
