@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT), str(ROOT / "benchmarks")]
 
 import gpu_page  # noqa: E402
-import kernels  # noqa: E402
+import linears  # noqa: E402
 import torch  # noqa: E402
 from answers import Answers  # noqa: E402
 from machine import Machine  # noqa: E402
@@ -48,7 +48,7 @@ COMMAND = "python benchmarks/gpu/check.py"
 def sections(machine: Machine, folder: Path) -> list[Section]:
     """What is measured, with shares of the time; models live as long as their section."""
     return [
-        Section("kernels", 50, partial(kernels.items, machine), begins=False),
+        Section("kernels", 50, partial(linears.items, machine), begins=False),
         Section("serving", 170, lambda: Serving(machine).items()),
         Section("training", 130, lambda: Steps(machine).items()),
         Section("EmojiVQA", 120, lambda: Answers(machine, folder).items()),
