@@ -83,7 +83,7 @@ def measure() -> list[dict[str, Any]]:
     from gracec.recipe import Training
     from gracec.training.samples import open_samples
 
-    taps = "insert-taps,select-supervised"
+    taps = "insert-taps,select-supervised,return-head"
     fake = "plan-quantization,insert-fake-quant{candidates=4}"
     student = learner(f"analyze-modality,{fake},{taps}", EMOJIVQA / "student")
     teacher = learner(f"analyze-modality,{taps}", EMOJIVQA / "teacher")

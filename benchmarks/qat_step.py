@@ -102,7 +102,8 @@ def graph_step(
     from gracec.training.loop import Run
     from gracec.training.micro_batch import MicroBatch
 
-    taps = "insert-taps,select-supervised" if kind != "qat" else "select-supervised"
+    taps = "select-supervised,return-head"
+    taps = taps if kind == "qat" else f"insert-taps,{taps}"
     fake = "plan-quantization,insert-fake-quant{candidates=4}"
 
     def learner(passes: str, of: LlavaForConditionalGeneration) -> Learner:

@@ -299,6 +299,20 @@ WIRING: tuple[Mutation, ...] = (
         ON_TRAIN,
     ),
     Mutation(
+        "note of a student whose logits stay whole",
+        TRAIN,
+        '    journal.note("training", *_whole_logits("student", result))\n',
+        "",
+        ON_TRAIN,
+    ),
+    Mutation(
+        "note of a teacher whose logits stay whole",
+        TRAIN,
+        '    journal.note("training", *_whole_logits("teacher", result))\n',
+        "",
+        ON_TRAIN,
+    ),
+    Mutation(
         "notes of the training",
         TRAIN,
         '    journal.note("training", *said, *curve.notes)\n',

@@ -243,21 +243,22 @@ def memory_table() -> str:
     """The rows of benchmarks/results/head_and_loss.json."""
     result = json.loads(BENCHMARK.read_text(encoding="utf-8"))
     rows = [
-        "| form | positions | one copy of the logits | peak memory | seconds, median (range) |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| form | vocabulary | positions | one copy of the logits | peak memory | seconds of the "
+        "processor, median (range) |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in result["rows"]:
         form = f"chunks of {row['chunk']}" if row["chunk"] else row["variant"]
-        times = [f"{row[f'seconds_{kind}']:.0f}" for kind in ("median", "min", "max")]
+        median, low, high = (f"{row[f'seconds_{kind}']:.3g}" for kind in ("median", "min", "max"))
         rows.append(
-            f"| {form} | {row['positions']:,} | {row['logits_mib']:,} MiB | "
-            f"{row['peak_mib']:,} MiB | {times[0]} ({times[1]} to {times[2]}) |"
+            f"| {form} | {row['vocabulary']:,} | {row['positions']:,} | "
+            f"{row['logits_mib']:,} MiB | {row['peak_mib']:,} MiB | {median} ({low} to {high}) |"
         )
     first, environment = result["rows"][0], result["environment"]
     threads = first["threads"]
     rows += [
         "",
-        f"V = {first['vocabulary']:,}, d = {first['width']}, float32, "
+        f"d = {first['width']}, float32, "
         f"{threads} thread{'s' if threads > 1 else ''}; `{result['command']}`. "
         f"Load when it started: {environment['load_at_start']} on {environment['cores']} cores.",
     ]

@@ -109,7 +109,8 @@ def _remembering(captured: Program) -> Callable[[str], Program]:
 
     def run(pipeline: str) -> Program:
         if pipeline not in made:
-            made[pipeline] = run_passes(captured, parse_pipeline(pipeline)).program
+            before, _, last = pipeline.rpartition(",")
+            made[pipeline] = run_passes(run(before), parse_pipeline(last)).program
         return made[pipeline]
 
     return run

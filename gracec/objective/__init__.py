@@ -16,7 +16,14 @@ from gracec.objective.controllers import (
     code_entropy,
 )
 from gracec.objective.gdkd import Gdkd, gdkd_loss, gdkd_term
-from gracec.objective.head import LazyLogits, Logits, PositionLoss, position_terms, position_weight
+from gracec.objective.head import (
+    LazyLogits,
+    Logits,
+    PositionLoss,
+    in_chunks,
+    position_terms,
+    position_weight,
+)
 from gracec.objective.kl import Kl, confidence_gate, kl_loss, kl_term
 from gracec.objective.labels import next_token_labels, supervised_positions
 from gracec.objective.objective import GraceObjective, Outputs, Targets, Terms, means
@@ -46,6 +53,7 @@ __all__ = [
     "gdkd_loss",
     "gdkd_term",
     "image_count",
+    "in_chunks",
     "kl_loss",
     "kl_term",
     "means",

@@ -35,7 +35,7 @@ def ce_term(
     labels: Tensor,
     *,
     ignore_index: int = IGNORE_INDEX,
-    chunk_size: int = 2048,
+    chunk_size: int | None = None,
 ) -> Term:
     """Cross-entropy in nats, in chunks of positions.
 

@@ -98,7 +98,7 @@ def gdkd_term(
     beta: float = 4.0,
     gate: bool = True,
     ignore_index: int = IGNORE_INDEX,
-    chunk_size: int = 2048,
+    chunk_size: int | None = None,
     vocabulary: int | None = None,
 ) -> Term:
     """Σ g_i L_i and Σ g_i of L_GDKD; arguments, shapes and errors as in `gdkd_loss`."""
@@ -122,7 +122,7 @@ def gdkd_loss(
     alpha: float = 1.0,
     beta: float = 4.0,
     ignore_index: int = IGNORE_INDEX,
-    chunk_size: int = 2048,
+    chunk_size: int | None = None,
     gate: bool = True,
     vocabulary: int | None = None,
 ) -> Tensor:
@@ -142,7 +142,7 @@ def gdkd_loss(
         beta: weight of the other classes.
         ignore_index: label of positions without supervision.
         chunk_size: positions that are looked at in one go; bounds the temporary memory in forward
-            and backward.
+            and backward. By default as many as 128 MiB of logits are.
         gate: weigh positions by the teacher's confidence; otherwise each counts the same.
         vocabulary: how many logits of both, the first ones, are compared, where one vocabulary is
             padded otherwise; labels are below it, and what is beyond is ignored. By default all.

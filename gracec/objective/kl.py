@@ -87,7 +87,7 @@ def kl_term(
     temperature: float = 2.0,
     gate: bool = False,
     ignore_index: int = IGNORE_INDEX,
-    chunk_size: int = 2048,
+    chunk_size: int | None = None,
     vocabulary: int | None = None,
 ) -> Term:
     """Σ g_i L_i and Σ g_i of L_KL; arguments, shapes and errors as in `kl_loss`."""
@@ -110,7 +110,7 @@ def kl_loss(
     temperature: float = 2.0,
     gate: bool = False,
     ignore_index: int = IGNORE_INDEX,
-    chunk_size: int = 2048,
+    chunk_size: int | None = None,
     vocabulary: int | None = None,
 ) -> Tensor:
     """L_KL = Σ g_i T² KL(p_t || p_s) / Σ g_i over the supervised positions, in nats.
@@ -125,7 +125,8 @@ def kl_loss(
         temperature: T.
         gate: weigh positions by the confidence gate of L_GDKD; otherwise each counts the same.
         ignore_index: label of positions without supervision.
-        chunk_size: positions that are looked at in one go; bounds the temporary memory.
+        chunk_size: positions that are looked at in one go; bounds the temporary memory. By default
+            as many as 128 MiB of logits are.
         vocabulary: how many logits of both, the first ones, are compared, where one vocabulary is
             padded otherwise; labels are below it, and what is beyond is ignored. By default all.
 

@@ -98,7 +98,8 @@ class GraceObjective:
         omega_warmup: optimizer steps over which ω rises from 0, linearly.
         min_tokens: images with fewer visual tokens are left out of L_RCKA.
         ignore_index: label of positions without supervision.
-        chunk_size: positions whose logits are looked at in one go.
+        chunk_size: positions whose logits are looked at in one go; by default as many as 128 MiB
+            of them are, in float32.
         vocabulary: how many logits of both sides, the first ones, L_D compares, where student and
             teacher pad one vocabulary otherwise; by default all. The cross-entropy sees all of the
             student's in any case, since it generates from all of them.
@@ -119,7 +120,7 @@ class GraceObjective:
     omega_warmup: int = 400
     min_tokens: int = MIN_TOKENS
     ignore_index: int = IGNORE_INDEX
-    chunk_size: int = 256
+    chunk_size: int | None = None
     vocabulary: int | None = None
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 preparing    analyze-modality, plan-quantization, [insert-observers,] [observe-second-moments,]
              insert-fake-quant, [correct-codes]
-learning     [insert-taps,] select-supervised
+learning     [insert-taps,] select-supervised, return-head
 freezing     freeze
 lowering     what the target and each format run: `Target.passes`, `Format.passes`
 """
@@ -25,6 +25,7 @@ from gracec.passes.insert_taps import InsertTaps
 from gracec.passes.observe_second_moments import ObserveSecondMoments
 from gracec.passes.pipeline import Pipeline
 from gracec.passes.plan_quantization import PlanQuantization
+from gracec.passes.return_head import ReturnHead
 from gracec.passes.select_supervised import SelectSupervised
 from gracec.recipe import Recipe, Training
 from gracec.registry import nearest
@@ -110,11 +111,11 @@ def rounding(
     return Pipeline((*planning(plain, strict=strict, analysis=analysis), InsertFakeQuant()))
 
 
-def learning(rule: Training) -> Pipeline:
+def learning(rule: Training, *, strict: bool = False) -> Pipeline:
     """From a fake-quantized graph to one that is trained, and from an analysed teacher to one that
     teaches."""
     taps = [InsertTaps()] if rule.distillation.omega else []
-    return Pipeline((*taps, SelectSupervised()))
+    return Pipeline((*taps, SelectSupervised(), ReturnHead(strict)))
 
 
 def freezing() -> Pipeline:

@@ -21,10 +21,11 @@ from gracec.errors import GracecError
 from gracec.journal import Journal
 from gracec.models.hub import Place, find_model
 from gracec.models.loading import load_config, load_model, load_processor
-from gracec.passes.base import run_passes
+from gracec.passes.base import PipelineResult, run_passes
 from gracec.passes.free_scales import FreeScales
 from gracec.passes.freeze import SCALE_CODES, Freeze, frozen_weights, with_codes
 from gracec.passes.pipeline import Pipeline
+from gracec.passes.return_head import HEAD, ReturnHead
 from gracec.quant.frozen import code_hash
 from gracec.recipe import Recipe, Training
 from gracec.report.report import sqnr_db
@@ -72,19 +73,19 @@ def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
     if processor is None:
         raise GracecError("training needs the model's processor", fix="pass processor=")
     join_ranks(prepared.model.device)
-    taps = learning(rule)
+    taps = learning(rule, strict=request.strict)
     taught = None
     if rule.distillation.needs_teacher:
-        taught = _teacher(prepared, request, taps)
-        journal.note("training", *_ignored_rows(prepared.model, taught))
+        taught = _teacher(prepared, request, taps, journal)
     owned = prepared.owned()
     del prepared  # its floats may go, if nobody else has them
     if rule.learns == "scales":
         owned = _with_free_scales(owned)
     journal.ptq_sqnr_db = sqnr_db(owned.program, owned.source.model)
     candidate = owned.candidate
-    program = run_passes(owned.program, taps.placed(request.further)[0]).program
-    student = Learner(program, owned.model)
+    result = run_passes(owned.program, taps.placed(request.further)[0])
+    journal.note("training", *_whole_logits("student", result))
+    student = Learner(result.program, owned.model)
     collate = Collator(processor, owned.model, rule.max_length, request.strict)
     samples, held_out = open_samples(request.train_data, request.held_out, rule, collate)
     loading = _loading(rule, owned.model.device)
@@ -164,15 +165,26 @@ def teacher_of(source: Source, request: Request) -> PreTrainedModel:
     return found
 
 
-def _teacher(prepared: Prepared, request: Request, taps: Pipeline) -> Learner:
+def _teacher(prepared: Prepared, request: Request, taps: Pipeline, journal: Journal) -> Learner:
     """The teacher as a graph; by default the original itself, which training does not touch."""
     found = teacher_of(prepared.source, request)
     check_teacher(prepared.model, found)
     ids = taught_ids(prepared.model, found, prepared.source.processor)
     program = run_passes(capture(found), ANALYSIS).program
     blocks_equal_hidden_states(program, found)
+    result = run_passes(program, taps)
     owned = found is not prepared.source.model and found is not request.teacher
-    return Learner(run_passes(program, taps).program, found, ids, owned=owned)
+    teacher = Learner(result.program, found, ids, owned=owned)
+    journal.note("training", *_ignored_rows(prepared.model, teacher))
+    journal.note("training", *_whole_logits("teacher", result))
+    return teacher
+
+
+def _whole_logits(whose: str, result: PipelineResult) -> list[str]:
+    """What is said of a model whose head cannot be computed in chunks."""
+    if HEAD in result.program.output_names:
+        return []
+    return [f"{whose}: {note.text}" for note in result.notes if note.source == ReturnHead.name]
 
 
 def _ignored_rows(student: PreTrainedModel, teacher: Learner) -> list[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from transformers import PreTrainedModel
 from gracec.capture import family_of
 from gracec.errors import GracecError
 from gracec.ir.program import Program
-from gracec.objective import Outputs, kl_term
+from gracec.objective import LazyLogits, Outputs, in_chunks, kl_term
 from gracec.passes.insert_taps import HIDDEN
+from gracec.passes.return_head import HEAD, HEAD_BIAS, HEAD_INPUT, LOGITS, following
 from gracec.passes.select_supervised import INDEX
 from gracec.training.micro_batch import Batch, MicroBatch
 
@@ -25,7 +27,8 @@ class Learner:
     """A program that is trained or teaches, and the model whose inputs it takes.
 
     Attributes:
-        program: with logits at `supervised_index` and, where L_RCKA is on, `hidden`.
+        program: with logits at `supervised_index`, or what they are computed from (`return-head`),
+            and, where L_RCKA is on, `hidden`.
         model: that it was captured from.
         vocabulary: of a teacher, how many of its logits, the first ones, its student learns from;
             None for all.
@@ -54,7 +57,21 @@ class Learner:
         """What the program returned, by name."""
         values = [values] if isinstance(values, Tensor) else values
         named = dict(zip(self.program.output_names, values, strict=True))
-        return Outputs(named["logits"], named.get(HIDDEN))
+        if LOGITS in named:
+            return Outputs(named[LOGITS], named.get(HIDDEN))
+        given = _as_a_linear_takes_it(named[HEAD_INPUT])
+        logits = LazyLogits(given, named[HEAD], named.get(HEAD_BIAS), self._after)
+        return Outputs(logits, named.get(HIDDEN))
+
+    @cached_property
+    def _after(self) -> Callable[[Tensor], Tensor] | None:
+        return following(self.program)
+
+
+def _as_a_linear_takes_it(x: Tensor) -> Tensor:
+    """In the dtype that autocast gives the inputs of a linear, which the head is."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 @dataclass(frozen=True)
@@ -106,29 +123,23 @@ def score(
         GracecError: if there is none.
     """
     total, kl, tokens, same, exact, samples = 0.0, 0.0, 0, 0, 0, 0
+    both = [student] if teacher is None else [student, teacher]
     for batch in batches:
         micro = MicroBatch.read(student.model, batch, everywhere=everywhere)
-        logits, labels = _logits(student, micro), micro.labels.cpu()
-        total += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-        tokens += len(labels)
-        likeliest = logits.argmax(-1)
-        wrong = torch.zeros(micro.shape[0], dtype=torch.int64)
-        wrong.index_add_(0, micro.rows.cpu(), (likeliest != labels).long())
+        said = [one(micro).logits for one in both]
+        wrong = torch.zeros(micro.shape[0], dtype=torch.int64, device=micro.labels.device)
+        for chunk, (logits, *taught) in in_chunks(*said):
+            labels = micro.labels[chunk]
+            total += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+            wrong.index_add_(0, micro.rows[chunk], (logits.argmax(-1) != labels).long())
+            if teacher is not None:
+                one, other = (x[:, : teacher.vocabulary] for x in (logits, *taught))
+                kl += kl_term(one, other, labels, temperature=1.0).total.item()
+                same += int((one.argmax(-1) == other.argmax(-1)).sum())
+        tokens += len(micro.labels)
         exact += int((wrong == 0).sum())
         samples += len(wrong)
-        if teacher is not None:
-            count = teacher.vocabulary
-            said, taught = logits[:, :count], _logits(teacher, micro)[:, :count]
-            kl += kl_term(said, taught, labels, temperature=1.0).total.item()
-            same += int((said.argmax(-1) == taught.argmax(-1)).sum())
     if not tokens:
         raise GracecError("no sample of the held-out data can be used", fix="mend the data")
     found = HeldOut(total / tokens, exact / samples)
     return found if teacher is None else replace(found, kl=kl / tokens, top1=same / tokens)
-
-
-def _logits(learner: Learner, micro: MicroBatch) -> Tensor:
-    """float32 [S, V] at the targets, on the CPU."""
-    logits = learner(micro).logits
-    assert isinstance(logits, Tensor)
-    return logits.float().cpu()

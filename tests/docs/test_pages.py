@@ -112,7 +112,7 @@ def test_every_annotation_is_described(captured: Program, after: Callable[[str],
         ApplyCodes(frozen_weights(after(frozen))).run(captured).program,
     ]
     used = {key for program in programs for node in program.graph.nodes for key in annotation(node)}
-    assert used | {"weight_observer", "adapter"} == set(written)
+    assert used | {"weight_observer", "adapter", "follows"} == set(written)
 
 
 def test_every_command_has_the_options_that_the_pages_give_it() -> None:

@@ -12,10 +12,12 @@ from gracec.objective import (
     LazyLogits,
     Term,
     gdkd_loss,
+    in_chunks,
     kl_loss,
     position_terms,
     position_weight,
 )
+from gracec.objective import head as head_module
 from tests.objective import reference
 from tests.objective.reference import (
     IGNORED,
@@ -58,6 +60,55 @@ def test_head_and_loss_in_chunks_are_the_straightforward_form(chunk_size: int) -
     lazy = both(LazyLogits(hidden, head), LazyLogits(teacher_hidden, teacher_head), chunk_size)
     torch.testing.assert_close(lazy, plain)
     torch.testing.assert_close(gradients(lazy, hidden, head), gradients(plain, hidden, head))
+
+
+@pytest.mark.parametrize("chunk_size", [4, 100])
+def test_with_a_bias_and_a_soft_cap(chunk_size: int) -> None:
+    hidden, head, teacher_hidden, teacher_head = inputs()
+    bias, wrong = random_logits(7, seed=4).requires_grad_(), random_logits(7, seed=5)
+
+    def cap(x: Tensor) -> Tensor:
+        return torch.tanh(x / 2) * 2
+
+    logits = cap(F.linear(hidden, head, bias))
+    teacher = cap(F.linear(teacher_hidden, teacher_head, wrong))
+    plain = F.cross_entropy(logits, LABELS) + reference.gdkd(logits, teacher, LABELS)
+    taught = LazyLogits(teacher_hidden, teacher_head, wrong, cap)
+    lazy = both(LazyLogits(hidden, head, bias, cap), taught, chunk_size)
+    torch.testing.assert_close(lazy, plain)
+    learn = hidden, head, bias
+    torch.testing.assert_close(gradients(lazy, *learn), gradients(plain, *learn))
+    parts = list(in_chunks(LazyLogits(hidden, head, bias, cap), teacher, chunk_size=chunk_size))
+    assert [chunk.start for chunk, _ in parts] == list(range(0, 9, chunk_size))
+    for number, whole in enumerate((logits, teacher)):
+        seen = torch.cat([found[number] for _, found in parts])
+        torch.testing.assert_close(seen, whole.detach())
+
+
+def test_a_chunk_is_as_large_as_its_logits_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_module, "CHUNK_BYTES", 3 * 7 * 4)
+    logits = random_logits(9, 7)
+    assert [len(part) for _, (part,) in in_chunks(logits)] == [3, 3, 3]
+    monkeypatch.setattr(head_module, "CHUNK_BYTES", 1)
+    assert [len(part) for _, (part,) in in_chunks(logits[:2])] == [1, 1]
+
+
+def test_a_single_chunk_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fits is kept for the backward pass; what does not is computed again."""
+    hidden, head, teacher_hidden, teacher_head = inputs()
+    calls: list[int] = []
+    linear = F.linear
+
+    def counted(*operands: Tensor) -> Tensor:
+        calls.append(len(operands[0]))
+        return linear(*operands)
+
+    monkeypatch.setattr(F, "linear", counted)
+    for chunk_size, expected in ((9, [9, 9]), (5, [5, 5, 4, 4] * 2)):
+        calls.clear()
+        teacher = LazyLogits(teacher_hidden, teacher_head)
+        both(LazyLogits(hidden, head), teacher, chunk_size).backward()
+        assert calls == expected
 
 
 def test_a_teacher_of_either_form_is_the_same() -> None:
@@ -198,6 +249,11 @@ def test_the_weight_is_known_before_the_student_runs() -> None:
 def test_a_head_of_another_width_is_refused() -> None:
     with pytest.raises(GracecError, match="hidden states .9, 3. do not go with a head .7, 4."):
         LazyLogits(torch.zeros(9, 3), torch.zeros(7, 4))
+
+
+def test_a_bias_of_another_size_is_refused() -> None:
+    with pytest.raises(GracecError, match="a bias .3. does not go with a head .7, 3."):
+        LazyLogits(torch.zeros(9, 3), torch.zeros(7, 3), torch.zeros(3))
 
 
 def test_heads_of_different_vocabularies_are_refused() -> None:

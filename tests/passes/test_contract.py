@@ -41,6 +41,7 @@ PREPARED: dict[str, tuple[str, ...]] = {
     "hoist-fake-quant": (FAKE, f"{FAKE},free-scales"),
     "lower-torchao": (FROZEN,),
     "lower-qdq": (FROZEN, f"{OBSERVED},insert-fake-quant,freeze"),
+    "return-head": ("analyze-modality,insert-taps,select-supervised",),
     "strip": ("analyze-modality,insert-taps",),
 }
 """Pass -> the pipelines that may run before it. Others run on the programs of `SPECIAL`, or after

@@ -15,6 +15,7 @@ from gracec.capture.hidden import blocks_equal_hidden_states
 from gracec.errors import GateError, GracecError
 from gracec.ir.program import Program
 from gracec.journal import Journal, Note
+from gracec.passes import return_head
 from gracec.request import Request
 from gracec.stages import train as stage
 from gracec.stages.prepare import Prepared
@@ -81,6 +82,17 @@ def test_what_was_said_is_in_the_journal(trained: Callable[..., Journal]) -> Non
     assert problem.source == "training" and "'<pad>', a control token" in problem.text
     assert curve == Note("training", "kept step 0")
     assert journal.training == {"best_step": 0}
+
+
+def test_logits_that_have_to_be_whole_are_noted_and_strictly_refused(
+    trained: Callable[..., Journal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(return_head, "_found", lambda program: "aten.softmax.int follows the head")
+    notes = [note.text for note in trained().notes]
+    said = "logits are computed as a whole: aten.softmax.int follows the head"
+    assert f"student: {said}" in notes and f"teacher: {said}" in notes
+    with pytest.raises(GracecError, match="return-head: aten.softmax.int follows the head"):
+        trained(strict=True)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from gracec.capture import capture
+from gracec.objective import LazyLogits
 from gracec.passes import parse_pipeline, run_passes
 from gracec.passes.select_supervised import INDEX
 from gracec.training.learner import HeldOut, Learner, score
@@ -26,7 +27,7 @@ def batches() -> list[dict[str, Tensor]]:
 
 @pytest.fixture(scope="module")
 def learner(llava: LlavaForConditionalGeneration) -> Learner:
-    passes = parse_pipeline("analyze-modality,select-supervised")
+    passes = parse_pipeline("analyze-modality,select-supervised,return-head")
     return Learner(run_passes(capture(llava), passes).program, llava)
 
 
@@ -38,6 +39,16 @@ def test_inputs_are_those_of_the_program_in_order(
     assert list(found) == list(learner.program.example_inputs)
     assert torch.equal(found[INDEX], micro.index)
     assert all(tensor.device == learner.model.device for tensor in found.values())
+
+
+def test_under_autocast_the_head_takes_what_a_linear_would(
+    learner: Learner, batches: list[dict[str, Tensor]]
+) -> None:
+    values = learner.program(**learner.inputs(MicroBatch.read(learner.model, batches[0])))
+    for narrow, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        with torch.autocast("cpu", torch.bfloat16, narrow):
+            logits = learner.outputs(values).logits
+        assert isinstance(logits, LazyLogits) and logits.hidden.dtype == dtype
 
 
 def test_scores_are_those_of_the_eager_model(
@@ -63,7 +74,7 @@ def test_the_distance_from_a_teacher_is_over_every_token_of_text(
     learner: Learner, batches: list[dict[str, Tensor]]
 ) -> None:
     other = tiny_llava(seed=3)
-    passes = parse_pipeline("analyze-modality,select-supervised")
+    passes = parse_pipeline("analyze-modality,select-supervised,return-head")
     teacher = Learner(run_passes(capture(other), passes).program, other)
     kl, same = [], []
     for batch in batches:

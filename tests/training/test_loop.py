@@ -26,6 +26,7 @@ from gracec.passes.free_scales import FreeScales
 from gracec.passes.freeze import Freeze, frozen_weights
 from gracec.passes.insert_fake_quant import InsertFakeQuant, fake_quantized, signs_of_scales
 from gracec.passes.plan_quantization import PlanQuantization
+from gracec.passes.return_head import ReturnHead
 from gracec.passes.select_supervised import SelectSupervised
 from gracec.quant import FrozenWeight
 from gracec.quant.frozen import code_hash
@@ -43,8 +44,8 @@ from tests.signed import fake_quantized_by_halves
 from tests.tiny import IMAGE, IMAGE_TOKENS, PAD, tiny_image, tiny_llava, tiny_processor
 
 FAKE = "analyze-modality,plan-quantization,insert-fake-quant{candidates=8}"
-STUDENT = f"{FAKE},insert-taps,select-supervised"
-TEACHER = "analyze-modality,insert-taps,select-supervised"
+STUDENT = f"{FAKE},insert-taps,select-supervised,return-head"
+TEACHER = "analyze-modality,insert-taps,select-supervised,return-head"
 SAMPLES = 12
 FAST = {
     "batch_size": 4,
@@ -284,13 +285,19 @@ SCALES_ONLY = {
 def rough(after: After, llava: LlavaForConditionalGeneration) -> Learner:
     """Few codes whose scales learn."""
     recipe = Recipe.from_dict({"name": "rough", "weights": {"decoder": {"bits": 2}}})
-    passes = [PlanQuantization(recipe), InsertFakeQuant(8), FreeScales(), SelectSupervised()]
+    passes = [
+        PlanQuantization(recipe),
+        InsertFakeQuant(8),
+        FreeScales(),
+        SelectSupervised(),
+        ReturnHead(),
+    ]
     return Learner(with_own_tensors(run_passes(after("analyze-modality"), passes).program), llava)
 
 
 @pytest.fixture
 def itself(after: After, llava: LlavaForConditionalGeneration) -> Learner:
-    return Learner(after("analyze-modality,select-supervised"), llava)
+    return Learner(after("analyze-modality,select-supervised,return-head"), llava)
 
 
 def test_scales_alone_come_nearer_to_the_original(rough: Learner, itself: Learner) -> None:
@@ -366,7 +373,8 @@ def test_a_step_of_texts_alone_gives_the_image_side_no_gradient(student: Learner
     micro = micro_batch.MicroBatch.read(student.model, collate([0, 1], texts=[0, 1]), images=True)
     assert micro.image_sizes == ()
     run = Run(student, None, one_by_one(collate), SAMPLES, TEXTS_ONLY, None, None)
-    student.outputs(run.module.graph(**student.inputs(micro))).logits.sum().backward()  # type: ignore[union-attr]
+    said = student.outputs(run.module.graph(**student.inputs(micro)))
+    run.objective.terms(said, None, micro.targets).ce.total.backward()
     run.quantized.hand_on_gradients()
     gradients = {name: p.grad for name, p in run.parameters.items() if p.grad is not None}
     visual = {name for name in gradients if "vision_tower" in name or "projector" in name}

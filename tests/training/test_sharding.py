@@ -32,7 +32,7 @@ from tests.tiny_experts import tiny_experts
 from tests.tiny_families import tiny_model
 
 FAKE = "analyze-modality,plan-quantization,insert-fake-quant{candidates=4},"
-TAPS = "insert-taps,select-supervised"
+TAPS = "insert-taps,select-supervised,return-head"
 SAMPLES = 5
 FINGERPRINT = Fingerprint("model", "teacher", "data", "processor", "recipe")
 STEP = {

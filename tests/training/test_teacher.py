@@ -108,7 +108,11 @@ def test_rows_beyond_may_hold_anything(kind: Any, value: float) -> None:
 def test_scores_ignore_them_as_well() -> None:
     collate = collator()
     batches = [collate([ONE, TWO])]
-    passes, learners, found = parse_pipeline("analyze-modality,select-supervised"), [], []
+    passes, learners, found = (
+        parse_pipeline("analyze-modality,select-supervised,return-head"),
+        [],
+        [],
+    )
     for seed, rows in ((0, VOCAB_SIZE + 3), (1, VOCAB_SIZE + 9)):
         model = tiny_llava(seed, vocab_size=rows, num_hidden_layers=1)
         program = run_passes(capture(model), passes).program
