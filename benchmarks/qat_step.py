@@ -78,7 +78,7 @@ def plain_step(
         quantize_(model.model.language_model, QATConfig(weight_config=weights, step="prepare"))
     model.model.vision_tower.requires_grad_(False)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learning, 1e-5)
+    optimizer = torch.optim.AdamW(learning, 1e-5, fused=True)  # as transformers does
     forward: Any = torch.compile(model) if compiled else model
 
     def step() -> None:
