@@ -313,6 +313,13 @@ WIRING: tuple[Mutation, ...] = (
         ON_TRAIN,
     ),
     Mutation(
+        "note of what a teacher cache had and was given",
+        TRAIN,
+        '        journal.note("training", *cached.notes)\n',
+        "",
+        ("tests/training/test_teacher_cache.py::test_a_training_with_it_is_the_training_without",),
+    ),
+    Mutation(
         "notes of the training",
         TRAIN,
         '    journal.note("training", *said, *curve.notes)\n',

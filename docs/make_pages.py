@@ -107,6 +107,9 @@ MEANING = {
     "training.max_new_tokens": "tokens of the teacher's longest answer",
     "training.seed": "of the data order and the held-out part",
     "training.max_length": "tokens of the longest sample; null: as long as they are",
+    "training.teacher_cache": "a folder that keeps what the teacher says of each sample for later "
+    "epochs and runs ([page](training.md#a-teacher-that-runs-once)); `true`: one among the user's "
+    "caches",
     "training.held_out": "share of the data that chooses the best state, without `eval_data`",
     "training.keep": "which state is kept: the best on the held-out part, or the last",
     "training.evaluate_every": "optimizer steps between two looks at the held-out part",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -42,7 +42,7 @@ class _Strict(BaseModel):
     @classmethod
     def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         field = cls.model_fields[str(info.field_name)]
-        if isinstance(value, bool) and field.annotation is not bool:
+        if isinstance(value, bool) and bool not in (field.annotation, *get_args(field.annotation)):
             raise ValueError(f"{str(value).lower()} does not fit")
         return value
 
@@ -200,6 +200,8 @@ class Training(_Strict):
         answers: whose answers are learned: those of the "data"; or the "teacher" answers every
             question once before anything else, and its answers take their place.
         max_new_tokens: tokens of the teacher's longest answer.
+        teacher_cache: a folder where what the teacher says of each sample is kept for later epochs
+            and runs, and its decoder runs once; true is one among the user's caches.
         held_out: share of the data that chooses the best checkpoint, where no eval_data is given.
         keep: which state is kept: the best on the held-out part, or the last.
         evaluate_every: optimizer steps between two looks at the held-out part.
@@ -234,6 +236,7 @@ class Training(_Strict):
     labels: Literal["answers", "all"] = "answers"
     answers: Literal["data", "teacher"] = "data"
     max_new_tokens: int = Field(128, ge=1, le=1 << 16)
+    teacher_cache: bool | Annotated[str, Field(min_length=1, max_length=4096)] = False
     seed: int = Field(0, ge=0, le=(1 << 32) - 1)
     max_length: int | None = Field(None, ge=8, le=1 << 20)
     held_out: float = Field(0.1, gt=0, lt=1)
@@ -266,6 +269,8 @@ class Training(_Strict):
             raise ValueError("strategy: sharded needs compile: false")
         if self.cross_entropy == 0 and not self.distillation.needs_teacher:
             raise ValueError("every term of the objective is switched off")
+        if self.teacher_cache and not self.distillation.needs_teacher:
+            raise ValueError("teacher_cache needs a term that has a teacher")
         return self
 
 

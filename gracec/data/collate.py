@@ -6,6 +6,7 @@ batch = collate([data.sample(index) for index in (3, 1, 2)])
 
 from __future__ import annotations
 
+import hashlib
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from gracec.data.answers import Answers, Row, stop_tokens
@@ -25,9 +27,21 @@ from gracec.objective.labels import IGNORE_INDEX
 
 Batch = dict[str, Tensor]
 
+PICTURES = "picture_digests"
+"""uint8 [B, 32] of a batch: a digest of the pictures of each sample, if it was asked for."""
+
 
 class EmptyBatch(GracecError):
     """Broken samples were left out of a batch, and nothing to train on is left: take the next."""
+
+
+def picture_digest(images: Sequence[Image.Image]) -> Tensor:
+    """uint8 [32]: of sizes and pixels."""
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(f"{image.mode} {image.size}".encode())
+        digest.update(image.tobytes())
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,7 @@ class Collator:
         model: tells at which tokens generation stops.
         max_length: tokens of the longest sample; longer ones are cut at the end.
         strict: whether a sample that is found to be broken here is an error.
+        names_pictures: whether a batch has `PICTURES`.
 
     `problems` has a line for each of them otherwise.
 
@@ -52,6 +67,7 @@ class Collator:
     model: nn.Module
     max_length: int | None = None
     strict: bool = False
+    names_pictures: bool = False
     problems: list[str] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -125,7 +141,10 @@ class Collator:
                 continue
             rows = [row(encoded, i, sample) for i, sample in enumerate(usable)]
             if all(found is not None for found in rows):
-                return self._batch(encoded, [found for found in rows if found is not None])
+                batch = self._batch(encoded, [found for found in rows if found is not None])
+                if self.names_pictures:
+                    batch[PICTURES] = torch.stack([picture_digest(one.images) for one in usable])
+                return batch
             # Which pixels belong to a sample is known to the processor only: once more, without.
             usable = [one for one, found in zip(usable, rows, strict=True) if found is not None]
         raise self._empty(samples[0])

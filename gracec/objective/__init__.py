@@ -27,7 +27,15 @@ from gracec.objective.head import (
 from gracec.objective.kl import Kl, confidence_gate, kl_loss, kl_term
 from gracec.objective.labels import next_token_labels, supervised_positions
 from gracec.objective.objective import GraceObjective, Outputs, Targets, Terms, means
-from gracec.objective.rcka import cka, image_count, rcka_loss, rcka_term
+from gracec.objective.rcka import (
+    Grams,
+    Relations,
+    cka,
+    grams_of,
+    image_count,
+    rcka_loss,
+    rcka_term,
+)
 from gracec.objective.term import Term
 
 __all__ = [
@@ -38,11 +46,13 @@ __all__ = [
     "FixedController",
     "Gdkd",
     "GraceObjective",
+    "Grams",
     "Kl",
     "LazyLogits",
     "Logits",
     "Outputs",
     "PositionLoss",
+    "Relations",
     "Targets",
     "Term",
     "Terms",
@@ -52,6 +62,7 @@ __all__ = [
     "confidence_gate",
     "gdkd_loss",
     "gdkd_term",
+    "grams_of",
     "image_count",
     "in_chunks",
     "kl_loss",

@@ -28,7 +28,7 @@ from gracec.objective.gdkd import Gdkd
 from gracec.objective.head import Logits, PositionLoss, position_terms, position_weight
 from gracec.objective.kl import Kl
 from gracec.objective.labels import IGNORE_INDEX, next_token_labels
-from gracec.objective.rcka import MIN_TOKENS, image_count, rcka_term
+from gracec.objective.rcka import MIN_TOKENS, Relations, image_count, rcka_term
 from gracec.objective.term import Term, divide, zero_with_graph
 
 Distillation = Literal["gdkd", "kl", "none"]
@@ -41,11 +41,12 @@ class Outputs:
 
     Attributes:
         logits: [S, V] or [B, T, V], or `LazyLogits`.
-        hidden: [B, T, d], output of the penultimate decoder block; for L_RCKA.
+        hidden: [B, T, d], output of the penultimate decoder block; for L_RCKA. Of a teacher also
+            the `Grams` of its images.
     """
 
     logits: Logits
-    hidden: Tensor | None = None
+    hidden: Relations | None = None
 
 
 @dataclass(frozen=True)
@@ -221,6 +222,8 @@ class GraceObjective:
     def _rcka(self, student: Outputs, teacher: Outputs, targets: Targets) -> Term:
         student_hidden, index = _visual(student, targets)
         teacher_hidden, _ = _visual(teacher, targets)
+        if not isinstance(student_hidden, Tensor):
+            raise GracecError("L_RCKA needs the student's hidden states, not their Gram matrices")
         return rcka_term(
             student_hidden, teacher_hidden, index, targets.image_sizes, self.min_tokens
         )
@@ -245,7 +248,7 @@ def _required(teacher: Outputs | None) -> Outputs:
     return teacher
 
 
-def _visual(outputs: Outputs, targets: Targets) -> tuple[Tensor, Tensor]:
+def _visual(outputs: Outputs, targets: Targets) -> tuple[Relations, Tensor]:
     if outputs.hidden is None or targets.image_index is None:
         raise GracecError(
             "L_RCKA needs the hidden states of both models and image_index",

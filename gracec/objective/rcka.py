@@ -14,6 +14,9 @@ With X = H F two forms are equal, and the one with the smaller matrices is compu
 
     n × n    <X_t X_tᵀ, X_s X_sᵀ>_F            d × d    ‖X_tᵀ X_s‖²_F
 
+Of the teacher nothing but K_c^t is looked at, so that it may be given as that (`Grams`), as it is
+where it was computed once and kept.
+
 An image with fewer than `min_tokens` tokens is left out, and so is one whose tokens all point the
 same way (‖K_c‖_F ≤ 1e-10 n), in the student or in the teacher: it has no relations to align. Which
 images are too small is known on the host; the rest is masked, so that no value is waited for.
@@ -22,6 +25,7 @@ images are too small is known on the host; the rest is masked, so that no value 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,6 +37,17 @@ from gracec.objective.term import Term, zero_with_graph
 MIN_TOKENS = 4
 DEGENERATE = 1e-10
 """‖K_c‖_F / n from which on the directions differ by no more than float32 rounds."""
+
+
+@dataclass(frozen=True)
+class Grams:
+    """K_c of each image of a batch, in the order of their numbers: [n, n], float32 or float64."""
+
+    matrices: tuple[Tensor, ...]
+
+
+Relations = Tensor | Grams
+"""How the visual tokens of a teacher relate: its hidden states [B, T, d], or their `Grams`."""
 
 
 def cka(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,34 +68,63 @@ def cka(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         else:
             gram_x, gram_y = x.mT @ x, y.mT @ y
             cross = (x.mT @ y).square().sum((1, 2))
-        norm_x, defined_x = _norm(gram_x, x.shape[1])
-        norm_y, defined_y = _norm(gram_y, x.shape[1])
-        defined = defined_x & defined_y
-        similarity = (cross / (norm_x * norm_y)).clamp(max=1)
-        return torch.where(defined, similarity, 0), defined
+        return _similarity(cross, gram_x, gram_y, x.shape[1])
+
+
+def _cka_with_gram(x: Tensor, gram_y: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of tokens [N, n, d] and K_c [N, n, n] of the others."""
+    with no_autocast(x):
+        x = _centred_directions(x)
+        gram_x = x @ x.mT
+        cross = (gram_x * gram_y).sum((1, 2))
+        return _similarity(cross, gram_x, gram_y, x.shape[1])
+
+
+def _similarity(
+    cross: Tensor, gram_x: Tensor, gram_y: Tensor, tokens: int
+) -> tuple[Tensor, Tensor]:
+    norm_x, defined_x = _norm(gram_x, tokens)
+    norm_y, defined_y = _norm(gram_y, tokens)
+    defined = defined_x & defined_y
+    similarity = (cross / (norm_x * norm_y)).clamp(max=1)
+    return torch.where(defined, similarity, 0), defined
+
+
+@torch.no_grad()
+def grams_of(hidden: Tensor, image_index: Tensor, image_sizes: Sequence[int]) -> Grams:
+    """K_c of every image; arguments and errors as in `rcka_loss`."""
+    found: dict[int, Tensor] = {}
+    with no_autocast(hidden):
+        for numbers, positions in _images(hidden.shape, image_index, image_sizes, 0):
+            x = _centred_directions(_tokens(hidden, positions))
+            found |= dict(zip(numbers, (x @ x.mT).unbind(), strict=True))
+    return Grams(tuple(found[number] for number in sorted(found)))
 
 
 def rcka_term(
     student_hidden: Tensor,
-    teacher_hidden: Tensor,
+    teacher_hidden: Relations,
     image_index: Tensor,
     image_sizes: Sequence[int] | None = None,
     min_tokens: int = MIN_TOKENS,
 ) -> Term:
     """The sum of 1 - CKA and the number of images; arguments and errors as in `rcka_loss`."""
-    if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
+    taught = teacher_hidden
+    if isinstance(taught, Tensor) and student_hidden.shape[:-1] != taught.shape[:-1]:
         raise GracecError(
             f"the student has tokens {list(student_hidden.shape[:-1])}, "
-            f"the teacher {list(teacher_hidden.shape[:-1])}",
+            f"the teacher {list(taught.shape[:-1])}",
             where="teacher_hidden",
             fix="run both on the same batch",
         )
     total = wide(zero_with_graph(student_hidden))
     weight = torch.zeros_like(total)
-    for positions in _images(student_hidden, image_index, image_sizes, min_tokens):
+    for numbers, positions in _images(student_hidden.shape, image_index, image_sizes, min_tokens):
         student = _tokens(student_hidden, positions)
-        teacher = _tokens(teacher_hidden.detach(), positions)
-        similarity, defined = cka(student, teacher)
+        if isinstance(taught, Grams):
+            similarity, defined = _cka_with_gram(student, _chosen(taught, numbers, positions))
+        else:
+            similarity, defined = cka(student, _tokens(taught.detach(), positions))
         total = total + torch.where(defined, 1 - similarity, 0).sum()
         weight = weight + defined.sum()
     return Term(total, weight)
@@ -88,7 +132,7 @@ def rcka_term(
 
 def rcka_loss(
     student_hidden: Tensor,
-    teacher_hidden: Tensor,
+    teacher_hidden: Relations,
     image_index: Tensor,
     image_sizes: Sequence[int] | None = None,
     min_tokens: int = MIN_TOKENS,
@@ -98,7 +142,8 @@ def rcka_loss(
     Args:
         student_hidden: [B, T, d_s], output of the penultimate decoder block, any float dtype.
             float64 is computed in float64, everything else in float32.
-        teacher_hidden: [B, T, d_t] of the same tokens; gets no gradient.
+        teacher_hidden: [B, T, d_t] of the same tokens, or `Grams` of the same images; gets no
+            gradient.
         image_index: int64 [B, T], the number of the image a token belongs to, counted from 0 over
             the whole batch; -1 for text.
         image_sizes: tokens of each image, in the order of their numbers, as Python integers. With
@@ -116,7 +161,7 @@ def rcka_loss(
 
 @torch.no_grad()
 def image_count(
-    teacher_hidden: Tensor,
+    teacher_hidden: Relations,
     image_index: Tensor,
     image_sizes: Sequence[int] | None = None,
     min_tokens: int = MIN_TOKENS,
@@ -126,23 +171,47 @@ def image_count(
     Arguments and errors as in `rcka_loss`. An image that is degenerate in the student alone is
     still counted, since the student has not run: it then contributes zero to the mean.
     """
-    count = wide(teacher_hidden.new_zeros(()))
-    with no_autocast(teacher_hidden):
-        for positions in _images(teacher_hidden, image_index, image_sizes, min_tokens):
-            x = _centred_directions(_tokens(teacher_hidden, positions))
-            gram = x @ x.mT if x.shape[1] <= x.shape[2] else x.mT @ x
-            count += _norm(gram, x.shape[1])[1].sum()
-    return count
+    taught = teacher_hidden
+    hidden = taught if isinstance(taught, Tensor) else None
+    counts: list[Tensor] = []
+    shape = (*image_index.shape, 0) if hidden is None else hidden.shape
+    with no_autocast(image_index if hidden is None else hidden):
+        for numbers, positions in _images(shape, image_index, image_sizes, min_tokens):
+            if isinstance(taught, Grams):
+                gram = _chosen(taught, numbers, positions)
+            else:
+                x = _centred_directions(_tokens(taught, positions))
+                gram = x @ x.mT if x.shape[1] <= x.shape[2] else x.mT @ x
+            counts.append(_norm(gram, positions.shape[1])[1].sum())
+    zero = torch.zeros((), device=image_index.device)
+    zero = zero if hidden is None else wide(hidden.new_zeros(()))
+    return zero + sum(counts, zero)
+
+
+def _chosen(grams: Grams, numbers: Sequence[int], positions: Tensor) -> Tensor:
+    """K_c [N, n, n] of some images of one size, whose tokens are at `positions` [N, n]."""
+    count, size = positions.shape[1], len(grams.matrices)
+    if max(numbers) >= size or any(len(grams.matrices[number]) != count for number in numbers):
+        raise GracecError(
+            "its Gram matrices are those of other images",
+            where="teacher_hidden",
+            fix="give those of the same batch",
+        )
+    return torch.stack([grams.matrices[number] for number in numbers])
 
 
 def _images(
-    hidden: Tensor, image_index: Tensor, image_sizes: Sequence[int] | None, min_tokens: int
-) -> list[Tensor]:
-    """Flat positions of the tokens of the images, int64 [N, n] for each size n that occurs."""
-    if hidden.dim() != 3 or image_index.shape != hidden.shape[:2]:
+    hidden: Sequence[int], image_index: Tensor, image_sizes: Sequence[int] | None, min_tokens: int
+) -> list[tuple[list[int], Tensor]]:
+    """For each size n that occurs the numbers of its N images, and the flat positions of their
+    tokens, int64 [N, n].
+
+    Args:
+        hidden: the shape of the hidden states, [B, T, d].
+    """
+    if len(hidden) != 3 or image_index.shape != tuple(hidden[:2]):
         raise GracecError(
-            f"hidden states {list(hidden.shape)} do not go with image_index "
-            f"{list(image_index.shape)}",
+            f"hidden states {list(hidden)} do not go with image_index {list(image_index.shape)}",
             fix="they are [B, T, d] and [B, T]",
         )
     if image_index.dtype != torch.int64:
@@ -159,11 +228,14 @@ def _images(
         )
     # A stable sort puts text first and then image after image, each in the order of its tokens.
     images = flat.argsort(stable=True)[text:].split(sizes)
-    by_size: dict[int, list[Tensor]] = {}
-    for size, positions in zip(sizes, images, strict=True):
+    by_size: dict[int, list[int]] = {}
+    for number, size in enumerate(sizes):
         if size >= min_tokens:
-            by_size.setdefault(size, []).append(positions)
-    return [torch.stack(group) for group in by_size.values()]
+            by_size.setdefault(size, []).append(number)
+    return [
+        (numbers, torch.stack([images[number] for number in numbers]))
+        for numbers in by_size.values()
+    ]
 
 
 def _tokens(hidden: Tensor, positions: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from transformers import PreTrainedModel
 
+from gracec._memory import trim
 from gracec.capture import capture
 from gracec.capture.hidden import blocks_equal_hidden_states
 from gracec.data.collate import Collator, EmptyBatch
@@ -39,7 +39,7 @@ from gracec.training.checkpoints.fingerprint import (
     fingerprint_of_json,
     fingerprint_of_tensors,
 )
-from gracec.training.learner import Learner
+from gracec.training.learner import Learner, Teacher
 from gracec.training.loader import Batches, Loader, workers_of
 from gracec.training.log import training_log
 from gracec.training.loop import train as train_learner
@@ -53,6 +53,7 @@ from gracec.training.teacher import (
     taught_ids,
     vocabulary_rows,
 )
+from gracec.training.teacher_cache import Part, cached_teacher, folder_of
 
 
 def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
@@ -86,13 +87,36 @@ def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
     result = run_passes(owned.program, taps.placed(request.further)[0])
     journal.note("training", *_whole_logits("student", result))
     student = Learner(result.program, owned.model)
-    collate = Collator(processor, owned.model, rule.max_length, request.strict)
+    collate = Collator(
+        processor,
+        owned.model,
+        rule.max_length,
+        request.strict,
+        names_pictures=bool(rule.teacher_cache),
+    )
     samples, held_out = open_samples(request.train_data, request.held_out, rule, collate)
     loading = _loading(rule, owned.model.device)
-    directory, fingerprint = request.training_dir, None
+    directory, fingerprint, told_by = request.training_dir, None, ""
+    if taught is not None and (directory is not None or rule.teacher_cache):
+        told_by = fingerprint_of_tensors(dict(taught.model.named_parameters()))
     if directory is not None:
-        teacher = taught.model if taught else None
-        fingerprint = _fingerprint(owned, teacher, (samples, held_out), request.recipe)
+        fingerprint = _fingerprint(owned, told_by, (samples, held_out), request.recipe)
+    teacher: Teacher | None = taught
+    if taught is not None and rule.teacher_cache:
+        looked_up = (samples, held_out) if rule.chooses_by_teacher else (samples,)
+        cached = cached_teacher(
+            taught,
+            [Part.of(one, Loader(one, **loading), rule) for one in looked_up],
+            rule,
+            folder_of(rule.teacher_cache),
+            fingerprint=told_by,
+            processor=json.loads(processor.to_json_string()),
+            progress=request.progress,
+        )
+        journal.note("training", *cached.notes)
+        teacher = cached.teacher
+    del taught  # of one that is in files the head alone stays, if nobody else has it
+    trim()
     if rule.precision == "auto" and owned.model.device.type != "cpu":
         dtype, device = str(precision_of(rule, owned.model.device)), owned.model.device.type
         journal.note(
@@ -105,7 +129,7 @@ def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
     with training_log(rule, len(samples), request.progress and first, told) as log:
         curve = train_learner(
             student,
-            taught,
+            teacher,
             Loader(samples, **loading),
             len(samples),
             _Batches(Loader(held_out, **loading), len(held_out), rule.micro_batch_size),
@@ -221,7 +245,7 @@ def _loading(rule: Training, device: torch.device) -> dict[str, Any]:
 
 def _fingerprint(
     prepared: Prepared,
-    teacher: nn.Module | None,
+    teacher: str,
     parts: tuple[Samples, ...],
     recipe: Recipe,
 ) -> Fingerprint:
@@ -229,7 +253,7 @@ def _fingerprint(
     return Fingerprint(
         model=fingerprint_of_tensors(dict(model.named_parameters())),
         calibration=_calibration(prepared),
-        teacher=fingerprint_of_tensors(dict(teacher.named_parameters())) if teacher else "",
+        teacher=teacher,
         data=fingerprint_of_json([part.data.fingerprint for part in parts]),
         processor=fingerprint_of_json(json.loads(processor.to_json_string())),
         recipe=fingerprint_of_json(_deciding(recipe)),
@@ -242,7 +266,8 @@ def _deciding(recipe: Recipe) -> dict[str, Any]:
     fields = recipe.to_dict()
     for name in ("workers", "strategy"):
         fields["training"].pop(name)
-    return fields
+    cached = bool(fields["training"].pop("teacher_cache"))
+    return {**fields, "teacher_cache": True} if cached else fields
 
 
 def _calibration(prepared: Prepared) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from gracec.capture import family_of
 from gracec.errors import GracecError
 from gracec.ir.program import Program
+from gracec.ir.queries import seen_through
 from gracec.objective import LazyLogits, Outputs, in_chunks, kl_term
 from gracec.passes.insert_taps import HIDDEN
 from gracec.passes.return_head import HEAD, HEAD_BIAS, HEAD_INPUT, LOGITS, following
@@ -63,6 +64,22 @@ class Learner:
         logits = LazyLogits(given, named[HEAD], named.get(HEAD_BIAS), self._after)
         return Outputs(logits, named.get(HIDDEN))
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Its parameters."""
+        return self.program.graph_module.parameters()
+
+    def head(self) -> LazyLogits | None:
+        """Its head with no positions; None where the program returns logits."""
+        if LOGITS in self.program.output_names:
+            return None
+        nodes = {name: self.program.outputs.get(name) for name in (HEAD, HEAD_BIAS)}
+        weight, bias = (
+            None if node is None else self.program.tensor(str(seen_through(node).target)).detach()
+            for node in nodes.values()
+        )
+        assert weight is not None
+        return LazyLogits(weight.new_empty(0, weight.shape[1]), weight, bias, self._after)
+
     @cached_property
     def _after(self) -> Callable[[Tensor], Tensor] | None:
         return following(self.program)
@@ -72,6 +89,20 @@ def _as_a_linear_takes_it(x: Tensor) -> Tensor:
     """In the dtype that autocast gives the inputs of a linear, which the head is."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+class Teacher(Protocol):
+    """Whom a student learns from: a `Learner`, or what one has said (`teacher_cache`)."""
+
+    @property
+    def vocabulary(self) -> int | None:
+        """As that of a `Learner`."""
+
+    def tensors(self) -> Iterable[Tensor]:
+        """What it holds in memory."""
+
+    def __call__(self, micro: MicroBatch) -> Outputs:
+        """What it says of a micro-batch, without a graph where nobody asks for one."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +141,7 @@ class HeldOut:
 def score(
     student: Learner,
     batches: Iterable[Batch],
-    teacher: Learner | None = None,
+    teacher: Teacher | None = None,
     *,
     everywhere: bool = False,
 ) -> HeldOut:
@@ -123,7 +154,7 @@ def score(
         GracecError: if there is none.
     """
     total, kl, tokens, same, exact, samples = 0.0, 0.0, 0, 0, 0, 0
-    both = [student] if teacher is None else [student, teacher]
+    both: list[Teacher] = [student] if teacher is None else [student, teacher]
     for batch in batches:
         micro = MicroBatch.read(student.model, batch, everywhere=everywhere)
         said = [one(micro).logits for one in both]

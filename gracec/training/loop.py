@@ -43,7 +43,7 @@ from gracec.training.checkpoints.rng import rng_state, set_rng_state
 from gracec.training.checkpoints.sealed import Checkpoint, load_checkpoint, load_tensors
 from gracec.training.curve import METRICS, Curve, Seconds, append_metrics, write_metrics
 from gracec.training.forward import Forward
-from gracec.training.learner import Learner, score
+from gracec.training.learner import Learner, Teacher, score
 from gracec.training.loader import Batches, Groups
 from gracec.training.micro_batch import Batch, MicroBatch
 from gracec.training.quantized_weights import QuantizedWeights
@@ -73,7 +73,7 @@ Log = Callable[[dict[str, Any]], bool | None]
 
 def train(
     student: Learner,
-    teacher: Learner | None,
+    teacher: Teacher | None,
     batches: Batches,
     samples: int,
     held_out: Iterable[Batch],
@@ -116,7 +116,7 @@ class Run:
     def __init__(
         self,
         student: Learner,
-        teacher: Learner | None,
+        teacher: Teacher | None,
         batches: Batches,
         samples: int,
         rule: Training,
@@ -178,7 +178,7 @@ class Run:
             mesh = mesh_of(self.student.model.device, self.ranks)
             self.shards = ShardedStudent(blocks, self.quantized, self.parameters, mesh)
             self.parameters = self.shards.parameters
-            if self.teacher is not None:
+            if isinstance(self.teacher, Learner):
                 taught = in_blocks(self.teacher.program)
                 shard_teacher(taught, mesh, owned=self.teacher.owned)
                 self.teacher = replace(self.teacher, graph=taught)

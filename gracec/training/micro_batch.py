@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gracec.capture import family_of
+from gracec.data.collate import PICTURES
 from gracec.objective import Targets, supervised_positions
 from gracec.objective.labels import IGNORE_INDEX
 
@@ -26,6 +28,28 @@ def labels_everywhere(model: PreTrainedModel, batch: Batch) -> Tensor:
     return torch.where(said, ids, IGNORE_INDEX)
 
 
+def sample_keys(batch: Batch, index: Tensor) -> tuple[str, ...]:
+    """A digest of each sample of a batch that names its pictures: of its tokens, the positions that
+    are supervised, and its pictures. Padding, and what else is in the batch, is nothing to it.
+
+    Args:
+        index: int64 [S], flat positions that are supervised.
+    """
+    real = batch["attention_mask"].bool().cpu()
+    supervised = torch.zeros(real.numel(), dtype=torch.bool)
+    supervised[index.cpu()] = True
+    rows = zip(
+        batch["input_ids"].cpu(), supervised.view_as(real), real, batch[PICTURES], strict=True
+    )
+    found = []
+    for ids, wanted, row, pictures in rows:
+        digest = hashlib.sha256(pictures.cpu().numpy().tobytes())
+        digest.update(ids[row].to(torch.int64).numpy().tobytes())
+        digest.update(wanted[row].numpy().tobytes())
+        found.append(digest.hexdigest())
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """What any model of the same configuration takes and is held to; widths and dtypes may differ.
@@ -37,6 +61,7 @@ class MicroBatch:
         shape: (B, T).
         image_index: int64 [B, T], the number of the image of each token, -1 for text; if asked for.
         image_sizes: tokens of each image, if asked for.
+        keys: what tells each sample from others, `sample_keys`; where the batch names its pictures.
     """
 
     inputs: Mapping[str, Tensor]
@@ -45,6 +70,7 @@ class MicroBatch:
     shape: tuple[int, int]
     image_index: Tensor | None = None
     image_sizes: tuple[int, ...] | None = None
+    keys: tuple[str, ...] | None = None
 
     @classmethod
     def read(
@@ -78,6 +104,7 @@ class MicroBatch:
             shape=(rows, length),
             image_index=None if owners is None else owners.to(device),
             image_sizes=None if sizes is None else tuple(sizes),
+            keys=sample_keys(batch, index) if PICTURES in batch else None,
         )
 
     @property

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from gracec.data.collate import Batch, Collator
+from gracec.data.collate import PICTURES, Batch, Collator, picture_digest
 from gracec.data.conversations import (
     BrokenSample,
     TrainData,
@@ -47,7 +48,10 @@ class Samples:
             GracecError: as `Collator` does.
         """
         if isinstance(self.data, TextWindows):
-            return self.data.batch(numbers)
+            batch = self.data.batch(numbers)
+            if self.collate.names_pictures:
+                batch[PICTURES] = torch.stack([picture_digest(())] * len(numbers))
+            return batch
         samples = [self.data.sample(number) for number in numbers]
         return self.collate(samples) if self.answered else self.collate.unlabelled(*samples)
 

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from gracec.ir.program import Program
 from gracec.quant.frozen import Experts
 from gracec.training.blocks import blocks_of, by_path
-from gracec.training.learner import Learner
+from gracec.training.learner import Teacher
 from gracec.training.quantized_weights import QuantizedWeights
 from gracec.training.shards import sharded, whole, write
 
@@ -156,13 +156,13 @@ class ShardedStudent:
 
 
 def bytes_of_a_rank(
-    program: Program, parameters: Mapping[str, nn.Parameter], teacher: Learner | None
+    program: Program, parameters: Mapping[str, nn.Parameter], teacher: Teacher | None
 ) -> int:
     """What each rank needs where it has everything, without activations: parameters of the graph
     that runs, masters and scales, a gradient and two moments of each, and the teacher."""
     running = {id(one): one.nbytes for one in program.graph_module.parameters()}
     learn = {id(one): one.nbytes for one in parameters.values()}
-    taught = {} if teacher is None else teacher.program.graph_module.parameters()
+    taught = () if teacher is None else teacher.tensors()
     return (
         sum({**running, **learn}.values())
         + 3 * sum(learn.values())

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from gracec.errors import GracecError
-from gracec.objective import cka, image_count, rcka_loss, rcka_term
+from gracec.objective import Grams, cka, grams_of, image_count, rcka_loss, rcka_term
 from tests.objective import reference
 from tests.objective.reference import gradients, random_logits
 
@@ -233,3 +233,19 @@ def test_what_does_not_fit_is_refused(
 def test_an_index_that_is_no_int64_is_refused() -> None:
     with pytest.raises(GracecError, match="image_index: it is int64, this is torch.float32"):
         rcka_loss(hidden(3), hidden(3), INDEX.float())
+
+
+@pytest.mark.parametrize("width", [3, 20])
+def test_gram_matrices_stand_for_the_hidden_states_of_a_teacher(width: int) -> None:
+    """Whatever form is computed with the states themselves; an image without relations too."""
+    student, teacher = hidden(8).requires_grad_(), hidden(width, 1)
+    teacher[INDEX == 1] = teacher[0, 7].clone()
+    grams = grams_of(teacher, INDEX, SIZES)
+    assert [tuple(gram.shape) for gram in grams.matrices] == [(n, n) for n in SIZES]
+    counts = [image_count(given, INDEX, SIZES) for given in (teacher, grams)]
+    assert counts[0] == counts[1] == 2
+    found = [rcka_loss(student, given, INDEX, SIZES) for given in (teacher, grams)]
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(gradients(found[1], student), gradients(found[0], student))
+    with pytest.raises(GracecError, match="its Gram matrices are those of other images"):
+        rcka_loss(student, Grams(grams.matrices[1:]), INDEX, SIZES)

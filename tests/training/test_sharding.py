@@ -173,8 +173,8 @@ def test_loss_and_gradients_are_those_of_one_process(
         assert one["gradients"].keys() == expected["gradients"].keys()
         for name, value in expected["terms"].items():
             assert one["terms"][name] == pytest.approx(value, rel=1e-6), name
-        # The last bit of a normaliser can decide how a number is rounded to bfloat16.
-        bound = 1e-4 if fields.get("precision") == "bfloat16" else 1e-6
+        # The last bit of a normaliser can decide how a number is rounded to bfloat16, by 2^-9.
+        bound = 1e-3 if fields.get("precision") == "bfloat16" else 1e-6
         for name, grad in expected["gradients"].items():
             other = one["gradients"][name]
             if other.shape != grad.shape:  # of routed experts, which are one matrix in shards
