@@ -36,6 +36,7 @@ from gracec.recipe import (
     WeightRule,
     built_in_recipes,
 )
+from gracec.report.training_plan import KINDS
 from gracec.stages.peft import MERGED_BOUND
 
 sys.path += [
@@ -572,6 +573,41 @@ def versions_table() -> str:
     return table(["", *found], rows)
 
 
+def plan_table() -> str:
+    return measured(
+        "plan",
+        "shape",
+        {
+            "student": "shape",
+            "parameters": lambda row: f"{row['parameters']:,}",
+            "tokens": "tokens of the longest",
+            "planned, MiB": lambda row: f"{row['planned_mib']:,}",
+            "measured, MiB": lambda row: f"{row['measured_mib']:,}",
+            "planned / measured": "memory, planned over measured",
+            "with what malloc keeps, MiB": lambda row: (
+                f"{row['with what malloc keeps back_mib']:,}"
+            ),
+            "planned, s": "planned seconds",
+            "measured, s": "measured seconds",
+            "planned / measured ": "seconds, planned over measured",
+        },
+    )
+
+
+def plan_paper_table() -> str:
+    """The settings of the paper side by side, a kind of memory a line."""
+    rows = json.loads((RESULTS / "plan_paper.json").read_text(encoding="utf-8"))["rows"]
+    kinds = {kind: f"`{kind}`: {what}" for kind, what in KINDS.items()}
+    fields = {**kinds, "peak, GB": "**at the highest point**", "fits": "fits 80 GB"}
+    fields |= {name: name for name in ("highest point", "seconds a step", "of it teacher, %")}
+    lines = [
+        [said, *(str(row[name]) for row in rows)]
+        for name, said in fields.items()
+        if any(row[name] for row in rows)
+    ]
+    return table(["GB of one device", *(row["setting"] for row in rows)], lines)
+
+
 FIRST_PAGE = (
     "torch bfloat16",
     "torchao int4 g64 bfloat16",
@@ -629,6 +665,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "quality": partial(ptq_table, "smollm2", 4, 128),
         "speed": partial(decode_table, "decode_1b", "1.1 billion random weights", FIRST_PAGE),
     },
+    "plan.md": {"plan": plan_table, "paper": plan_paper_table},
     "recipes.md": {"recipes": recipes_table, "fields": fields_table},
     "versions.md": {"versions": versions_table},
     "which-recipe.md": {

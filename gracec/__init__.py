@@ -11,9 +11,10 @@ from gracec._version import __version__
 if TYPE_CHECKING:
     from gracec.compiled import CompiledModel, load
     from gracec.compiler import compile
+    from gracec.planning import plan
     from gracec.recipe import Recipe
 
-__all__ = ["CompiledModel", "Recipe", "__version__", "compile", "load"]
+__all__ = ["CompiledModel", "Recipe", "__version__", "compile", "load", "plan"]
 
 check_versions_of_command()
 drop_import_noise()
@@ -26,6 +27,10 @@ def __getattr__(name: str) -> Any:
         from gracec import compiler
 
         return getattr(compiler, name)
+    if name == "plan":
+        from gracec.planning import plan
+
+        return plan
     if name == "Recipe":
         from gracec.recipe import Recipe
 

@@ -186,7 +186,8 @@ def quantize(model: Any, request: Request, journal: Journal) -> tuple[Frozen, Ex
     prepared = stage(told, "prepare", prepare, source, request, journal)
     accept(prepared, request)
     if request.training is not None:
-        prepared = stage(told, "train", train, prepared, request, journal)
+        # In place: a copy would be as large as the model in float32, all through the training.
+        prepared = stage(told, "train", train, prepared, request, journal, inplace=True)
     frozen = stage(told, "freeze", freeze, prepared, request, journal)
     if request.inplace:
         release(source, frozen)

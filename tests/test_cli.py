@@ -124,7 +124,17 @@ def test_run_draws_and_follows_beams(workspace: Path, monkeypatch: pytest.Monkey
 
 def test_version_help_quiet_and_verbose(workspace: Path, tmp_path: Path) -> None:
     assert gracec("--version").stdout.strip() == f"gracec {package.__version__}"
-    for command in ("compile", "run", "eval", "inspect", "opt", "passes", "doctor", "report"):
+    for command in (
+        "compile",
+        "run",
+        "eval",
+        "inspect",
+        "plan",
+        "opt",
+        "passes",
+        "doctor",
+        "report",
+    ):
         shown = gracec(command, "-h").stdout
         assert "--quiet" in shown and "--verbose" in shown, command
     model = workspace / "model"
@@ -375,9 +385,24 @@ def test_inspect_shows_parts_plan_and_memory(workspace: Path, tmp_path: Path) ->
     assert "decoder, 2 blocks" in picture.read_text()
     shape = ("--batch", 2, "--text", 10, "--images", 2)
     found = json.loads(gracec("inspect", model, *shape, "--json").stdout)
-    assert found["memory"]["tokens"] == 10 + 2 * 16
-    assert found["memory"]["logits"]["float32"] == 2 * 42 * 128 * 4
+    written = len("<s> USER :".split())  # by the chat template
+    assert found["memory"]["tokens"] == 10 + 2 * 16 + written
+    assert found["memory"]["logits"]["float32"] == 2 * (42 + written) * 128 * 4
+    assert found["training"] is None
     assert found["memory"]["compile_peak"] > found["memory"]["weights"]["stored"]
+
+
+def test_plan_says_what_a_training_takes(workspace: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((workspace / "model" / "config.json").read_bytes())
+    shape = ("--picture", "64x64", "--text", 20, "--answer", 8, "--memory-per-device", "24GiB")
+    recipe = ("--recipe", "w4a16-qat")  # without a teacher
+    done = gracec("plan", tmp_path, *recipe, *shape)
+    assert done.returncode == 0, done.stderr
+    for text in ("masters", "which fits", "seconds a step", "micro_batch_size: 16", "25.8 GB"):
+        assert text in done.stdout
+    wrong = gracec("plan", tmp_path, "--picture", "large")
+    assert wrong.returncode == 2
+    assert wrong.stderr == "gracec: picture: 'large' is no size; write 640x480\n"
 
 
 def test_inspect_shows_the_report_of_an_artifact(workspace: Path, tmp_path: Path) -> None:

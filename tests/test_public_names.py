@@ -5,7 +5,7 @@ import importlib
 import pytest
 
 PUBLIC = {
-    "gracec": ["CompiledModel", "Recipe", "compile", "load"],
+    "gracec": ["CompiledModel", "Recipe", "compile", "load", "plan"],
     "gracec.capture": [
         "GENERIC",
         "Family",

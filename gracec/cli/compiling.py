@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -165,6 +166,7 @@ def inspect(
         if as_json:
             print_json({"model": str(place), "report": report.to_dict()})
             return
+        trained = None
         tables = [report.coverage_table(), report.errors_table(), report.gates_table()]
         lines = [*report.notes, report.sizes_line(), report.output_error_line()]
     else:
@@ -177,13 +179,93 @@ def inspect(
         out.print(
             f"{found.architecture}, {found.dtype}, {found.blocks} decoder blocks", highlight=False
         )
-        tables = [found.partition_table(), found.plan_table()]
+        tables, trained = [found.partition_table(), found.plan_table()], found.training
         summary = f"{found.recipe} quantizes {found.coverage:.1%} of the bytes of all matrices"
         lines = [*found.notes, summary, *found.memory.lines()]
     for table in tables:
         out.print(table)
-    for line in filter(None, map(str, lines)):
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+    print_lines(lines)
+    if trained is not None:
+        show_plan(trained)
+
+
+@command
+def plan(
+    model: ModelName,
+    recipe: Annotated[
+        str, typer.Option(help="A recipe that trains: built-in name or YAML file.")
+    ] = "w4a16",
+    teacher: Annotated[
+        str | None, typer.Option(help="Model to distil from, named as MODEL is.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="What is learned, as for compile; some of it is read, to count tokens."),
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, max=MOST_AT_ONCE, help="How many there are.")] = 1,
+    memory_per_device: Annotated[str, typer.Option(help="Such as 80GB, or 24GiB.")] = "80GB",
+    device_tflops: Annotated[
+        float | None,
+        typer.Option(
+            help="What a device reaches in matmuls of the recipe's precision, in 10^12 operations "
+            "a second. [default: 350 in bfloat16, 45 in float32; cpu: 0.1]",
+            show_default=False,
+        ),
+    ] = None,
+    device_bandwidth: Annotated[
+        float | None,
+        typer.Option(
+            help="Memory that a device reads and writes, in 10^9 bytes a second. "
+            "[default: 2000; cpu: 10]",
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="What it trains on: cuda or cpu.")] = "cuda",
+    images: Annotated[
+        int, typer.Option(min=0, max=MOST_IMAGES, help="Pictures a sample, without --data.")
+    ] = 1,
+    picture: Annotated[
+        str, typer.Option(help="Their width and height in pixels, without --data.")
+    ] = "640x480",
+    text: Annotated[
+        int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens of text a sample, without --data.")
+    ] = 128,
+    answer: Annotated[
+        int, typer.Option(min=1, max=MOST_TOKENS, help="Of these, tokens that are learned.")
+    ] = 64,
+    revision: Revision = None,
+    teacher_revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the teacher on the Hub.")
+    ] = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Plan a training: memory of every kind, seconds of a step, and settings that fit.
+
+    No weight is read: of a model and a teacher their configurations are enough.
+    """
+    import gracec
+    from gracec.training.planned_samples import Stated
+
+    found = gracec.plan(
+        model,
+        recipe,
+        teacher=teacher,
+        data=data,
+        devices=devices,
+        memory_per_device=memory_per_device,
+        device_tflops=device_tflops,
+        device_bandwidth=device_bandwidth,
+        device=device,
+        dtype=dtype,
+        stated=Stated.of(images, picture, text, answer),
+        revision=revision,
+        teacher_revision=teacher_revision,
+    )
+    if as_json:
+        print_json(found.to_dict())
+        return
+    show_plan(found)
 
 
 @command
@@ -238,6 +320,21 @@ def doctor(
         typer.echo(found.verdict())
     if not found.compiles:
         raise typer.Exit(1)
+
+
+def show_plan(plan: Any) -> None:
+    """A `TrainingPlan`, for people."""
+    print_lines(plan.head())
+    out.print(plan.bytes_table())
+    print_lines(plan.verdict())
+    if plan.settings:
+        out.print(plan.settings_table())
+
+
+def print_lines(lines: Iterable[Any]) -> None:
+    """Plain lines; empty ones are left out."""
+    for line in filter(None, map(str, lines)):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _recipe_of(report: Any) -> Any:

@@ -99,18 +99,13 @@ class MemoryPlan:
         }
 
 
-MOST_PICTURES = 256
-"""Of the example batch from whose length the plan is made."""
-
-
 def memory_plan(
     model: PreTrainedModel,
     plan: Plan,
     dtype: torch.dtype,
     *,
     batch: int = 1,
-    images: int = 1,
-    text: int = 128,
+    tokens: int = 128,
     stored: torch.dtype | None = None,
 ) -> MemoryPlan:
     """The plan of a model, whose parameters may be stand-ins.
@@ -118,7 +113,7 @@ def memory_plan(
     Args:
         plan: what is quantized.
         dtype: of the compiled model.
-        batch, images, text: prompts, images a prompt, text tokens a prompt.
+        batch, tokens: prompts, and tokens a prompt, those of its images included.
         stored: dtype in the checkpoint, where that is not the one in memory.
     """
     quantized = [entry for entry in plan.entries if entry.spec is not None]
@@ -147,12 +142,8 @@ def memory_plan(
         "verify": lowered + max(_largest(quantized, 12 + deployed), compared),
         "save": lowered + packed + 2 * scales,
     }
-    # Enough prompts for every shape of picture that a family makes up: they are made in memory.
-    some = min(batch, max(1, MOST_PICTURES // images))
-    tokens = family_of(model).example_batch(model, batch=some, images=some * images, text=text)
-    length = tokens["input_ids"].shape[1]
     config = model.config.get_text_config()
-    logit_count = batch * length * vocabulary
+    logit_count = batch * tokens * vocabulary
     return MemoryPlan(
         weights={
             "stored": file,
@@ -164,7 +155,7 @@ def memory_plan(
         stages=stages,
         copy=loaded,
         batch=batch,
-        tokens=length,
+        tokens=tokens,
         kv_cache_per_token=_kv_elements(config) * deployed,
         logits={"bfloat16": 2 * logit_count, "float32": 4 * logit_count},
     )

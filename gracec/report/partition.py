@@ -15,6 +15,7 @@ from gracec.passes.plan_quantization import Plan
 from gracec.report.memory import MemoryPlan, size
 from gracec.report.report import coverage_table
 from gracec.report.rows import PlanRow
+from gracec.report.training_plan import TrainingPlan
 
 MODALITY = {
     Part.VISION: "vision",
@@ -62,6 +63,7 @@ class Inspection:
         tied: names that share one parameter, first name first.
         coverage: share of the bytes of all matmul-like weights that is quantized.
         notes: what the passes decided: fallbacks and refusals, each with its reason.
+        training: on one GPU, where the recipe trains.
     """
 
     model: str
@@ -76,11 +78,14 @@ class Inspection:
     coverage: float
     notes: tuple[str, ...]
     memory: MemoryPlan
+    training: TrainingPlan | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         plan = [row.to_dict() for row in self.plan]
-        return {**asdict(self), "plan": plan, "memory": self.memory.to_dict()}
+        training = None if self.training is None else self.training.to_dict()
+        memory = self.memory.to_dict()
+        return {**asdict(self), "plan": plan, "memory": memory, "training": training}
 
     def partition_table(self) -> Table:
         """One row a part."""

@@ -56,8 +56,10 @@ from gracec.training.teacher import (
 from gracec.training.teacher_cache import Part, cached_teacher, folder_of
 
 
-def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
-    """Train weights and scales, or scales alone; what is given stays as it is.
+def train(
+    prepared: Prepared, request: Request, journal: Journal, *, inplace: bool = False
+) -> Prepared:
+    """Train weights and scales, or scales alone; what is given stays as it is, unless `inplace`.
 
     Scales alone start from the codes of the graph, or from those of the candidate. What calibration
     measured of its codes stays in the journal only if they are what is kept: of trained weights
@@ -78,8 +80,7 @@ def train(prepared: Prepared, request: Request, journal: Journal) -> Prepared:
     taught = None
     if rule.distillation.needs_teacher:
         taught = _teacher(prepared, request, taps, journal)
-    owned = prepared.owned()
-    del prepared  # its floats may go, if nobody else has them
+    owned = prepared if inplace else prepared.owned()
     if rule.learns == "scales":
         owned = _with_free_scales(owned)
     journal.ptq_sqnr_db = sqnr_db(owned.program, owned.source.model)

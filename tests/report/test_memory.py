@@ -18,7 +18,7 @@ def plan(captured: Program) -> Plan:
 def test_the_kv_cache_and_the_logits_are_those_of_the_model(
     llava: LlavaForConditionalGeneration, plan: Plan
 ) -> None:
-    found = memory_plan(llava, plan, torch.float32, batch=2, images=1, text=9)
+    found = memory_plan(llava, plan, torch.float32, batch=2, tokens=9 + 16)
     # Two images of 16 tokens; the second of the two prompts is one token shorter.
     inputs = {
         name: tensor

@@ -239,6 +239,7 @@ class Family(ABC):
         images: int = 3,
         text: int = 7,
         generator: torch.Generator | None = None,
+        pictures: Inputs | None = None,
     ) -> dict[str, Tensor]:
         """A left-padded batch built from the config alone, as a processor would return it.
 
@@ -249,9 +250,10 @@ class Family(ABC):
                 to keep its images apart.
             generator: of the words and the pixels; by default one of seed 0, so that it is the same
                 batch each time.
+            pictures: what a processor returned for the images; by default they are made up.
         """
         generator = torch.Generator().manual_seed(0) if generator is None else generator
-        pictures = self.example_images(model, images, generator)
+        pictures = dict(pictures or self.example_images(model, images, generator))
         sizes = self.image_tokens(model, pictures)
         prompts = example_prompts(model.config, sizes, generator, batch=batch, text=text)
         found = {**prompts, **pictures}
