@@ -6,7 +6,8 @@ Each shape is a random student with a wider teacher, trained by `gracec.compile`
 own on the CPU. Measured is the second optimizer step: the largest resident set above what the
 process held before any model, and the seconds. Memory is measured again with a C library that gives
 back what is freed; by default it keeps some for later. Planned is the same, by a process that sees
-the configurations and the data, with the rates of a matmul and of an addition on this machine.
+the configurations and the data, with the rates of matmuls of
+these sizes and of an addition on this machine.
 """
 
 from __future__ import annotations
@@ -151,8 +152,8 @@ class SecondStep:
     Seconds are those that the process computes: other work on the machine takes none of them.
     """
 
-    def __init__(self, libraries: float) -> None:
-        self.libraries, self.began = libraries, 0.0
+    def __init__(self, shape: dict[str, Any], libraries: float) -> None:
+        self.shape, self.libraries, self.began = shape, libraries, 0.0
 
     def on_step(self, step: int, figures: dict[str, Any]) -> bool:
         if step == 1:
@@ -163,8 +164,7 @@ class SecondStep:
         found = {
             "mib": peak_mib() - self.libraries,
             "seconds": seconds,
-            "wall": figures["seconds"],
-            "tflops": matmul_tflops(),
+            "tflops": matmul_tflops(self.shape),
             "bandwidth": copy_bandwidth(),
         }
         print(json.dumps(found), flush=True)
@@ -184,7 +184,7 @@ def measure(shape: dict[str, Any], folder: Path) -> None:
         teacher=folder / "teacher",
         train_data=data,
         progress=False,
-        callbacks=[SecondStep(libraries)],
+        callbacks=[SecondStep(shape, libraries)],
     )
 
 
@@ -203,17 +203,29 @@ def warm_up(chosen: Any) -> None:
 def usual_seconds(work: Callable[[], Any]) -> float:
     """That the process computes."""
     found = []
-    for _ in range(40):
+    for _ in range(9):
         start = time.process_time()
         work()
         found.append(time.process_time() - start)
     return statistics.median(found)
 
 
-def matmul_tflops() -> float:
-    """What a matmul of the size of these models reaches, in 10^12 operations a second."""
-    x, w = torch.randn(1024, 512), torch.randn(1536, 512)
-    return 2 * 1024 * 512 * 1536 / usual_seconds(lambda: x @ w.T) / 1e12
+def matmul_tflops(shape: dict[str, Any]) -> float:
+    """What matmuls reach that are as large as those of the student, in 10^12 operations a second:
+    one of each block, and the head, forward and backward."""
+    text, micro = shape["text"], shape["training"]["micro_batch_size"]
+    width, blocks = text["hidden_size"], text["num_hidden_layers"]
+    sizes = (
+        (blocks, 300 * micro, text["intermediate_size"]),
+        (1, shape["words"] * micro, shape["vocabulary"]),
+    )
+    operations = seconds = 0.0
+    for count, rows, outputs in sizes:
+        x, w, g = (torch.randn(size) for size in ((rows, width), (outputs, width), (rows, outputs)))
+        for work in (lambda: x @ w.T, lambda: g @ w, lambda: g.T @ x):  # noqa: B023
+            operations += count * 2 * rows * width * outputs
+            seconds += count * usual_seconds(work)
+    return operations / seconds / 1e12
 
 
 def copy_bandwidth() -> float:
@@ -283,6 +295,8 @@ def row(
         "measured_mib": round(found["mib"]),
         "memory, planned over measured": round(mib / found["mib"], 2),
         "with what malloc keeps back_mib": round(kept_back),
+        "TFLOP/s": round(found["tflops"], 3),
+        "GB/s": round(found["bandwidth"], 1),
         "planned seconds": round(seconds, 2),
         "measured seconds": round(found["seconds"], 2),
         "seconds, planned over measured": round(seconds / found["seconds"], 2),

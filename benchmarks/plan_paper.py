@@ -146,13 +146,19 @@ def planned(name: str, given: dict[str, Any]) -> list[dict[str, Any]]:
     )
     rows = []
     for said, fields in given["rows"].items():
-        found = planner.planned(Setting(**fields))
+        setting = Setting(**fields)
+        found = planner.planned(setting)
+        times = planner.bytes_at(setting, -(-planner.share // setting.micro_batch_size))
+        in_a_step = max(
+            sum(times[name].values()) for name in ("teacher", "micro-batch", "optimizer")
+        )
         rows.append(
             {
                 "setting": f"{name}, {given['devices']} x 80 GB, {said}",
                 "tokens": samples.lengths[0],
                 **{kind: round(found.bytes.get(kind, 0) / GB, 1) for kind in KINDS},
                 "peak, GB": round(found.peak / GB, 1),
+                "of a step, GB": round(in_a_step / GB, 1),
                 "fits": "yes" if found.peak <= 80 * GB else "no",
                 "highest point": found.peak_at,
                 "seconds a step": round(found.seconds, 2),

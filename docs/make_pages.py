@@ -598,7 +598,12 @@ def plan_paper_table() -> str:
     """The settings of the paper side by side, a kind of memory a line."""
     rows = json.loads((RESULTS / "plan_paper.json").read_text(encoding="utf-8"))["rows"]
     kinds = {kind: f"`{kind}`: {what}" for kind, what in KINDS.items()}
-    fields = {**kinds, "peak, GB": "**at the highest point**", "fits": "fits 80 GB"}
+    fields = {
+        **kinds,
+        "peak, GB": "**at the highest point**",
+        "of a step, GB": "of a step",
+        "fits": "fits 80 GB",
+    }
     fields |= {name: name for name in ("highest point", "seconds a step", "of it teacher, %")}
     lines = [
         [said, *(str(row[name]) for row in rows)]
