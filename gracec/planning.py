@@ -226,11 +226,9 @@ class Pair:
 
     def rehearsed(self, micro: MicroBatch, taught: Taught | None, precision: str) -> Rehearsal:
         """A micro-batch of the student."""
-        student, dtypes, narrow = self.student, dict[str, torch.dtype](), precision == "bfloat16"
+        student, narrow = self.student, precision == "bfloat16"
         if narrow:
             student = replace(student, program=allow_mixed_precision(student.program))
-            if self.device != "cpu":
-                dtypes = dict.fromkeys(self.footprint.quantized, torch.bfloat16)
         vocabulary = None if self.teacher is None else self.teacher.vocabulary
         return rehearse(
             student,
@@ -239,7 +237,6 @@ class Pair:
             objective_of(self.rule, 2, vocabulary),
             self.footprint.learning,
             self.mode,
-            dtypes=dtypes,
             narrow=narrow,
         )
 
@@ -370,19 +367,16 @@ class Planner:
         (taught, teaching), micro = self.rehearsed(setting.micro_batch_size, setting.precision)
         pair, foot = self.pair, self.pair.footprint
         ranks = self.devices if setting.sharded else 1
-        narrow = setting.precision == "bfloat16" and pair.device != "cpu"
-        held = 2 if narrow else MASTER
         learned = MASTER * foot.learned // ranks
         # Where scales alone learn, one device hands each gradient on as soon as it is there.
         at_once = bool(foot.codes) and self.devices == 1
-        of_graph = held * (0 if at_once else foot.with_gradient) + MASTER * foot.plain
-        of_graph = (of_graph + MASTER * foot.scales * at_once) // ranks
-        ddp = self.devices > 1 and not setting.sharded
-        gathered, passing = (0, 0) if not setting.sharded else self.gathered(held)
+        of_graph = foot.plain + (foot.scales if at_once else foot.with_gradient)
+        of_graph = MASTER * of_graph // ranks
+        gathered, passing = (0, 0) if not setting.sharded else self.gathered()
         kept = {
             "masters": learned,
             "frozen": (MASTER * foot.others + foot.codes) // ranks,
-            "w_hat": held * foot.held // ranks,
+            "w_hat": MASTER * foot.held // ranks,
             "moments": 2 * learned,
             "best": learned if pair.device == "cpu" else 0,
             "original": pair.original,
@@ -399,7 +393,7 @@ class Planner:
             whole = {
                 "masters": MASTER * foot.learned,
                 "frozen": MASTER * foot.others + foot.codes,
-                "w_hat": held * foot.held,
+                "w_hat": MASTER * foot.held,
                 "original": pair.original,
                 "teacher": pair.teaching,
             }
@@ -424,20 +418,19 @@ class Planner:
             "optimizer": {
                 **kept,
                 "gradients": learned,
-                "buckets": of_graph if ddp and held != MASTER else 0,
                 "batches": batches * micro.inputs,
             },
         }
 
-    def gathered(self, held: int) -> tuple[int, int]:
+    def gathered(self) -> tuple[int, int]:
         """Of what is sharded, bytes that are in full at once: weights, and gradients."""
         foot, teacher = self.pair.footprint, self.pair.teacher_footprint
 
         def weights(count: Count) -> int:
-            return held * count.quantized + MASTER * (count.plain + count.still)
+            return MASTER * (count.quantized + count.plain + count.still)
 
         def gradients(count: Count) -> int:
-            return held * count.quantized + MASTER * count.plain
+            return MASTER * (count.quantized + count.plain)
 
         full = weights(foot.root) + 2 * weights(foot.block)
         if self.pair.teaching and teacher is not None and self.pair.teacher is not None:

@@ -24,7 +24,6 @@ KINDS = {
     "moments": "the two of AdamW",
     "best": "the best state so far",
     "gradients": "of weights as the graph reads them, or of masters",
-    "buckets": "of DistributedDataParallel, where gradients lie elsewhere",
     "gathered": "what a shard of others is needed in full, at once",
     "original": "the model as it was given",
     "teacher": "its parameters",

@@ -122,7 +122,6 @@ def rehearse(
     learns: Collection[str],
     mode: FakeTensorMode,
     *,
-    dtypes: Mapping[str, torch.dtype],
     narrow: bool = False,
 ) -> Rehearsal:
     """One micro-batch of a student, whose parameters may be stand-ins.
@@ -131,11 +130,10 @@ def rehearse(
         taught: of the same micro-batch and the same mode.
         micro: of real integers; nothing of it is computed with.
         learns: FQNs of the parameters that get gradients.
-        dtypes: FQN -> what a parameter is in, where that is not as in the program.
         narrow: whether matmuls are in bfloat16.
     """
     micro = _fake(micro, mode)
-    parameters = _parameters(student.program, mode, dtypes)
+    parameters = _parameters(student.program, mode)
     said = None if taught is None else taught.outputs
     alive = _Alive(_operations(micro), [*_given(micro, parameters), *_tensors(said)])
     with mode, alive:
@@ -327,16 +325,13 @@ class _Graph(fx.Interpreter):
         self.alive.phase = "blocks"
 
 
-def _parameters(
-    program: Program, mode: FakeTensorMode, dtypes: Mapping[str, torch.dtype] | None = None
-) -> dict[str, Tensor]:
+def _parameters(program: Program, mode: FakeTensorMode) -> dict[str, Tensor]:
     """FQN -> a fake tensor like the one that a program has under it, without its memory."""
     found: dict[str, Tensor] = {}
     for node in program.graph.find_nodes(op="get_attr"):
         real, name = program.tensor(str(node.target)), program.fqn(str(node.target))
         with mode:
-            dtype = (dtypes or {}).get(name, real.dtype)
-            found[name] = torch.empty(real.shape, dtype=dtype, device="cpu")
+            found[name] = torch.empty(real.shape, dtype=real.dtype, device="cpu")
     return found
 
 

@@ -54,7 +54,6 @@ def rehearsed(pupil: Learner, one: MicroBatch, **options: Any) -> tuple[Taught, 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     taught = rehearse_teacher(pupil, one, mode)
     learns = trainable(pupil.program, RULE.frozen)
-    options = {"dtypes": {}, **options}
     return taught, rehearse(pupil, taught, one, OBJECTIVE, learns, mode, **options)
 
 
