@@ -33,8 +33,10 @@ def gradients(module: torch.nn.Module, program: Program) -> tuple[list[Tensor], 
     return outputs, found
 
 
-@pytest.mark.parametrize("kind", ["tied", "qwen2_vl", "qwen3_vl", "gemma3", "experts"])
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "checkpointed"),
+    [("tied", False), ("tied", True), ("qwen3_vl", True), ("gemma3", False), ("experts", False)],
+)
 def test_the_same_bits_of_outputs_and_gradients(kind: str, checkpointed: bool) -> None:
     program = run_passes(capture(model_of(kind)), parse_pipeline(PIPELINE + TAPS)).program
     for parameter in program.graph_module.parameters():
