@@ -1,7 +1,7 @@
-"""A student's graph and its loss as one module: what DDP and FSDP wrap.
+"""A student's graph and its loss as one module, which DDP wraps.
 
-The loss may read parameters, the head's where logits are computed in chunks, and these are only
-there while the wrapped module runs.
+Where logits are computed in chunks the loss reads a parameter itself, the head, which has to happen
+inside what is wrapped. In shards it is the graph that is wrapped, and it keeps its head gathered.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ from gracec.training.sharding import (
     mesh_of,
     shard_teacher,
 )
-from gracec.training.shards import local, most, number, rows_of, whole, whole_of
+from gracec.training.shards import as_shard, at_first_rank, local, most, number, rows_of
 
 Log = Callable[[dict[str, Any]], bool | None]
 
@@ -210,8 +210,8 @@ class Run:
     def go(self, held_out: Iterable[Batch], log: Log) -> Curve:
         """All steps that are left."""
         budget, device = self.rule.activation_checkpointing, self.student.model.device
-        shared = isinstance(budget, float)
-        saving = functorch.patch(activation_memory_budget=budget) if shared else nullcontext()
+        partly = isinstance(budget, float)
+        saving = functorch.patch(activation_memory_budget=budget) if partly else nullcontext()
         with saving, in_fixed_order(self.rule, device):
             try:
                 return self._go(held_out, log)
@@ -466,9 +466,11 @@ class Run:
         if self.rank and self.shards is None:
             return
         state = optimizer_state(self.optimizer, self.parameters)
-        best = {n: whole_of(rows, self.parameters[n]) for n, rows in self.best.items()}
-        tensors = {n: whole(p).cpu() for n, p in {**self.parameters, **self.signs}.items()}
-        state = state._replace(tensors={n: whole(t) for n, t in state.tensors.items()})
+        live = {**self.parameters, **self.signs}
+        best = ((n, as_shard(rows, self.parameters[n])) for n, rows in self.best.items())
+        tensors = at_first_rank(live.items(), self.rank)
+        kept = at_first_rank(best, self.rank)
+        state = state._replace(tensors=at_first_rank(state.tensors.items(), self.rank))
         if self.rank:
             return
         checkpoint = Checkpoint(
@@ -476,7 +478,7 @@ class Run:
             epoch=self.step // self.steps_an_epoch,
             sample=self.step % self.steps_an_epoch * self.rule.batch_size,
             tensors=tensors,
-            best=best,
+            best=kept,
             best_score=self.best_score,
             optimizer=state,
             controller=self.controller.state_dict(),

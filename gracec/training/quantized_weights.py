@@ -95,8 +95,8 @@ class QuantizedWeight:
                 out=out,
                 rows=self.rows,
             )
-            held = of_weight if self.experts is None else self.experts.held(of_weight)
-            _add_gradient(self.weight, held)
+            as_given = of_weight if self.experts is None else self.experts.held(of_weight)
+            _add_gradient(self.weight, as_given)
         _add_gradient(self.scale_param, of_scale)
 
     def _scale(self) -> tuple[Tensor, Tensor | None]:

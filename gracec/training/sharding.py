@@ -44,7 +44,8 @@ def shard_blocks(module: fx.GraphModule, mesh: DeviceMesh) -> dict[int, nn.Param
     before = by_path(module)
     for block in blocks_of(module):
         fully_shard(block, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+    # The loss reads the head after the graph has run.
+    fully_shard(module, mesh=mesh, reshard_after_forward=False)
     after = by_path(module)
     return {id(parameter): after[path] for path, parameter in before.items()}
 
@@ -110,8 +111,10 @@ class ShardedStudent:
                     continue
                 experts = weight.experts if tensor is weight.weight else None
                 matrix = tensor if experts is None else experts.matrix(tensor.detach())
-                shard = nn.Parameter(sharded(matrix, mesh), requires_grad=tensor.requires_grad)
-                shards[id(tensor)], experts_of[id(tensor)] = shard, experts
+                # The scale of a whole weight has no rows to be shared out.
+                shard = sharded(matrix, mesh, everywhere=len(matrix) != len(weight.held))
+                shards[id(tensor)] = nn.Parameter(shard, requires_grad=tensor.requires_grad)
+                experts_of[id(tensor)] = experts
                 beside.append(tensor)
             found = [shards[id(tensor)] for tensor in tensors]
             quantized.weights[target] = replace(
