@@ -98,8 +98,7 @@ def plan(
             operations a second; by default 350 in bfloat16 and 45 in float32.
         device_bandwidth: what a device reads and writes of its memory, in 10^9 bytes a second; by
             default 2000. Operators that are no matmul take the time of their operands.
-        device: "cuda", or "cpu", where the graph reads quantized weights in float32, and the best
-            state is in the same memory.
+        device: "cuda", or "cpu", where the best state is in the same memory.
         dtype: what the models are read in; by default as stored.
         stated: a sample, where there is no data.
         revision, teacher_revision: of a repository.

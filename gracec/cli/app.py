@@ -42,6 +42,16 @@ Revision = Annotated[
 ]
 
 
+TeacherName = Annotated[
+    str | None, typer.Option("--teacher", help="Model to distil from, named as MODEL is.")
+]
+
+
+TeacherRevision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of the teacher on the Hub.")
+]
+
+
 Device = Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
 
 

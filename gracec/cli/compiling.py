@@ -19,6 +19,8 @@ from gracec.cli.app import (
     ModelName,
     Revision,
     TargetName,
+    TeacherName,
+    TeacherRevision,
     command,
     out,
     print_json,
@@ -35,9 +37,7 @@ def compile(
     recipe: Annotated[
         str, typer.Option(help="Path of a YAML file, or one of {recipes}.")
     ] = "w4a16",
-    teacher: Annotated[
-        str | None, typer.Option(help="Model to distil from, named as MODEL is.")
-    ] = None,
+    teacher: TeacherName = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -75,9 +75,7 @@ def compile(
         ),
     ] = None,
     revision: Revision = None,
-    teacher_revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of the teacher on the Hub.")
-    ] = None,
+    teacher_revision: TeacherRevision = None,
     device: Device = None,
     dtype: Dtype = None,
     report_to: Annotated[
@@ -195,9 +193,7 @@ def plan(
     recipe: Annotated[
         str, typer.Option(help="A recipe that trains: built-in name or YAML file.")
     ] = "w4a16",
-    teacher: Annotated[
-        str | None, typer.Option(help="Model to distil from, named as MODEL is.")
-    ] = None,
+    teacher: TeacherName = None,
     data: Annotated[
         str | None,
         typer.Option(help="What is learned, as for compile; some of it is read, to count tokens."),
@@ -234,9 +230,7 @@ def plan(
         int, typer.Option(min=1, max=MOST_TOKENS, help="Of these, tokens that are learned.")
     ] = 64,
     revision: Revision = None,
-    teacher_revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of the teacher on the Hub.")
-    ] = None,
+    teacher_revision: TeacherRevision = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:

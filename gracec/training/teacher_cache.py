@@ -306,21 +306,23 @@ class TeacherCache:
     def read(self, key: str, *, images: bool) -> Said:
         """What the teacher says of a sample that has to be there; arguments and errors likewise."""
         file = self.file(key)
-        if not self.holds(key, images=images):
+        found: dict[str, Tensor] = {}
+        if file.is_file():
+            with _readable(file):
+                found = safetensors.torch.load(file.read_bytes())
+        if not found or (images and "sizes" not in found):
             raise GracecError(
                 "a sample is not in the teacher's cache",
                 where=str(file),
                 fix=f"remove {self.folder / _WHOLE}, and it is computed again; "
                 "all ranks need the same folder",
             )
-        with _readable(file):
-            tensors = safetensors.torch.load(file.read_bytes())
-        if "sizes" not in tensors:
-            return Said(tensors["head_input"], None)
-        sizes = tensors["sizes"].tolist()
-        parts = tensors["grams"].split([n * (n + 1) // 2 for n in sizes])
+        if "sizes" not in found:
+            return Said(found["head_input"], None)
+        sizes = found["sizes"].tolist()
+        parts = found["grams"].split([n * (n + 1) // 2 for n in sizes])
         grams = tuple(_whole(part, n) for part, n in zip(parts, sizes, strict=True))
-        return Said(tensors["head_input"], grams)
+        return Said(found["head_input"], grams)
 
     def add(self, key: str, said: Said) -> None:
         """Keep what the teacher says of a sample.
