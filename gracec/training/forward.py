@@ -6,9 +6,6 @@ inside what is wrapped. In shards it is the graph that is wrapped, and it keeps 
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
 from gracec.objective import GraceObjective, Outputs
@@ -21,16 +18,14 @@ class Forward(nn.Module):
 
     Args:
         student: whose graph runs.
-        graph: what runs it: the module of its program, or that compiled.
-        narrow: whether matmuls compute in bfloat16.
+        objective: of the loss.
     """
 
-    def __init__(
-        self, student: Learner, graph: Any, objective: GraceObjective, *, narrow: bool
-    ) -> None:
+    def __init__(self, student: Learner, objective: GraceObjective) -> None:
         super().__init__()
-        self.student, self.objective, self.narrow = student, objective, narrow
-        self.graph = graph
+        self.student, self.objective = student, objective
+        # What is wrapped has to see its parameters.
+        self.graph = student.program.graph_module if student.graph is None else student.graph
 
     def forward(
         self,
@@ -42,8 +37,5 @@ class Forward(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The loss, a scalar with a graph, and the totals of its terms; arguments as those of
         `GraceObjective.terms` and `GraceObjective.loss`."""
-        values = self.student.inputs(micro)
-        with torch.autocast(self.student.model.device.type, torch.bfloat16, self.narrow):
-            outputs = self.student.outputs(self.graph(**values))
-        terms = self.objective.terms(outputs, taught, micro.targets)
+        terms = self.objective.terms(self.student(micro), taught, micro.targets)
         return self.objective.loss(terms, normalisers, beta, step), terms.totals

@@ -35,6 +35,7 @@ class Learner:
             None for all.
         graph: what runs, where that is not the graph of the program itself.
         owned: whether nobody but the training needs its tensors.
+        narrow: whether its matmuls compute in bfloat16, by autocast.
     """
 
     program: Program
@@ -42,11 +43,14 @@ class Learner:
     vocabulary: int | None = None
     graph: Any = None
     owned: bool = False
+    narrow: bool = False
 
     def __call__(self, micro: MicroBatch) -> Outputs:
         """What it says of a micro-batch."""
         graph = self.program.graph_module if self.graph is None else self.graph
-        return self.outputs(graph(**self.inputs(micro)))
+        values = self.inputs(micro)
+        with torch.autocast(self.model.device.type, torch.bfloat16, self.narrow):
+            return self.outputs(graph(**values))
 
     def inputs(self, micro: MicroBatch) -> dict[str, Tensor]:
         """What the program takes, in order, in the dtype and on the device of the model."""
@@ -83,6 +87,12 @@ class Learner:
     @cached_property
     def _after(self) -> Callable[[Tensor], Tensor] | None:
         return following(self.program)
+
+
+def compiled(learner: Learner) -> Learner:
+    """The same with its graph through `torch.compile`, for batches of any size."""
+    graph = learner.program.graph_module if learner.graph is None else learner.graph
+    return replace(learner, graph=torch.compile(graph, dynamic=True))
 
 
 def _as_a_linear_takes_it(x: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ from gracec.training.checkpoints.rng import rng_state, set_rng_state
 from gracec.training.checkpoints.sealed import Checkpoint, load_checkpoint, load_tensors
 from gracec.training.curve import METRICS, Curve, Seconds, append_metrics, write_metrics
 from gracec.training.forward import Forward
-from gracec.training.learner import Learner, Teacher, score
+from gracec.training.learner import Learner, Teacher, compiled, score
 from gracec.training.loader import Batches, Groups
 from gracec.training.micro_batch import Batch, MicroBatch
 from gracec.training.quantized_weights import QuantizedWeights
@@ -153,6 +153,8 @@ class Run:
         self.originals = dict(self.parameters)
         self.narrow = precision_of(rule, student.model.device) == torch.bfloat16
         self.quantized = QuantizedWeights(student.program)
+        if self.narrow and not self.ranked:  # what is averaged or sharded has one dtype
+            self.quantized.narrow()
         self.quantized.require_gradients(at_once=not self.ranked)
         self.running = replace(student, program=self.quantized.program)
         self.shards: ShardedStudent | None = None
@@ -182,11 +184,12 @@ class Run:
                 taught = in_blocks(self.teacher.program)
                 shard_teacher(taught, mesh, owned=self.teacher.owned)
                 self.teacher = replace(self.teacher, graph=taught)
-        self.running = replace(self.running, program=program, graph=blocks)
-        graph: Any = program.graph_module if blocks is None else blocks
+        self.running = replace(self.running, program=program, graph=blocks, narrow=self.narrow)
         if rule.compile:
-            graph = torch.compile(graph, dynamic=True)
-        module = Forward(self.running, graph, self.objective, narrow=self.narrow)
+            self.running = compiled(self.running)
+            if isinstance(self.teacher, Learner):
+                self.teacher = compiled(self.teacher)
+        module = Forward(self.running, self.objective)
         if not self.ranked or shards:
             return module
         return DistributedDataParallel(module, gradient_as_bucket_view=True)

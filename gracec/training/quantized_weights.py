@@ -30,14 +30,17 @@ from gracec.quant.ops import fake_quantize_gradients
 from gracec.quant.ops_scales import scale_codes_gradient
 from gracec.training.shards import local, of_rows
 
+MATMULS = (torch.ops.aten.linear.default,)
+"""Operators that autocast rounds the weight of, whatever it is in."""
+
 
 @dataclass
 class QuantizedWeight:
     """A weight, its scales, and what stands for both in the graph that runs.
 
     Attributes:
-        held: ŵ [N, K], a parameter of the graph that runs. Like what follows it may be sharded, by
-            the same rows.
+        held: ŵ [N, K], a parameter of the graph that runs, in float32 or bfloat16, and with a
+            gradient in float32. Like what follows it may be sharded, by the same rows.
         weight: the float master, as the model holds it; or codes, where scales alone learn.
         scale_param: float32, as `gracec.quant.scale_from_param` reads it.
         scale_signs: int8, of that shape; None where every scale is positive.
@@ -141,6 +144,20 @@ class QuantizedWeights:
             if at_once and weight.learns and weight.bits is None:
                 hand_on = weight.hand_on_gradient
                 weight.held.register_post_accumulate_grad_hook(lambda _, hand_on=hand_on: hand_on())
+
+    def narrow(self) -> None:
+        """Hold in bfloat16 what only matmuls read that autocast computes in it: the values that
+        they multiply are the same, and their gradients stay in float32."""
+        readers: dict[str, list[tuple[fx.Node, fx.Node]]] = {}
+        for node in self.program.graph.find_nodes(op="get_attr"):
+            readers.setdefault(str(node.target), []).extend((user, node) for user in node.users)
+        for target, weight in self.weights.items():
+            pairs = readers[target]
+            if all(user.target in MATMULS and user.args[1] is node for user, node in pairs):
+                held = nn.Parameter(weight.held.detach().bfloat16(), weight.held.requires_grad)
+                held.grad_dtype = torch.float32
+                self.program.set_tensor(target, held)
+                weight.held = held
 
     def refresh(self) -> None:
         """Quantize all weights as they are now."""

@@ -1,6 +1,6 @@
 """Quantizing once a step is quantizing in the graph: the same loss, the same gradients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from gracec.passes.plan_quantization import PlanQuantization
 from gracec.quant.ops import fake_quantize_gradients
 from gracec.recipe import Recipe
 from gracec.training.quantized_weights import QuantizedWeights
-from gracec.training.setup import trainable
+from gracec.training.setup import allow_mixed_precision, trainable
 from tests.signed import with_halves_negative
 from tests.tiny_experts import tiny_experts
 from tests.tiny_families import tiny_model
@@ -38,7 +38,7 @@ def prepared(kind: str) -> Program:
     return run_passes(capture(model), parse_pipeline(pipeline)).program
 
 
-def loss_of(outputs: tuple[Tensor, ...], part: int) -> Tensor:
+def loss_of(outputs: Sequence[Tensor], part: int) -> Tensor:
     """Something that depends on half of the logits, another half for each micro-batch."""
     return outputs[0][..., part::2].square().mean()
 
@@ -88,6 +88,33 @@ def test_loss_and_gradients_are_those_of_the_graph_that_quantizes(kind: str) -> 
             bound = (5e-5 if kind == "lsq" else 2e-6) * expected[1][name].abs().max()
             assert (grad - expected[1][name]).abs().max() <= bound, name
         assert all(weight.held.grad is None for weight in quantized)
+
+
+@pytest.mark.parametrize("kind", ["llava", "experts", "llava scales"])
+def test_weights_in_bfloat16_are_what_autocast_makes_of_them(kind: str) -> None:
+    found = []
+    for narrow in (False, True):
+        program = prepared(kind)
+        learns = trainable(program, ["vision"], "scales" if kind.endswith("scales") else "all")
+        for parameter in program.graph_module.parameters():
+            parameter.requires_grad_(any(parameter is one for one in learns.values()))
+        quantized = QuantizedWeights(program)
+        if narrow:
+            quantized.narrow()
+        quantized.require_gradients(at_once=True)
+        quantized.refresh()
+        running, losses = allow_mixed_precision(quantized.program), []
+        for part in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                outputs = running(**program.example_inputs)
+            losses.append(loss_of([one.float() for one in outputs], part))
+            losses[-1].backward()
+        quantized.hand_on_gradients()
+        found.append([*losses, *(one.grad for one in learns.values())])
+        dtypes = {weight.held.dtype for weight in quantized}
+        assert torch.bfloat16 in dtypes if narrow else dtypes == {torch.float32}
+    for one, other in zip(*found, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
 
 
 def test_some_rows_of_a_weight_have_their_part_of_its_gradient() -> None:
