@@ -53,6 +53,7 @@ MEANING = {
     "name": "shown in reports and reasons; a file without it is called by the file's name",
     "description": "one or two sentences for the reader",
     "weights": "part of the model -> rule; a part that is missing or null keeps its precision",
+    "layers": "place in the model, or glob on names of weights -> rule: [see below](#layers)",
     "activations": "part -> rule for the inputs of its quantized linears; needs data to calibrate "
     "on, and a rule in `weights` for the part",
     "weights.PART.bits": "width of the signed codes; 7 are stored in 8",
@@ -346,7 +347,8 @@ def allowed(field: dict[str, Any]) -> str:
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
     if field["type"] == "object":
-        return "`PART: rule` or `PART: null`"
+        key = "PART" if "enum" in field.get("propertyNames", {}) else "SELECTOR"
+        return f"`{key}: rule` or `{key}: null`"
     words = {"integer": "a whole number", "number": "a number", "boolean": "`true` or `false`"}
     text = words.get(field["type"], "text")
     low, above = field.get("minimum"), field.get("exclusiveMinimum")

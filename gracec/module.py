@@ -183,8 +183,8 @@ def _observed(recipe: Recipe, program: Program, samples: Samples, held_out: Samp
     given = [_fitting(program, sample, n) for n, sample in enumerate([*samples, *held_out])]
     if method == "moments":
         return Observed(moments=given)
-    rule = recipe.weights["module"]
-    whole = rule is not None and rule.granularity == "per_tensor"  # whose scale is not corrected
+    # Those whose scale is not corrected.
+    whole = any(rule.granularity == "per_tensor" for rule in recipe.rules())
     count = len(samples)
     return Observed(
         moments=given[:count] if whole else (), samples=given[:count], held_out=given[count:]

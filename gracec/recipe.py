@@ -18,6 +18,7 @@ from pydantic import (
 from gracec.errors import GracecError
 from gracec.quant import QuantSpec
 from gracec.registry import declared, load_declared, lookup, nearest
+from gracec.selectors import HOW_TO, is_selector, part_named
 from gracec.yaml_files import read_yaml_mapping
 
 BUILT_IN = Path(__file__).parent / "recipes"
@@ -26,6 +27,7 @@ Granularity = Literal["per_group", "per_channel", "per_tensor"]
 Part = Literal["decoder", "head", "module", "projector", "vision"]
 """`module` is all of a model that is no vision-language model."""
 
+Selector = Annotated[str, Field(min_length=1, max_length=300)]
 Name = Annotated[str, Field(pattern=r"^\w[\w .,+=@()-]{0,63}$")]
 """One short line: it is written into model cards, pages and command lines."""
 MOST_STEPS = 10_000_000
@@ -294,6 +296,8 @@ class Recipe(_Strict):
 
     Attributes:
         weights: part of the model -> rule; parts that are missing or null keep their precision.
+        layers: place in the model, or glob on the names of weights -> rule, or null; the last one
+            that fits a weight is its rule, instead of that of its part. See `docs/recipes.md`.
         activations: part -> rule for the inputs of its quantized linears, calibrated on the
             training data; missing or null means that they stay floating point.
         calibration: how weights are given scales and codes; one written before there was such a
@@ -307,6 +311,7 @@ class Recipe(_Strict):
     name: Name
     description: str = Field("", max_length=4096)
     weights: dict[Part, WeightRule | None]
+    layers: dict[Selector, WeightRule | None] = Field({}, max_length=1000)
     activations: dict[Part, ActivationRule | None] = {}
     scale_search: ScaleSearch = ScaleSearch()
     calibration: Calibration = Calibration()
@@ -357,21 +362,43 @@ class Recipe(_Strict):
             raise GracecError(f"{field}: {message}" if field else message, where=where) from None
 
     def weight_rule(self, part: str) -> WeightRule | None:
-        """How the weights of a part are quantized, if they are."""
+        """How the weights of a part are quantized, if they are and no layer says otherwise."""
         return next((rule for name, rule in self.weights.items() if name == part), None)
+
+    def rules(self) -> tuple[WeightRule, ...]:
+        """Every rule by which some weight may get codes."""
+        given = (*self.weights.values(), *self.layers.values())
+        return tuple(rule for rule in given if rule is not None)
+
+    def with_rules(self, **fields: Any) -> Recipe:
+        """The same with these fields in every rule of weights."""
+        changed = {
+            name: {key: rule and rule.model_copy(update=fields) for key, rule in rules.items()}
+            for name, rules in (("weights", self.weights), ("layers", self.layers))
+        }
+        return self.model_copy(update=changed)
 
     def activation_rule(self, part: str) -> ActivationRule | None:
         """How the inputs of the linears of a part are quantized, if they are."""
         return next((rule for name, rule in self.activations.items() if name == part), None)
 
     def quantizes(self, part: Part) -> bool:
-        """Whether weights of a part get codes."""
-        return self.weights.get(part) is not None
+        """Whether weights of a part may get codes, by a rule that names it."""
+        named = (rule for key, rule in self.layers.items() if part_named(key) == part)
+        return any(rule is not None for rule in (self.weights.get(part), *named))
+
+    @field_validator("layers")
+    @classmethod
+    def _are_selectors(cls, layers: dict[str, Any]) -> dict[str, Any]:
+        for text in layers:
+            if not is_selector(text):
+                raise ValueError(f"{text!r} is no place, and no name of a weight: {HOW_TO}")
+        return layers
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         scales_learn = self.training is not None and self.training.learns == "scales"
-        if scales_learn and not any(self.weights.values()):
+        if scales_learn and not self.rules():
             raise ValueError("training.learns: scales needs weights that are quantized")
         for part, rule in self.activations.items():
             if rule is not None and self.weights.get(part) is None:
@@ -389,17 +416,17 @@ class Recipe(_Strict):
     @property
     def calibrates_weights(self) -> bool:
         """Whether scales and codes of weights depend on what the model sees."""
-        return any(self.weights.values()) and self.calibration.method != "weights"
+        return bool(self.rules()) and self.calibration.method != "weights"
 
     @property
     def needs_data(self) -> bool:
         """Whether weights cannot be given codes without data."""
-        return any(self.weights.values()) and self.calibration.method == "gptq"
+        return bool(self.rules()) and self.calibration.method == "gptq"
 
     def to_dict(self) -> dict[str, Any]:
-        """The resolved recipe as plain data; without `passes` where there are none."""
+        """The resolved recipe as plain data; without `passes` and `layers` where there are none."""
         fields = self.model_dump(mode="json")
-        return fields if self.passes else {k: v for k, v in fields.items() if k != "passes"}
+        return {k: v for k, v in fields.items() if k not in ("passes", "layers") or v}
 
 
 def built_in_recipes() -> list[str]:

@@ -163,15 +163,14 @@ class Request:
         saved = self.formats if self.output_dir is not None else ()
         without = [f"format {form.name}" for form in saved if not form.holds_signed]
         without += [] if self.target.holds_signed else [f"target {self.target.name}"]
-        signed = {part: rule for part, rule in self.recipe.weights.items() if rule and rule.signed}
-        if not without or not signed:
+        if not without or not any(rule.signed for rule in self.recipe.rules()):
             return self, []
         reason = f"{without[0]} takes no negative scales"
         if self.strict:
             raise GracecError(reason, where=f"recipe {self.recipe.name}", fix=UNSIGNED)
-        plain = {part: rule.model_copy(update={"signed": False}) for part, rule in signed.items()}
-        recipe = self.recipe.model_copy(update={"weights": {**self.recipe.weights, **plain}})
-        return replace(self, recipe=recipe), [Note("", f"{reason}: unsigned")]
+        return replace(self, recipe=self.recipe.with_rules(signed=False)), [
+            Note("", f"{reason}: unsigned")
+        ]
 
     def _check_output(self) -> None:
         if self.output_dir is None:
@@ -217,7 +216,7 @@ class Request:
                 where=where,
                 fix=MERGE_INSTEAD,
             )
-        if not any(self.recipe.weights.values()):
+        if not self.recipe.rules():
             raise GracecError(
                 "the recipe quantizes no weight that an adapter could be beside",
                 where=where,
@@ -260,7 +259,7 @@ class Request:
         """Refuse what a recipe that does not train would ignore."""
         recipe = self.recipe
         weighs = recipe.calibrates_weights or recipe.quantizes_activations
-        if self.train_data is not None and not weighs and any(recipe.weights.values()):
+        if self.train_data is not None and not weighs and recipe.rules():
             raise GracecError(
                 "the recipe looks at the weights alone, so train_data would be ignored",
                 where=where,
@@ -278,7 +277,7 @@ class Request:
 
     def _untrained(self, where: str) -> list[Note]:
         """Without data a training recipe quantizes after training, which strict mode refuses."""
-        if not any(self.recipe.weights.values()):
+        if not self.recipe.rules():
             raise GracecError(
                 "the recipe only trains, and there is no train_data", where=self.recipe.name
             )

@@ -151,6 +151,10 @@ def test_the_places_of_numbers_are_found() -> None:
         ({"name": "a" * 65}, "name: not one line"),
         ({"name": "\ud800"}, "name: "),
         ({"description": "a" * 5000}, "description: "),
+        (
+            {"layers": {"decodr": None}},
+            "layers: 'decodr' is no place, and no name of a weight: say",
+        ),
         ({"a\nb": 1}, "unknown key 'a\\nb'"),
     ],
 )

@@ -1,7 +1,10 @@
 """plan-quantization: every matmul-like weight gets a spec or a stated reason, counted in bytes.
 
-    rule(part of w) + shape of w -> QuantSpec      annotated as `quant` on the matmul
-                                  | reason         annotated as `kept`
+    rule(place of w) + shape of w -> QuantSpec      annotated as `quant` on the matmul
+                                   | reason         annotated as `kept`
+
+The rule is that of the part, or of the last of the recipe's `layers` that fits, which is annotated
+as `rule` then. One that fits no weight is an error.
 
 The weights of routed experts [E, N, K] are planned as the matrix [E * N, K]: every output of every
 expert has groups of its own, along the input features. A router keeps its precision whatever the
@@ -14,7 +17,7 @@ largest smaller group that fits, or all keep their precision. In strict mode tha
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -30,12 +33,14 @@ from gracec.ir.annotations import (
     part_of,
     quant_of,
 )
+from gracec.ir.places import block_count, places_of
 from gracec.ir.program import Program, annotate, annotation
 from gracec.ir.queries import EXPERT_LINEAR, MATMULS, STAND_INS, value, weight_of
 from gracec.passes.base import Pass, PassResult
 from gracec.quant import SUPPORTED_GROUP_SIZES, Experts, QuantSpec, codes_shape
 from gracec.quant.observers import ActivationSpec
-from gracec.recipe import ActivationRule, Recipe
+from gracec.recipe import ActivationRule, Recipe, WeightRule
+from gracec.selectors import HOW_TO, fits, part_named
 
 aten = torch.ops.aten
 EMBEDDING = aten.embedding.default
@@ -54,6 +59,7 @@ class PlanEntry:
         spec: how it is quantized, or None.
         reason: why it keeps its precision, empty when it is quantized.
         experts: of the weight of routed experts that is quantized, how the model holds it.
+        rule: which of the recipe's `layers` decided; empty where its part did.
     """
 
     fqns: tuple[str, ...]
@@ -63,6 +69,7 @@ class PlanEntry:
     spec: QuantSpec | None
     reason: str = ""
     experts: Experts | None = None
+    rule: str = ""
 
     @property
     def fqn(self) -> str:
@@ -134,6 +141,7 @@ def plan_of(program: Program) -> Plan:
             spec=spec,
             reason=notes.get("kept", ""),
             experts=experts,
+            rule=notes.get("rule", ""),
         )
         # A table that is looked up and multiplied with is listed once, as what is multiplied.
         if entry.fqn not in entries or entries[entry.fqn].part == Part.EMBEDDING:
@@ -164,7 +172,7 @@ class PlanQuantization(Pass):
         before = [dict(annotation(node)) for node in program.graph.nodes]
         notes: list[str] = []
         for node in program.graph.nodes:  # a second plan replaces the first
-            annotate(node, quant=None, kept=None, act=None, weight_observer=None)
+            annotate(node, quant=None, kept=None, act=None, weight_observer=None, rule=None)
             annotate(node, **experts_notes(None))
         sets: dict[int, list[fx.Node]] = defaultdict(list)
         for node in program.graph.nodes:
@@ -172,6 +180,7 @@ class PlanQuantization(Pass):
                 sets[annotation(node)["fused_set"]].append(node)
             elif _weight(node) is not None:
                 annotate(node, quant=None, kept="embedding: looked up, not multiplied")
+        self._choose_rules(program, recipe)
         for members in sets.values():
             self._plan_set(program, recipe, members, notes)
         self._keep_the_rest(program)
@@ -179,6 +188,7 @@ class PlanQuantization(Pass):
             notes.append(f"{routers} routers {ROUTERS}")
         plan = plan_of(program)
         quantized = plan.quantized
+        notes += _by_layers(plan, recipe)
         notes.append(
             f"{len(quantized)} of {len(plan.entries)} weights quantized, "
             f"{plan.coverage:.1%} of weight bytes"
@@ -193,7 +203,7 @@ class PlanQuantization(Pass):
                 if len(decided) != 1:
                     raise self.refuse(f"{node.name} has {len(decided)} decisions, one is needed")
         recipe = Recipe.load(self.recipe)
-        only_trains = recipe.training is not None and not any(recipe.weights.values())
+        only_trains = recipe.training is not None and not recipe.rules()
         if not only_trains and not plan_of(after).quantized:
             raise self.refuse("the recipe quantizes nothing in this model")
 
@@ -218,8 +228,7 @@ class PlanQuantization(Pass):
     ) -> None:
         candidates: list[fx.Node] = []
         for node in members:
-            part = known_part(node)
-            rule = recipe.weight_rule(part)
+            part, rule = known_part(node), self._rule(recipe, node)
             reason = self._unfit(program, node)
             if part == Part.UNUSED:
                 annotate(node, quant=None, kept="unused: the logits do not depend on it")
@@ -228,7 +237,9 @@ class PlanQuantization(Pass):
             elif "adapter" in annotation(node):
                 annotate(node, quant=None, kept="adapter: kept in float beside its linear")
             elif rule is None:
-                annotate(node, quant=None, kept=f"{part}: kept by recipe {recipe.name}")
+                by = annotation(node).get("rule")
+                what = f"by {by} of recipe {recipe.name}" if by else f"by recipe {recipe.name}"
+                annotate(node, quant=None, kept=f"{part}: kept {what}")
             elif reason:
                 where = self._fqn(program, node)
                 if self.strict:
@@ -239,8 +250,7 @@ class PlanQuantization(Pass):
                 candidates.append(node)
         if not candidates:
             return
-        rule = recipe.weight_rule(known_part(candidates[0]))
-        assert rule is not None
+        rule = self._one_rule(program, recipe, members, candidates)
         widths = {self._width(program, node) for node in candidates}
         spec = self._fit(rule.spec(), widths)
         names = [self._fqn(program, node) for node in candidates]
@@ -264,6 +274,61 @@ class PlanQuantization(Pass):
             activation = recipe.activation_rule(known_part(node))
             if activation is not None:
                 annotate(node, act=self._activation_spec(activation, widths, names[0]).to_dict())
+
+    def _choose_rules(self, program: Program, recipe: Recipe) -> None:
+        """Annotate which of the recipe's layers decides, where one does."""
+        if not recipe.layers:
+            return
+        places, blocks, left = places_of(program), block_count(program), dict(recipe.layers)
+        for node, place in places.items():
+            names = program.fqns.get(str(_weight_target(node)), ())
+            for selector in recipe.layers:
+                if fits(selector, place, names, blocks):
+                    annotate(node, rule=selector)
+                    left.pop(selector, None)
+        if left:
+            selector = next(iter(left))
+            example = self._fqn(program, next(iter(places)))
+            hint = f"there are {blocks} blocks, and {HOW_TO.removeprefix('say ')} may be said"
+            raise self.refuse(
+                f"layers: no weight fits {selector!r}",
+                where=f"recipe {recipe.name}",
+                fix=hint if part_named(selector) else f"names are such as {example}",
+            )
+
+    @staticmethod
+    def _rule(recipe: Recipe, node: fx.Node) -> WeightRule | None:
+        """How the weight of a node is quantized, if the recipe says so."""
+        selector = annotation(node).get("rule")
+        if selector is not None:
+            return recipe.layers[selector]
+        return recipe.weight_rule(known_part(node))
+
+    def _one_rule(
+        self,
+        program: Program,
+        recipe: Recipe,
+        members: list[fx.Node],
+        candidates: list[fx.Node],
+    ) -> WeightRule:
+        """That of linears that read one activation."""
+        rules = {node: self._rule(recipe, node) for node in candidates}
+        first = rules[candidates[0]]
+        assert first is not None
+        fused = [
+            node
+            for node in members
+            if node in rules or (annotation(node).get("rule") and self._rule(recipe, node) is None)
+        ]
+        other = next((node for node in fused if rules.get(node) != first), None)
+        if other is not None:
+            raise self.refuse(
+                f"it reads the same activation as {self._fqn(program, candidates[0])}, and "
+                "runtimes fuse them, but has another rule",
+                where=self._fqn(program, other),
+                fix="give all of them one rule: decoder.blocks[*].attention, say",
+            )
+        return first
 
     def _activation_spec(
         self, rule: ActivationRule, widths: set[int], where: str
@@ -289,9 +354,7 @@ class PlanQuantization(Pass):
 
     @staticmethod
     def _fqn(program: Program, node: fx.Node) -> str:
-        weight = _weight(node)
-        assert weight is not None
-        return program.fqn(str(weight.target))
+        return program.fqn(_weight_target(node))
 
     @staticmethod
     def _width(program: Program, node: fx.Node) -> int:
@@ -322,6 +385,17 @@ class PlanQuantization(Pass):
         return ""
 
 
+def _by_layers(plan: Plan, recipe: Recipe) -> list[str]:
+    """What each of the recipe's layers decided."""
+    said = []
+    for selector in recipe.layers:
+        found = [entry for entry in plan.entries if entry.rule == selector]
+        schemes = Counter("kept" if one.spec is None else str(one.spec) for one in found)
+        what = ", ".join(f"{count} {scheme}" for scheme, count in schemes.items())
+        said.append(f"layers {selector}: {what or 'a later one decides for all that it fits'}")
+    return said
+
+
 def _experts(node: fx.Node) -> Experts | None:
     """How the model holds the weight of a linear of experts, if it is one."""
     if node.target != EXPERT_LINEAR:
@@ -333,6 +407,12 @@ def _experts(node: fx.Node) -> Experts | None:
     turned = operand.target == aten.transpose.int and operand.args[1:] == (1, 2)
     whole = turned and operand.all_input_nodes[0].op == "get_attr"
     return Experts(count, transposed=True) if whole else None
+
+
+def _weight_target(node: fx.Node) -> str:
+    weight = _weight(node)
+    assert weight is not None
+    return str(weight.target)
 
 
 def _weight(node: fx.Node) -> fx.Node | None:

@@ -30,6 +30,7 @@ class PlanRow:
             Measured on inputs that codes were not corrected on, if there were any. None where codes
             were not calibrated on data, no such input came by, plain rounding costs nothing, or
             training went on from them.
+        rule: which of the recipe's `layers` decided; empty where its part did.
         codes: "corrected", "rounded" where that was no better, or "partly" where it was for some of
             the matrices of the weight; empty without such a calibration.
     """
@@ -45,6 +46,7 @@ class PlanRow:
     ptq_sqnr_db: float | None = None
     output_error: tuple[float, float, float] | None = None
     codes: str = ""
+    rule: str = ""
 
     @property
     def error_of_plain(self) -> float | None:
@@ -64,8 +66,9 @@ class PlanRow:
         errors = found.pop("output_error")
         if errors is not None:
             found["output_error"] = list(errors)
-        if not self.codes:
-            del found["codes"]
+        for name in ("codes", "rule"):
+            if not found[name]:
+                del found[name]
         return found
 
     @classmethod
@@ -110,6 +113,7 @@ def plan_rows(
             ptq_sqnr_db=(before or {}).get(entry.fqn),
             output_error=(errors or {}).get(entry.fqn),
             codes=(codes or {}).get(entry.fqn, ""),
+            rule=entry.rule,
         )
         for entry in plan.entries
     )

@@ -103,11 +103,8 @@ def rounding(
 ) -> Pipeline:
     """From a captured graph to one whose weights are rounded to nearest, with the scale of the
     largest of each group: what everything else is compared with."""
-    rules = {
-        part: rule and rule.model_copy(update={"observer": "min_max", "signed": False})
-        for part, rule in recipe.weights.items()
-    }
-    plain = recipe.model_copy(update={"weights": rules, "activations": {}})
+    plain = recipe.with_rules(observer="min_max", signed=False)
+    plain = plain.model_copy(update={"activations": {}})
     return Pipeline((*planning(plain, strict=strict, analysis=analysis), InsertFakeQuant()))
 
 

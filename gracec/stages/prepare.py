@@ -39,6 +39,7 @@ from gracec.quant.frozen import FrozenWeight
 from gracec.quant.observers import ActivationSpec
 from gracec.recipe import Recipe
 from gracec.request import Request
+from gracec.selectors import part_named
 from gracec.stages.pipelines import (
     ANALYSIS,
     Observed,
@@ -198,7 +199,7 @@ def observe(
             else:
                 found = replace(found, samples=drawn.samples, held_out=drawn.held_out)
     needed = recipe.calibration.method != "weights" and not found.moments
-    if needed and any(recipe.weights.values()) and not _reaches_all(recipe, found.samples):
+    if needed and recipe.rules() and not _reaches_all(recipe, found.samples):
         synthetic = synthetic_samples(model, seed=recipe.calibration.seed)
         found = replace(found, moments=synthetic)
     return found, notes
@@ -219,10 +220,11 @@ def _fingerprint(model: nn.Module, observed: Observed, recipe: Recipe) -> Finger
 
 def _reaches_all(recipe: Recipe, samples: Sequence[Mapping[str, Tensor]]) -> bool:
     """Whether every scale will be searched for when codes are corrected on these samples."""
-    rules = {part: rule for part, rule in recipe.weights.items() if rule is not None}
     pictures = any("pixel_values" in sample for sample in samples)
-    seen = pictures or rules.keys() <= {"decoder", "head"}
-    whole = any(rule.granularity == "per_tensor" for rule in rules.values())
+    named: set[str] = {part for part, rule in recipe.weights.items() if rule is not None}
+    named |= {part_named(key) for key, rule in recipe.layers.items() if rule is not None}
+    seen = pictures or named <= {"decoder", "head"}
+    whole = any(rule.granularity == "per_tensor" for rule in recipe.rules())
     return bool(samples) and seen and not whole
 
 

@@ -100,6 +100,55 @@ def test_each_part_can_be_chosen(after: After) -> None:
     assert conv[0].reason == "aten.conv2d.default is not a linear layer"
 
 
+def test_the_last_layer_that_fits_decides_and_the_plan_says_which(after: After) -> None:
+    fields = {
+        "name": "mixed",
+        "weights": {"decoder": {"bits": 4, "group_size": 16}},
+        "layers": {
+            "decoder.down": {"bits": 8, "group_size": 32},
+            "decoder.blocks[-1].down": {"bits": 3, "group_size": 16},
+            "*layers.0.self_attn.*": None,
+        },
+    }
+    result = PlanQuantization(recipe=Recipe.from_dict(fields)).run(after("analyze-modality"))
+    entries = {
+        entry.fqn.split("language_model.")[-1]: entry for entry in plan_of(result.program).entries
+    }
+
+    def decided(name: str) -> tuple[int | None, str]:
+        entry = entries[f"layers.{name}_proj.weight"]
+        return entry.spec and entry.spec.bits, entry.rule
+
+    assert decided("0.mlp.up") == (4, "")
+    assert decided("0.mlp.down") == (8, "decoder.down")
+    assert decided("1.mlp.down") == (3, "decoder.blocks[-1].down")
+    assert decided("0.self_attn.q") == (None, "*layers.0.self_attn.*")
+    assert entries["layers.0.self_attn.q_proj.weight"].reason.endswith(
+        "by *layers.0.self_attn.* of recipe mixed"
+    )
+    assert decided("1.self_attn.q") == (4, "")
+    notes = [str(note) for note in result.notes]
+    assert "layers decoder.down: 1 int8/g32" in notes
+    assert "layers *layers.0.self_attn.*: 8 kept" in notes
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({"decoder.blocks[9]": None}, r"no weight fits 'decoder.blocks\[9\]'; there are 2 blocks"),
+        ({"lm.*": None}, "no weight fits 'lm.*'; names are such as model.vision_tower"),
+        ({"decoder.k": {"bits": 8}}, "reads the same activation as .*q_proj.weight, and runtimes"),
+        ({"decoder.v": None}, "v_proj.weight: plan-quantization: it reads the same activation"),
+    ],
+)
+def test_layers_that_fit_nothing_or_part_what_is_fused_are_refused(
+    after: After, layers: dict[str, object], message: str
+) -> None:
+    fields = {"name": "mixed", "weights": {"decoder": {"group_size": 16}}, "layers": layers}
+    with pytest.raises(PassError, match=message):
+        PlanQuantization(recipe=Recipe.from_dict(fields)).run(after("analyze-modality"))
+
+
 def test_a_tied_head_is_refused_with_its_reason(after: After) -> None:
     program = planned(after("analyze-modality"), decoder={"group_size": 32}, head={})
     (head,) = [entry for entry in plan_of(program).entries if entry.part == "head"]
