@@ -428,6 +428,11 @@ class Recipe(_Strict):
         fields = self.model_dump(mode="json")
         return {k: v for k, v in fields.items() if k not in ("passes", "layers") or v}
 
+    def deciding(self) -> dict[str, Any]:
+        """`to_dict` for a fingerprint, which sorts the keys of mappings: that of layers counts."""
+        fields = self.to_dict()
+        return {**fields, "layers": list(fields["layers"].items())} if self.layers else fields
+
 
 def built_in_recipes() -> list[str]:
     """Names of the recipes that come with gracec."""

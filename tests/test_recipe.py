@@ -23,6 +23,16 @@ def test_a_resolved_recipe_reads_back_equal() -> None:
     assert Recipe.from_dict(recipe.to_dict()) == recipe
 
 
+def test_the_order_of_layers_is_part_of_what_decides() -> None:
+    layers = {"decoder.down": None, "decoder.blocks[0]": {"bits": 8}}
+    one, other = (
+        Recipe.from_dict({"name": "a", "weights": {}, "layers": dict(pairs)})
+        for pairs in (layers.items(), reversed(layers.items()))
+    )
+    assert one.deciding() != other.deciding()
+    assert Recipe.from_dict(one.to_dict()) == one
+
+
 def test_calibration_is_a_section_with_defaults_that_older_recipes_lack() -> None:
     fields = Recipe.load("w4a16-ptq").to_dict()
     found = fields.pop("calibration")

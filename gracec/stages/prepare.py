@@ -213,7 +213,7 @@ def _fingerprint(model: nn.Module, observed: Observed, recipe: Recipe) -> Finger
         teacher="",
         data=fingerprint_of_json([len(observed.samples), *map(fingerprint_of_tensors, samples)]),
         processor="",
-        recipe=fingerprint_of_json(recipe.to_dict()),
+        recipe=fingerprint_of_json(recipe.deciding()),
         device=describe_device(next(model.parameters()).device),
     )
 

@@ -264,7 +264,7 @@ def _fingerprint(
 
 def _deciding(recipe: Recipe) -> dict[str, Any]:
     """A recipe without what changes nothing but, in the case of a strategy, the order of sums."""
-    fields = recipe.to_dict()
+    fields = recipe.deciding()
     for name in ("workers", "strategy"):
         fields["training"].pop(name)
     cached = bool(fields["training"].pop("teacher_cache"))
