@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -367,5 +368,7 @@ def _check_writable(directory: Path) -> None:
         parent = parent.parent
     if not os.path.isdir(parent):
         raise cannot_write(directory, NotADirectoryError(0, f"{parent} is no directory"))
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise cannot_write(directory, PermissionError(0, f"no permission to write into {parent}"))
+    try:  # what permissions allow, the file system may not
+        os.rmdir(tempfile.mkdtemp(prefix=".gracec-", dir=parent))
+    except OSError as error:
+        raise cannot_write(directory, error) from error

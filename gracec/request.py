@@ -13,6 +13,7 @@ import torch
 from gracec.backends.base import MERGE_INSTEAD, NO_ADAPTERS, UNSIGNED, Format, parse_formats
 from gracec.callbacks import check_callbacks
 from gracec.data.questions import SAMPLES_FILE, VqaSample, load_samples
+from gracec.data.sources import check_is_there
 from gracec.errors import GracecError
 from gracec.journal import Note
 from gracec.models.devices import device_named, dtype_named
@@ -98,6 +99,8 @@ class Request:
             report_to=check_trackers(report_to),
             **options,
         )
+        check_is_there(request.train_data)
+        check_is_there(eval_data, "give questions, or a part of the data that is held out")
         request, signs = request._with_scales_that_are_taken()
         request._check_output()
         request._check_revisions(model)

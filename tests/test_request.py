@@ -109,3 +109,9 @@ def test_questions_are_held_out_of_calibration_too() -> None:
         train_data=DATA,
         eval_data=DATA,
     )
+
+
+def test_data_that_is_not_there_is_refused_before_a_model_is_read(tmp_path: Path) -> None:
+    for name in ("train_data", "eval_data"):
+        with pytest.raises(GracecError, match="missing.jsonl: does not exist; give"):
+            Request.checked("no model", "w4a16", **{name: str(tmp_path / "missing.jsonl")})

@@ -67,10 +67,9 @@ def open_source(source: Any) -> Source:
         return _open_json(path)
     if path.suffix == ".parquet" and path.is_file():
         return _Arrow.parquet([path], path.parent)
+    check_is_there(source)
     if not path.exists():
-        if is_dataset_name(source):
-            return _Arrow.hub(str(source))
-        raise GracecError("does not exist", where=str(path), fix="give training data")
+        return _Arrow.hub(str(source))
     if path.suffix in TEXT_FILES:
         return _TextFiles.of(path, [path])
     raise GracecError(
@@ -78,6 +77,17 @@ def open_source(source: Any) -> Source:
         where=str(path),
         fix=f"give a {KINDS} or text file, or a folder",
     )
+
+
+def check_is_there(source: Any, fix: str = "give training data") -> None:
+    """Refuse the name of a file or folder that does not exist, before anything takes long.
+
+    Raises:
+        GracecError: if there is none, and no dataset can be meant either.
+    """
+    named = isinstance(source, str | os.PathLike)
+    if named and not Path(source).exists() and not is_dataset_name(source):
+        raise GracecError("does not exist", where=str(Path(source)), fix=fix)
 
 
 def _open_folder(path: Path) -> Source:
