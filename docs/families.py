@@ -66,12 +66,12 @@ def write(found: dict[str, Any]) -> None:
 def doctor() -> None:
     """Keep what `gracec doctor` says about three directories."""
     from gracec.doctor import diagnose
-    from tests.capture.test_generic import mistral3
+    from tests.capture.test_generic import llava_next_video
     from tests.tiny_families import tiny_model, tiny_processor
 
     examples = {
         "qwen2-vl": "A model that can be compiled:",
-        "mistral3": "A family without an adapter, which needs one:",
+        "llava-next-video": "A family without an adapter, which needs one:",
         "broken": "The first model again, with a file cut short and the processor of another:",
     }
     found = read()
@@ -80,7 +80,7 @@ def doctor() -> None:
         for name in ("qwen2-vl", "broken"):
             tiny_model("qwen2_vl").save_pretrained(name)
             tiny_processor("qwen2_vl").save_pretrained(name)
-        mistral3().save_pretrained("mistral3")
+        llava_next_video().save_pretrained("llava-next-video")
         weights = Path("broken/model.safetensors")
         weights.write_bytes(weights.read_bytes()[:-1000])
         tiny_processor("qwen2_5_vl").save_pretrained("broken")

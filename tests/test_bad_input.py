@@ -69,10 +69,11 @@ def test_an_unknown_model_type(model: Path, model_type: str | None, message: str
 
 def test_an_unsupported_family(model: Path) -> None:
     fields = json.loads((model / "config.json").read_text())
-    fields |= {"model_type": "llava_next", "architectures": ["LlavaNextForConditionalGeneration"]}
+    name = "LlavaNextVideoForConditionalGeneration"
+    fields |= {"model_type": "llava_next_video", "architectures": [name]}
     fields["image_grid_pinpoints"] = [[32, 32]]
     (model / "config.json").write_text(json.dumps(fields))
-    refused(model, "the family 'llava_next' has no adapter, and without one the model cannot be")
+    refused(model, "the family 'llava_next_video' has no adapter, and without one the model can")
 
 
 @pytest.mark.parametrize(

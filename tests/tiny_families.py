@@ -16,10 +16,20 @@ from transformers import (
     AutoModelForImageTextToText,
     Gemma3Config,
     Gemma3Processor,
+    Glm4vConfig,
+    Glm4vProcessor,
+    Idefics2Config,
+    Idefics2Processor,
     Idefics3Config,
     Idefics3Processor,
+    InternVLConfig,
+    InternVLProcessor,
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaNextProcessor,
     LlavaOnevisionConfig,
     LlavaOnevisionProcessor,
+    Mistral3Config,
     PaliGemmaConfig,
     PaliGemmaProcessor,
     PreTrainedConfig,
@@ -36,15 +46,23 @@ from transformers import (
     SmolVLMProcessor,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
 )
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
+from gracec.models import loading
 from gracec.models.loading import images_only
 from tests import tiny
 from tests.tiny import (
@@ -258,6 +276,169 @@ def qwen3_vl() -> PreTrainedConfig:
     return Qwen3VLConfig(text_config=text, vision_config=vision, **QWEN_IDS)
 
 
+def internvl() -> PreTrainedConfig:
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 2, "image_size": [32, 32], "patch_size": [8, 8]}
+    return InternVLConfig(
+        vision_config={**vision, "initializer_range": 0.2},
+        text_config={**TEXT, "model_type": "qwen2"},
+        image_token_id=IMAGE,
+        image_seq_length=4,
+        downsample_ratio=0.5,
+    )
+
+
+def internvl_processor() -> Any:
+    """A picture has up to four tiles, and the whole of it after them."""
+    images: Any = GotOcr2ImageProcessorPil
+    build: Any = images_only(InternVLProcessor)
+    return build(
+        image_processor=images(
+            size={"height": 32, "width": 32}, crop_to_patches=True, max_patches=4
+        ),
+        tokenizer=tokenizer(
+            context_image_token="<image>", start_image_token="<boi>", end_image_token="<eoi>"
+        ),
+        image_seq_length=4,
+        chat_template=template("<image>"),
+    )
+
+
+PINPOINTS = [[32, 32], [32, 64], [64, 32], [64, 64], [96, 96]]
+
+
+def llava_next() -> PreTrainedConfig:
+    whole = tiny.tiny_config()
+    return LlavaNextConfig(
+        vision_config=whole.vision_config,
+        text_config=whole.text_config,
+        image_token_index=IMAGE,
+        image_grid_pinpoints=PINPOINTS,
+    )
+
+
+def llava_next_processor() -> Any:
+    edge = {"height": 32, "width": 32}
+    images: Any = LlavaNextImageProcessorPil
+    build: Any = LlavaNextProcessor
+    return build(
+        image_processor=images(size=edge, crop_size=edge, image_grid_pinpoints=PINPOINTS),
+        tokenizer=tokenizer(),
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template("<image>"),
+    )
+
+
+PIXTRAL = {
+    "model_type": "pixtral",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 64,
+    "patch_size": 8,
+    "initializer_range": 0.2,
+}
+
+
+def mistral3() -> PreTrainedConfig:
+    return Mistral3Config(
+        vision_config=PIXTRAL,
+        text_config={**TEXT, "model_type": "mistral"},
+        image_token_index=IMAGE,
+        tie_word_embeddings=False,
+    )
+
+
+def llava_pixtral() -> PreTrainedConfig:
+    return LlavaConfig(
+        vision_config=PIXTRAL,
+        text_config={**TEXT, "model_type": "mistral"},
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+
+
+def pixtral_processor(merge: int) -> Any:
+    """Args:
+    merge: patches of a side of a token.
+    """
+    images: Any = PixtralImageProcessorPil
+    build: Any = loading.pixtral_processor()
+    return build(
+        image_processor=images(size={"longest_edge": 64}, patch_size={"height": 8, "width": 8}),
+        tokenizer=tokenizer(),
+        patch_size=8,
+        spatial_merge_size=merge,
+        image_token="<image>",
+        image_break_token="<boi>",
+        image_end_token="<eoi>",
+        chat_template=template("<image>"),
+    )
+
+
+def glm4v() -> PreTrainedConfig:
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64}
+    vision |= {"patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    vision |= {"out_hidden_size": 64, "image_size": 32}
+    rope = {**MROPE, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
+    return Glm4vConfig(
+        text_config={**TEXT, "rope_parameters": rope},
+        vision_config=vision,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        image_start_token_id=VISION_START,
+        image_end_token_id=VISION_END,
+        video_start_token_id=VISION_START,
+        video_end_token_id=VISION_END,
+    )
+
+
+def glm4v_processor() -> Any:
+    images: Any = Glm4vImageProcessorPil
+    build: Any = images_only(Glm4vProcessor)
+    return build(
+        image_processor=images(
+            patch_size=8,
+            merge_size=2,
+            temporal_patch_size=2,
+            size={"shortest_edge": 2 * 32 * 32, "longest_edge": 2 * 48 * 48},
+        ),
+        tokenizer=tokenizer(),
+        chat_template=template("<image>"),
+    )
+
+
+def idefics2() -> PreTrainedConfig:
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    resampler = {"hidden_size": 64, "resampler_n_latents": 4, "resampler_depth": 1}
+    resampler |= {"resampler_n_heads": 4, "resampler_head_dim": 16, "num_key_value_heads": 2}
+    return Idefics2Config(
+        text_config={**TEXT, "model_type": "mistral"},
+        vision_config={**vision, "initializer_range": 0.2},
+        perceiver_config=resampler,
+        image_token_id=IMAGE,
+        tie_word_embeddings=False,
+    )
+
+
+def idefics2_processor() -> Any:
+    images: Any = Idefics2ImageProcessorPil
+    build: Any = Idefics2Processor
+    return build(
+        image_processor=images(
+            size={"shortest_edge": 28, "longest_edge": 52}, do_image_splitting=False
+        ),
+        tokenizer=tokenizer(image_boundary_token="<fake_token_around_image>"),
+        image_seq_len=4,
+        chat_template=template("<image>"),
+    )
+
+
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llava": tiny.tiny_config,
     "qwen2_vl": qwen2_vl,
@@ -268,6 +449,12 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma3": gemma3,
     "paligemma": paligemma,
     "qwen3_vl": qwen3_vl,
+    "internvl": internvl,
+    "llava_next": llava_next,
+    "mistral3": mistral3,
+    "llava_pixtral": llava_pixtral,
+    "glm4v": glm4v,
+    "idefics2": idefics2,
 }
 PROCESSORS: dict[str, Callable[[], Any]] = {
     "llava": tiny.tiny_processor,
@@ -279,6 +466,12 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "gemma3": gemma3_processor,
     "paligemma": paligemma_processor,
     "qwen3_vl": lambda: qwen_processor(Qwen3VLProcessor),
+    "internvl": internvl_processor,
+    "llava_next": llava_next_processor,
+    "mistral3": lambda: pixtral_processor(2),
+    "llava_pixtral": lambda: pixtral_processor(1),
+    "glm4v": glm4v_processor,
+    "idefics2": idefics2_processor,
 }
 
 
@@ -347,8 +540,12 @@ def template(image: str) -> str:
     return CHAT_TEMPLATE.replace("<image>", image)
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer with the special tokens of all families."""
+def tokenizer(**named: str) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer with the special tokens of all families.
+
+    Args:
+        named: further names that a processor has for some of them.
+    """
     words = [*SPECIAL_TOKENS, *WORDS]
     words += [f"w{number}" for number in range(VOCAB_SIZE - len(words) - len(MARKS))]
     numbers = {word: number for number, word in enumerate([*words, *MARKS.values()])}
@@ -361,7 +558,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>", **MARKS},
+        extra_special_tokens={"image_token": "<image>", **MARKS, **named},
         padding_side="left",
     )
     return found

@@ -28,6 +28,33 @@ class Told:
     error: str = ""
 
 
+FAMILIES = ("idefics3", "llava", "qwen2_5_vl", "qwen2_vl", "smolvlm")
+"""Model types of directories that it reads and answers from."""
+
+
+def _run(
+    directory: Path, lines: Sequence[Mapping[str, Any]], tokens: int
+) -> subprocess.CompletedProcess[str]:
+    script, program = Path(__file__).with_suffix(".mjs"), NODE / "answer.mjs"
+    return subprocess.run(
+        ["node", script, program, directory, str(tokens)],
+        input="\n".join(map(json.dumps, lines)),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+
+
+def why_not(directory: Path, asked: Mapping[str, Any]) -> str:
+    """What transformers.js throws when it loads a directory, or when it is asked."""
+    done = _run(directory, [asked], tokens=1)
+    if done.returncode:
+        return done.stderr
+    error: str = json.loads(done.stdout)["error"]
+    return error
+
+
 def ask(directory: Path, asked: Sequence[Mapping[str, Any]], tokens: int) -> list[Told]:
     """Answers from a directory with ONNX graphs, all of one process.
 
@@ -41,15 +68,7 @@ def ask(directory: Path, asked: Sequence[Mapping[str, Any]], tokens: int) -> lis
         else one
         for one in asked
     ]
-    script, program = Path(__file__).with_suffix(".mjs"), NODE / "answer.mjs"
-    done = subprocess.run(
-        ["node", script, program, directory, str(tokens)],
-        input="\n".join(map(json.dumps, lines)),
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
+    done = _run(directory, lines, tokens)
     assert done.returncode == 0, done.stderr
     told = []
     for found in map(json.loads, done.stdout.splitlines()):

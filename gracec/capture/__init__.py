@@ -1,7 +1,7 @@
 """From a Hugging Face model to a `Program`."""
 
 from gracec.capture.capture import capture, captured_equals_eager
-from gracec.capture.families import GENERIC, Family, families, family_of
+from gracec.capture.families import GENERIC, Family, families, family_for, family_of
 from gracec.capture.serving import capture_serving
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "capture_serving",
     "captured_equals_eager",
     "families",
+    "family_for",
     "family_of",
 ]

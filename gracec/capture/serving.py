@@ -17,7 +17,7 @@ from torch.export import Dim
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gracec.capture.capture import gate_batches, trace
-from gracec.capture.families import Family, families, family_of
+from gracec.capture.families import Family, family_for, family_of
 from gracec.capture.greedy import prompt_logits
 from gracec.capture.serving_graph import (
     DECODER,
@@ -237,7 +237,7 @@ class ServingRuntime:
 
     @property
     def family(self) -> Family:
-        return families()[self.config.model_type]
+        return family_for(self.config)
 
     def encode(self, inputs: Mapping[str, Tensor]) -> Tensor:
         (features,) = self.serving[VISION].run(inputs).values()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import sys
 import warnings
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,9 +191,32 @@ def _processor_class(directory: Path) -> type[ProcessorMixin] | None:
             names.append(read_json_object(directory / file).get("processor_class"))
     for name in reversed(names):
         found = processor_class_from_name(name) if isinstance(name, str) else None
+        if name == "PixtralProcessor":
+            found = pixtral_processor()
         if isinstance(found, type) and issubclass(found, ProcessorMixin):
             return found if is_torchvision_available() else images_only(found) or found
     return None
+
+
+def pixtral_processor() -> type[ProcessorMixin]:
+    """The class of Pixtral, with torchvision or without.
+
+    Its module takes one function from that of the image processor for torchvision, and the one for
+    PIL has the same.
+    """
+    name = "transformers.models.pixtral.image_processing_pixtral"
+    missing = not is_torchvision_available()
+    if missing:
+        sys.modules[name] = import_module(
+            "transformers.models.pixtral.image_processing_pil_pixtral"
+        )
+    try:
+        module = import_module("transformers.models.pixtral.processing_pixtral")
+    finally:
+        if missing:
+            del sys.modules[name]
+    found: type[ProcessorMixin] = module.PixtralProcessor
+    return found
 
 
 def images_only(processor: type[ProcessorMixin]) -> type[ProcessorMixin] | None:

@@ -199,6 +199,8 @@ class AnalyzeModality(Pass):
         residuals = values.residuals(pixels, vision_tokens)
         # The tower ends where its residual stream does.
         after_tower = dataflow.reach(residuals[-1:])
+        # Queries that a resampler learns depend on no image, and are the tower's all the same.
+        for_images = nx.ancestors(dataflow.digraph, vision_tokens)
         sets: dict[fx.Node, int] = {}
         for node in program.graph.nodes:
             if weight_of(node) is None:
@@ -207,7 +209,7 @@ class AnalyzeModality(Pass):
                 part = Part.UNUSED
             elif node in below_merge:
                 part = Part.HEAD if node in after_blocks else Part.DECODER
-            elif annotation(node).get("modality") == "vision":
+            elif annotation(node).get("modality") == "vision" or node in for_images:
                 part = Part.PROJECTOR if node in after_tower else Part.VISION
             else:
                 part = Part.TEXT

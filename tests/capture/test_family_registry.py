@@ -20,9 +20,14 @@ from tests.tiny import tiny_llava
 
 OWN = {
     "gemma3",
+    "glm4v",
+    "idefics2",
     "idefics3",
+    "internvl",
     "llava",
+    "llava_next",
     "llava_onevision",
+    "mistral3",
     "paligemma",
     "qwen2_5_vl",
     "qwen2_vl",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForImageTextToText,
-    Mistral3Config,
+    LlavaNextVideoConfig,
     PreTrainedConfig,
     PreTrainedModel,
     VipLlavaConfig,
@@ -27,10 +27,9 @@ def vipllava() -> PreTrainedConfig:
     return VipLlavaConfig(vision_config=CLIP, text_config=text, image_token_index=IMAGE, **layers)
 
 
-def mistral3() -> PreTrainedConfig:
-    vision = {**SIGLIP, "model_type": "pixtral", "head_dim": 16}
-    text = {**TEXT, "model_type": "mistral"}
-    return Mistral3Config(vision_config=vision, text_config=text, image_token_index=IMAGE)
+def llava_next_video() -> PreTrainedConfig:
+    text = {**TEXT, "model_type": "llama"}
+    return LlavaNextVideoConfig(vision_config=CLIP, text_config=text, image_token_index=IMAGE)
 
 
 def built(make: Callable[[], PreTrainedConfig]) -> PreTrainedModel:
@@ -57,10 +56,10 @@ def test_a_family_without_an_adapter() -> None:
 
 
 def test_what_blocks_a_model_is_said_in_one_line() -> None:
-    model = built(mistral3)
+    model = built(llava_next_video)
     with pytest.raises(GracecError, match="encodes no image by itself.*'image_sizes'") as error:
         capture(model)
-    assert "'mistral3' has no adapter" in str(error.value) and "\n" not in str(error.value)
+    assert "'llava_next_video' has no adapter" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_forward_that_fixes_a_size_is_refused() -> None:

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from transformers import (
+    Dinov2Config,
     Florence2Config,
     Florence2ForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    PixtralVisionConfig,
     PreTrainedConfig,
     SiglipVisionConfig,
 )
@@ -45,9 +45,10 @@ def test_a_tower_without_a_class_token(strategy: str, tokens: int) -> None:
     assert eager_logits(model, batch).isfinite().all()
 
 
-def test_a_tower_that_takes_images_of_any_size_is_named() -> None:
-    model = llava(PixtralVisionConfig(**SIZES), "full")
-    with pytest.raises(GracecError, match="the tower is a 'pixtral', which takes images of any"):
+def test_a_tower_that_is_not_known_is_named() -> None:
+    model = llava(Dinov2Config(**SIZES), "full")
+    message = "the tower is a 'dinov2', which is not known here; clip_vision_model, pixtral, siglip"
+    with pytest.raises(GracecError, match=message):
         family_of(model).example_batch(model)
 
 

@@ -25,7 +25,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from gracec.backends.base import Format
 from gracec.backends.huggingface import write_json, write_processor
-from gracec.capture import capture_serving, families, family_of
+from gracec.capture import capture_serving, family_for, family_of
 from gracec.capture.eager import eager_logits
 from gracec.capture.greedy import prompt_logits
 from gracec.capture.serving import (
@@ -163,7 +163,7 @@ class Onnx(Format):
             "use_external_data_format": dict.fromkeys(external, 1),
         }
         text_config = frozen.config.get_text_config()
-        for field in families()[frozen.config.model_type].serving_config:
+        for field in family_for(frozen.config).serving_config:
             fields[field] = getattr(text_config, field)
         write_json(fields, path)
         if not genai.refusal(frozen):

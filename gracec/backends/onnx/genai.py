@@ -26,7 +26,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from gracec.backends.onnx import gates
 from gracec.backends.onnx.session import open_session
-from gracec.capture.families import families, family_of
+from gracec.capture.families import family_for, family_of
 from gracec.capture.families.qwen2_vl import GRID, SERVED_PATCHES
 from gracec.capture.serving_graph import (
     CACHE,
@@ -94,7 +94,7 @@ def write_headers(
     """
     written = {name: files[name].with_name(file) for name, file in HEADERS.items()}
     headers = {name: ir.load(files[name]) for name in HEADERS}
-    _one_image(headers[VISION].graph, families()[model.config.model_type].serving_names)
+    _one_image(headers[VISION].graph, family_for(model.config).serving_names)
     _merge_features(headers[EMBEDDING].graph, model.config)
     _last_logits(headers[DECODER].graph)
     for name, header in headers.items():

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOu
 
 from gracec.backends.onnx.cache import RuntimeCache
 from gracec.backends.onnx.session import FOLDER, SessionConfig, open_session
-from gracec.capture.families import families
+from gracec.capture.families import families, family_for
 from gracec.capture.families.base import VIDEO, Family
 from gracec.capture.greedy import next_positions
 from gracec.capture.serving_graph import (
@@ -147,7 +147,7 @@ class OnnxModel(GenerationMixin):
 
     @property
     def family(self) -> Family:
-        return families()[self.config.model_type]
+        return family_for(self.config)
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         """What `forward` returns: a `CausalLMOutputWithPast`."""

@@ -7,14 +7,14 @@ enough to define one. A model whose family has none is captured by the generic o
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from gracec.capture.families.base import Family
 from gracec.capture.families.generic import Generic
 from gracec.errors import GracecError
 from gracec.registry import Registry
 
-__all__ = ["FAMILIES", "GENERIC", "Family", "Generic", "families", "family_of"]
+__all__ = ["FAMILIES", "GENERIC", "Family", "Generic", "families", "family_for", "family_of"]
 
 FAMILIES: Registry[Family] = Registry(
     "family",
@@ -51,4 +51,9 @@ def family_of(model: PreTrainedModel) -> Family:
             where=where,
             fix="pass a ...ForConditionalGeneration model with a vision_config",
         )
-    return families().get(config.model_type, GENERIC)
+    return family_for(config)
+
+
+def family_for(config: PreTrainedConfig) -> Family:
+    """The adapter for models of a configuration, which is that of a vision-language model."""
+    return families().get(config.model_type, GENERIC).of(config)

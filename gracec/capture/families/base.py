@@ -76,6 +76,10 @@ class Family(ABC):
         found: Self = vars(cls)["_instance"]
         return found
 
+    def of(self, config: PreTrainedConfig) -> Family:
+        """The adapter for a model of this type: another one if a part of the model needs it."""
+        return self
+
     @abstractmethod
     def image_tokens(self, model: PreTrainedModel, batch: Inputs) -> list[int]:
         """Visual tokens of each image of a batch from the processor, in order.

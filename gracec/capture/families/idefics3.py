@@ -43,14 +43,14 @@ class Idefics3(Family):
         pixels = batch["pixel_values"].flatten(0, 1)
         mask = batch.get(MASK)
         mask = torch.ones_like(pixels[:, 0]) if mask is None else mask.flatten(0, 1)
-        real = _real(batch["pixel_values"])
+        real = real_images(batch["pixel_values"])
         return {"pixel_values": pixels[real].unsqueeze(0), MASK: mask[real].bool().unsqueeze(0)}
 
     def image_tokens(self, model: PreTrainedModel, batch: Inputs) -> list[int]:
         config = model.config
         side = config.vision_config.image_size // config.vision_config.patch_size
         tokens = int(side**2 / config.scale_factor**2)
-        return [tokens] * int(_real(batch["pixel_values"]).sum())
+        return [tokens] * int(real_images(batch["pixel_values"]).sum())
 
     def check(self, model: PreTrainedModel, batch: Inputs) -> None:
         size, shape = model.config.vision_config.image_size, tuple(batch["pixel_values"].shape)
@@ -77,6 +77,6 @@ class Idefics3(Family):
         return {name: tensor.squeeze(0).unflatten(0, (2, -1)) for name, tensor in inputs.items()}
 
 
-def _real(pixels: Tensor) -> Tensor:
+def real_images(pixels: Tensor) -> Tensor:
     """bool [B * I]: which of pixel_values [B, I, 3, S, S] are images and not padding."""
     return pixels.flatten(0, 1).flatten(1).any(1)

@@ -6,12 +6,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from gracec.capture.families.base import Dims, Family, Inputs
+from gracec.capture.families.pixtral import Pixtral
 from gracec.capture.serving_graph import BATCH
 from gracec.errors import GracecError
 
+PIXTRAL = "pixtral"
 CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 """Model type of a tower that takes images of one size -> tokens before those of the patches."""
 
@@ -20,6 +22,10 @@ class Llava(Family):
     model_type: ClassVar[str] = "llava"
     vision: ClassVar[Dims] = {"pixel_values": (0,)}
     serving: ClassVar[dict[str, dict[int, str]]] = {"pixel_values": {0: BATCH}}
+
+    def of(self, config: PreTrainedConfig) -> Family:
+        pixtral = config.vision_config.model_type == PIXTRAL
+        return LlavaPixtral.instance() if pixtral else self
 
     def encode(self, model: PreTrainedModel, inputs: Inputs) -> Tensor:
         """Not the model's own `get_image_features`: that one splits the batch into a Python list of
@@ -50,6 +56,15 @@ class Llava(Family):
         return [tokens] * len(batch["pixel_values"])
 
 
+class LlavaPixtral(Pixtral, Llava):
+    """LLaVA with the tower of Pixtral, which takes images of any size."""
+
+    def project(self, model: PreTrainedModel, hidden: Tensor, inputs: Inputs) -> Tensor:
+        parts: Any = model.model
+        features: Tensor = parts.multi_modal_projector(hidden)
+        return features
+
+
 def _class_tokens(model: PreTrainedModel) -> int:
     """How many tokens a tower has before those of the patches.
 
@@ -58,10 +73,9 @@ def _class_tokens(model: PreTrainedModel) -> int:
     """
     tower = model.config.vision_config.model_type
     if tower not in CLASS_TOKENS:
-        known = ", ".join(sorted(CLASS_TOKENS))
-        any_size = "takes images of any size" if tower == "pixtral" else "is not known here"
+        known = ", ".join(sorted({*CLASS_TOKENS, PIXTRAL}))
         raise GracecError(
-            f"the tower is a {tower!r}, which {any_size}; {known} are captured",
+            f"the tower is a {tower!r}, which is not known here; {known} are captured",
             where=type(model).__name__,
             fix="write an adapter, one file in gracec/capture/families",
         )

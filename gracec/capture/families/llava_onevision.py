@@ -1,38 +1,36 @@
-"""LLaVA-OneVision: an image as a whole and in tiles, whose features are put together again,
-unpadded, scaled down if there are too many, with a token at the end of each row.
-
-Which features become which token depends on the size of the image. The host computes it as indices
-into all features, and weights where features are scaled down.
-"""
+"""LLaVA-OneVision: LLaVA-NeXT whose features are scaled down if there are too many, which the
+host says by weights."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.models.llava_onevision.modeling_llava_onevision import (
-    get_anyres_image_grid_shape,
-    unpad_image,
-)
 
 from gracec.capture.families.base import Dims, Inputs
-from gracec.capture.families.llava import Llava
+from gracec.capture.families.tiles import (
+    FEATURES,
+    ROW_END,
+    SIZES,
+    Grid,
+    Tiled,
+    picture_index,
+    tile_side,
+)
 
-SIZES, COUNTS = "image_sizes", "batch_num_images"
-TAPS, WEIGHTS = "feature_indices", "feature_weights"
+COUNTS, WEIGHTS = "batch_num_images", "feature_weights"
 SCALED_ABOVE = 1.1
 """Features are scaled down when a side has this many times the most."""
 
 
-class LlavaOnevision(Llava):
-    """`pixel_values` are all tiles [P, 3, S, S]; token n is the sum of the features `TAPS` [N, 4]
-    times `WEIGHTS` [N, 4]. The last index is that of the row end."""
+class LlavaOnevision(Tiled):
+    """Token n is the sum of the features `FEATURES` [N, 4] times `WEIGHTS` [N, 4]."""
 
     model_type: ClassVar[str] = "llava_onevision"
-    vision: ClassVar[Dims] = {"pixel_values": (0,), TAPS: (0,), WEIGHTS: (0,)}
+    vision: ClassVar[Dims] = {**Tiled.vision, WEIGHTS: (0,)}
     computed: ClassVar[tuple[str, ...]] = (SIZES, COUNTS)
     serving: ClassVar[dict[str, dict[int, str]]] = {}
     serving_refusal: ClassVar[str] = (
@@ -40,107 +38,58 @@ class LlavaOnevision(Llava):
     )
 
     def encode(self, model: PreTrainedModel, inputs: Inputs) -> Tensor:
-        newline: Tensor = model.model.image_newline
-        features = super().encode(model, inputs)
-        table = torch.cat([features, newline.unsqueeze(0).to(features.dtype)])
-        taken = table[inputs[TAPS]].float() * inputs[WEIGHTS].unsqueeze(-1)
+        features = self.features(model, inputs)
+        taken = features[inputs[FEATURES]].float() * inputs[WEIGHTS].unsqueeze(-1)
         return taken.sum(1).to(features.dtype)
 
     def vision_inputs(self, model: PreTrainedModel, batch: Inputs) -> dict[str, Tensor]:
-        grids = self.tile_grids(model, batch)
-        counts = [1 if grid is None else 1 + grid[0] * grid[1] for grid in grids]
-        pixels = batch["pixel_values"]
-        if pixels.dim() == 5:  # padded to the image with the most tiles
-            tiles = zip(pixels, counts, strict=True)
-            pixels = torch.cat([image[:count] for image, count in tiles])
-        images = [
-            self.feature_taps(model, grid, size)
-            for grid, size in zip(grids, batch[SIZES].tolist(), strict=True)
-        ]
-        side = model.config.vision_config.image_size // model.config.vision_config.patch_size
-        newline, start, taps = sum(counts) * side**2, 0, []
-        for (index, _), count in zip(images, counts, strict=True):
-            taps.append(torch.where(index < 0, newline, index + start))
-            start += count * side**2
-        weights = torch.cat([weight for _, weight in images]).to(pixels.device)
-        return {
-            "pixel_values": pixels,
-            TAPS: torch.cat(taps).to(pixels.device),
-            WEIGHTS: weights,
-        }
+        found = super().vision_inputs(model, batch)
+        weights = torch.cat(self.each_image(model, batch, self.feature_weights))
+        return {**found, WEIGHTS: weights.to(found["pixel_values"].device)}
 
-    def tile_grids(self, model: PreTrainedModel, batch: Inputs) -> list[tuple[int, int] | None]:
-        """Rows and columns of the tiles of each image; None for one of several in a prompt, which
-        is looked at as a whole only."""
-        config = model.config
-        counts = batch.get(COUNTS)
-        sizes = self.required(batch, SIZES).tolist()
-        alone = [True] * len(sizes)
-        if counts is not None:
-            alone = [int(count) == 1 for count in counts for _ in range(int(count))]
-        pinpoints, tile = config.image_grid_pinpoints, config.vision_config.image_size
-        return [
-            get_anyres_image_grid_shape(size, pinpoints, tile) if tiled else None
-            for size, tiled in zip(sizes, alone, strict=True)
-        ]
+    def tile_grids(self, model: PreTrainedModel, batch: Inputs) -> list[Grid | None]:
+        """None for one of several in a prompt, which is looked at as a whole only."""
+        grids, counts = super().tile_grids(model, batch), batch.get(COUNTS)
+        if counts is None:
+            return grids
+        alone = [int(count) == 1 for count in counts for _ in range(int(count))]
+        return [grid if tiled else None for grid, tiled in zip(grids, alone, strict=True)]
+
+    def feature_index(self, model: PreTrainedModel, grid: Grid | None, size: list[int]) -> Tensor:
+        """Features int64 [N, 4]."""
+        return self.feature_taps(model, grid, size)[0]
+
+    def feature_weights(self, model: PreTrainedModel, grid: Grid | None, size: list[int]) -> Tensor:
+        """Weights float32 [N, 4] of these features."""
+        return self.feature_taps(model, grid, size)[1]
 
     def feature_taps(
-        self, model: PreTrainedModel, grid: tuple[int, int] | None, size: list[int]
+        self, model: PreTrainedModel, grid: Grid | None, size: list[int]
     ) -> tuple[Tensor, Tensor]:
-        """Indices int64 [N, 4] into the features of one image, -1 for a row end; weights [N, 4]."""
-        vision = model.config.vision_config
-        side = vision.image_size // vision.patch_size
-        whole = _single(torch.arange(side**2))
-        if grid is None:
-            return _joined([whole, _single(torch.tensor([-1]))])
-        rows, columns = grid
-        tiles = torch.arange(rows * columns * side**2).view(rows, columns, side, side) + side**2
-        picture = tiles.transpose(1, 2).reshape(rows * side, columns * side)
-        picture = unpad_image(picture.unsqueeze(0), size)[0]
-        most = int(model.config.vision_aspect_ratio.removeprefix("anyres_max_"))
-        height, width = picture.shape
-        ratio = math.sqrt(height * width / (most * side**2))
-        if ratio > SCALED_ABOVE:
-            found = _scaled(picture, int(height // ratio), int(width // ratio))
-        else:
-            taps, shares = _single(picture.flatten())
-            found = taps.view(height, width, 4), shares.view(height, width, 4)
-        ends = _single(torch.full((len(found[0]),), -1))
-        lines, weights = (
-            torch.cat([part, end.unsqueeze(1)], 1).flatten(0, 1)
-            for part, end in zip(found, ends, strict=True)
-        )
-        return _joined([whole, (lines, weights)])
-
-    def image_tokens(self, model: PreTrainedModel, batch: Inputs) -> list[int]:
-        grids, sizes = self.tile_grids(model, batch), batch[SIZES].tolist()
-        return [
-            len(self.feature_taps(model, grid, size)[0])
-            for grid, size in zip(grids, sizes, strict=True)
-        ]
-
-    def example_images(
-        self, model: PreTrainedModel, images: int, generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        config: Any = model.config
-        edge = config.vision_config.image_size
-        shapes = [(edge, edge), (edge, 2 * edge), (edge + 8, edge)]
-        sizes = torch.tensor((shapes * images)[:images])
-        grids = self.tile_grids(model, {SIZES: sizes})
-        most = max(1 + grid[0] * grid[1] for grid in grids if grid is not None)
-        pixels = torch.randn((images, most, 3, edge, edge), generator=generator)
-        return {"pixel_values": pixels, SIZES: sizes}
+        """Both. Features are scaled down if there are more than `vision_aspect_ratio` says."""
+        if grid is not None:
+            picture, side = picture_index(model, grid, size), tile_side(model)
+            most = int(model.config.vision_aspect_ratio.removeprefix("anyres_max_"))
+            height, width = picture.shape
+            ratio = math.sqrt(height * width / (most * side**2))
+            if ratio > SCALED_ABOVE:
+                scaled = _scaled(picture, int(height // ratio), int(width // ratio))
+                ends = _single(torch.full((len(scaled[0]), 1), ROW_END))
+                whole = _single(torch.arange(side**2))
+                parts = zip(whole, scaled, ends, strict=True)
+                taps, weights = (
+                    torch.cat([first, torch.cat([lines, end], 1).flatten(0, 1)])
+                    for first, lines, end in parts
+                )
+                return taps, weights
+        return _single(super().feature_index(model, grid, size))
 
 
 def _single(index: Tensor) -> tuple[Tensor, Tensor]:
-    """Taps of which only the first counts."""
-    weights = torch.zeros((len(index), 4))
-    weights[:, 0] = 1
-    return index.unsqueeze(1).expand(-1, 4), weights
-
-
-def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    return torch.cat([index for index, _ in parts]), torch.cat([weight for _, weight in parts])
+    """Four taps of which only the first counts."""
+    weights = torch.zeros((*index.shape, 4))
+    weights[..., 0] = 1
+    return index.unsqueeze(-1).expand(*index.shape, 4), weights
 
 
 def _scaled(picture: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
