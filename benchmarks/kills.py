@@ -105,7 +105,7 @@ def _compiling(folder: Path, ready: Callable[[], None]) -> list[str]:
 def _saving(folder: Path, ready: Callable[[], None]) -> list[str]:
     import gracec
 
-    loaded = gracec.load(folder / "source")
+    loaded = gracec.load(folder / "source", "torchao")
     ready()
     return list(loaded.save_pretrained(folder / OUT, "hf,torchao", overwrite=True))
 
@@ -114,7 +114,7 @@ def _exporting(folder: Path, ready: Callable[[], None]) -> list[str]:
     import gracec
     from gracec.errors import GracecError
 
-    loaded = gracec.load(folder / "source")
+    loaded = gracec.load(folder / "source", "torchao")
     ready()
     try:
         return list(loaded.export_onnx(folder / OUT))

@@ -67,6 +67,7 @@ def _name_of_pass(cls: ast.AST) -> str:
 
 
 FORMAT, WRITE = "gracec/backends/onnx/format.py", "gracec/backends/onnx/write.py"
+MODE = "gracec/backends/onnx/mode.py"
 GENAI, SERVING = "gracec/backends/onnx/genai.py", "gracec/capture/serving.py"
 COMPILER, MODULE = "gracec/compiler.py", "gracec/module.py"
 PREPARE, FREEZE, LOWER = (f"gracec/stages/{name}.py" for name in ("prepare", "freeze", "lower"))
@@ -80,7 +81,8 @@ COMPILE, BASE, MODULES = (
     "tests/test_module.py",
 )
 ONNX, BYTES = "tests/backends/onnx/test_format.py", "tests/report/test_report.py"
-ANSWERS = (f"{ONNX}::test_graphs_that_answer_otherwise_than_the_codes_are_an_error",)
+ON_MODE = "tests/backends/onnx/test_mode.py"
+ANSWERS = (f"{ON_MODE}::test_graphs_that_answer_otherwise_than_the_codes_are_an_error",)
 TOLD = (f"{ONNX}::test_everything_that_was_noted_is_told",)
 BOUNDS = (f"{MODULES}::test_what_is_off_by_more_than_the_bound_is_not_written",)
 READ_BACK = (f"{BASE}::test_what_reads_back_otherwise_is_an_error",)
@@ -382,14 +384,14 @@ WIRING: tuple[Mutation, ...] = (
     Mutation(
         "the logits are held to the frozen ones",
         LOWER,
-        "        _agree(runtime, frozen, journal)\n",
+        "        _agree(runtime, frozen, target, journal)\n",
         "        pass\n",
         ON_LOWER,
     ),
     Mutation(
         "lowered is as good as dense",
         LOWER,
-        "bound = gates.lowered_is_as_good_as_dense(found, beside, reference.dtype)",
+        "bound = target.agrees(runtime, found, beside, reference.dtype)",
         "bound = 1.0",
         ON_LOWER,
     ),
@@ -581,51 +583,51 @@ WIRING: tuple[Mutation, ...] = (
     ),
     Mutation(
         "graphs compute what was compiled",
-        FORMAT,
-        "        self._hold(agreement, beside, reference.logits.dtype)\n",
-        "        pass\n",
-        (f"{ONNX}::test_graphs_of_another_model_than_was_compiled_are_an_error",),
+        MODE,
+        "                lowered_is_as_good_as_dense(found.compiled, self.dense_compiled, dtype)\n",
+        "                pass\n",
+        (f"{ON_MODE}::test_graphs_of_another_model_than_was_compiled_are_an_error",),
     ),
     Mutation(
         "faithful graphs are as good as dense",
-        FORMAT,
-        "            lowered_is_as_good_as_dense(found, dense, reference)\n",
+        MODE,
+        "            lowered_is_as_good_as_dense(found.own, self.dense)\n",
         "            pass\n",
         ANSWERS,
     ),
     Mutation(
         "rounding of fast graphs is small",
-        FORMAT,
-        "            gates.rounding_is_small(found)\n",
+        MODE,
+        "            gates.rounding_is_small(found.logits)\n",
         "            pass\n",
         ANSWERS,
     ),
     Mutation(
         "greedy answers are the same",
-        FORMAT,
-        '        if self.mode == "faithful" and tokens.different:\n',
+        MODE,
+        "        if mode == FAITHFUL and found.greedy.different:\n",
         "        if False:\n",
         ANSWERS,
     ),
     Mutation(
         "notes of ONNX passes",
         FORMAT,
-        "        return (*notes, _summary(figures), *genai.notes(frozen))\n",
-        "        return (_summary(figures), *genai.notes(frozen))\n",
+        "        return (*notes, _summary(figures), *head.notes, *chosen, *genai.notes(frozen))\n",
+        "        return (_summary(figures), *head.notes, *chosen, *genai.notes(frozen))\n",
         TOLD,
     ),
     Mutation(
         "summary of the ONNX gates",
         FORMAT,
-        "        return (*notes, _summary(figures), *genai.notes(frozen))\n",
-        "        return (*notes, *genai.notes(frozen))\n",
+        "        return (*notes, _summary(figures), *head.notes, *chosen, *genai.notes(frozen))\n",
+        "        return (*notes, *head.notes, *chosen, *genai.notes(frozen))\n",
         TOLD,
     ),
     Mutation(
         "what onnxruntime-genai would do otherwise",
         FORMAT,
-        "        return (*notes, _summary(figures), *genai.notes(frozen))\n",
-        "        return (*notes, _summary(figures))\n",
+        "        return (*notes, _summary(figures), *head.notes, *chosen, *genai.notes(frozen))\n",
+        "        return (*notes, _summary(figures), *head.notes, *chosen)\n",
         TOLD,
     ),
     Mutation("an ONNX file is valid", WRITE, "    gates.file_is_valid(file)\n", "", ON_WRITE),

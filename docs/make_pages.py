@@ -30,6 +30,7 @@ from gracec.recipe import (
     Deploy,
     Distillation,
     Expectation,
+    OnnxDeploy,
     Recipe,
     ScaleSearch,
     Training,
@@ -89,6 +90,14 @@ MEANING = {
     "expect.at_least": "lowest value that passes: `0.8`; `-0.01` for one point lost",
     "expect.type": "only questions of this type; null: all",
     "deploy.dtype": "what the compiled model runs in",
+    "deploy.onnx.ops": "operators of ONNX graphs: one of ONNX Runtime, or standard ones "
+    "([page](onnx.md#operators-and-modes))",
+    "deploy.onnx.mode": "their kernels compute in float32 (`faithful`) or with 8-bit inputs "
+    "(`fast`); `auto`: fast where that changes nothing that counts",
+    "deploy.onnx.head": "bits of a head that has no codes; `auto`: 8 for a large one, where that "
+    "changes nothing that counts",
+    "deploy.onnx.embedding": "the token embedding stays as it is",
+    "deploy.onnx.cache": "what keys and values are kept in",
     "training": "how weights and scales are trained; null or missing: post-training quantization",
     "training.steps": "optimizer steps; null: `epochs` times the data",
     "training.epochs": "how often the data is gone through, where `steps` is null",
@@ -316,6 +325,7 @@ def fields_table() -> str:
         "training.distillation.": Distillation,
         "expect.": Expectation,
         "deploy.": Deploy,
+        "deploy.onnx.": OnnxDeploy,
     }
     rows = []
     for prefix, model in models.items():

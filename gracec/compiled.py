@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,16 +23,18 @@ from gracec.errors import GracecError, first_line
 from gracec.frozen import Frozen
 from gracec.ir.program import Program
 from gracec.models.devices import device_and_dtype, device_named, dtype_named, same_device
-from gracec.models.hub import find_artifact, find_description, find_model
+from gracec.models.hub import find_artifact, find_description, find_model, has_graphs
 from gracec.models.loading import load_model, load_processor
 from gracec.quant.frozen import FrozenWeight
 from gracec.report import Report
 from gracec.stages.publish import read_artifact, write_artifact, write_formats
 from gracec.store import is_artifact
-from gracec.targets.base import Runtime, Target, target_named
+from gracec.targets.base import AUTO, Runtime, Target, target_named
 
 if TYPE_CHECKING:
     from gracec.backends.onnx.runner import OnnxModel
+
+LOGGER = logging.getLogger("gracec")
 
 
 class CompiledModel:
@@ -229,16 +232,17 @@ class CompiledModel:
                 ) from error
 
     def export_onnx(
-        self, directory: str | Path, ops: str = "matmulnbits", mode: str = "faithful"
+        self, directory: str | Path, ops: str | None = None, mode: str | None = None
     ) -> tuple[str, ...]:
         """Write ONNX graphs with their configuration and processor; `gracec.load(directory,
         target="onnxruntime")` runs them.
 
         Args:
             ops: "matmulnbits" (the operator of ONNX Runtime, which holds its accuracy level and has
-                an INT4 kernel on GPUs) or "qdq" (standard ONNX).
-            mode: "faithful" (kernels compute in float32) or "fast" (they round activations to 8
-                bits).
+                an INT4 kernel on GPUs) or "qdq" (standard ONNX); by default what the recipe says.
+            mode: "faithful" (kernels compute in float32), "fast" (they round activations to 8
+                bits) or "auto" (fast where that changes nothing that counts); by default what the
+                recipe says, which is "auto" where it says nothing.
 
         Returns:
             What the gates found, for a user to read; `onnx/session.json` has the figures.
@@ -247,7 +251,8 @@ class CompiledModel:
             GracecError: if the directory exists, or the model has no ONNX graphs.
             GateError: if the graphs are not numerically what they should be.
         """
-        return tuple(map(str, write_formats(Path(directory), self.frozen, [Onnx(ops, mode)])))
+        form = Onnx(ops or "", mode or "")
+        return tuple(map(str, write_formats(Path(directory), self.frozen, [form])))
 
     def _generating(self) -> Any:
         """What holds the settings of generation: the model of torch, or the runtime itself."""
@@ -272,7 +277,7 @@ class _Placement(TypedDict, total=False):
 @overload
 def load(
     directory: str | Path,
-    target: Literal["torchao"] | None = None,
+    target: Literal["torchao"],
     *,
     backend: None = None,
     **placement: Unpack[_Placement],
@@ -310,13 +315,20 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> Any:
-    """Load what `CompiledModel.save_pretrained` wrote; the same codes, the same tokens.
+    """Load what `CompiledModel.save_pretrained` wrote, in what runs it fastest here.
+
+    A directory with ONNX graphs is loaded as an `OnnxModel`, which calls and generates as a
+    `CompiledModel` does; what is saved and exported again is a `CompiledModel`, which target
+    "torchao" gives: the codes, which give the tokens that they gave when they were saved. Graphs
+    may be in fast mode: `session_config.mode` says so.
 
     Args:
         directory: an artifact, or "org/name" of a repository of the Hugging Face Hub that holds
             one. A directory that exists is meant before a repository of its name.
-        target: what runs it: "torchao" (the default); "onnxruntime", which also runs what
-            `export_onnx` wrote; or one of another package.
+        target: what runs it: "auto" (the default), which is "onnxruntime" on the processor where
+            there are ONNX graphs, unless a dtype is asked for that they do not compute in, and
+            else "torchao"; or one of these, or of another package. Graphs that are there and are
+            not whole are an error.
         backend: the word for `target` in versions before.
         revision: branch, tag or commit of the repository; by default its main branch.
         device: where it runs, "cpu" or "cuda"; by default the processor. Codes are packed for the
@@ -328,8 +340,8 @@ def load(
         GracecError: if it is not a whole artifact, if there is no such device, or if there or in
             this dtype no kernel takes a weight that one would take otherwise.
     """
-    chosen = target_named(target or backend)
     place, precision = device_named(device), dtype_named(dtype)
+    chosen = _chosen(target or backend, directory, revision, place, precision)
     path = find_artifact(directory, revision, onnx=chosen.reads).path
     found = chosen.read(path)
     if found is not None:
@@ -338,6 +350,23 @@ def load(
     frozen, report = read_artifact(path)
     runtime, _ = chosen.lower(_placed(frozen, chosen, place, precision))
     return CompiledModel(frozen, runtime, report)
+
+
+def _chosen(
+    target: str | Target | None,
+    directory: str | Path,
+    revision: str | None,
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+) -> Target:
+    """The target that is named, or the one that is fastest."""
+    if target not in (None, AUTO):
+        return target_named(target)
+    fits = (device is None or device.type == "cpu") and dtype in (None, torch.float32)
+    graphs = fits and has_graphs(directory, revision)
+    chosen = target_named("onnxruntime" if graphs else "torchao")
+    LOGGER.info("%s runs %s", chosen.name, directory)
+    return chosen
 
 
 def open_model(
@@ -358,11 +387,17 @@ def open_model(
         GracecError: if it is neither.
     """
     where, precision = device_named(device), dtype_named(dtype)
-    if target is None and not is_artifact(find_description(named, revision).path):
+    if target in (None, AUTO) and _is_plain(named, revision):
         path = find_model(named, revision).path
         return load_model(path, precision, where), load_processor(path)
     loaded: Any = load(named, target, revision=revision, device=where, dtype=precision)
     return loaded, loaded.processor
+
+
+def _is_plain(named: str | Path, revision: str | None) -> bool:
+    """Whether nothing of gracec is in it, neither codes nor graphs."""
+    artifact = is_artifact(find_description(named, revision).path)
+    return not artifact and not has_graphs(named, revision)
 
 
 def _placed(

@@ -16,6 +16,7 @@ from accelerate.tracking import GeneralTracker
 from transformers import PreTrainedModel
 
 from gracec import reload
+from gracec.backends.base import Format
 from gracec.callbacks import Callback, stage
 from gracec.compiled import CompiledModel, load
 from gracec.directories import check_target, clear_leftovers, unused
@@ -27,7 +28,13 @@ from gracec.recipe import Recipe
 from gracec.report import Report
 from gracec.request import Request
 from gracec.stages.answer import answer
-from gracec.stages.examine import Exam, examine_compiled, examine_original
+from gracec.stages.examine import (
+    Exam,
+    cost_of_rounding,
+    examine_compiled,
+    examine_original,
+    rounding_cost,
+)
 from gracec.stages.freeze import freeze, release
 from gracec.stages.lower import lower
 from gracec.stages.pipelines import lowering_passes
@@ -156,6 +163,12 @@ def compile(
             told, "lower", lower, frozen, request.target, journal, strict=request.strict
         )
         exam = stage(told, "evaluate", examine_compiled, exam, runtime, frozen.processor, request)
+        exact = request.target.exact(runtime, frozen) if exam.lost else None
+        if exact is not None:
+            found = compare(exact, exam, request, journal)
+            if found is not None:
+                frozen, (runtime, exam) = exact, found
+                request = replace(request, recipe=request.recipe.with_onnx(**dict(exact.onnx)))
         journal.accuracy = exam.accuracy
         check = reload.wanted(check_reload)
         return stage(told, "publish", publish, frozen, runtime, exam, request, journal, check)
@@ -203,6 +216,26 @@ def keep(frozen: Frozen, request: Request, journal: Journal) -> None:
         write_artifact(kept, frozen, (), report, overwrite=True)
 
 
+def compare(
+    exact: Frozen, exam: Exam, request: Request, journal: Journal
+) -> tuple[Runtime, Exam] | None:
+    """Ask a model that does not round, where the answers of one that does are not good enough.
+
+    Returns:
+        The model and its answers, if rounding is why; else None.
+    """
+    own = Journal()
+    runtime = lower(exact, request.target, own, strict=request.strict)
+    found = examine_compiled(exam, runtime, exact.processor, request)
+    cost = cost_of_rounding(exam, found)
+    if not cost:
+        return None
+    journal.note("evaluate", f"lowered again without rounding, which costs too much: {cost}")
+    journal.extend(own.notes)
+    journal.figures.update(own.figures)
+    return runtime, found
+
+
 def publish(
     frozen: Frozen,
     runtime: Runtime,
@@ -229,7 +262,7 @@ def publish(
         report, _ = write_artifact(
             place,
             frozen,
-            request.formats,
+            _examined(request, exam, frozen.processor),
             recipe=request.recipe,
             journal=journal,
             overwrite=request.overwrite and not failed,
@@ -250,3 +283,12 @@ def publish(
     report = report or Report.of(request.recipe, journal)
     assert frozen.reference is not None
     return CompiledModel(replace(frozen, reference=frozen.reference.short()), runtime, report)
+
+
+def _examined(request: Request, exam: Exam, processor: Any) -> tuple[Format, ...]:
+    """The formats, which ask a model the same questions before they let it round more than the
+    target does; what a target that reads their files did was examined already."""
+    if exam.after is None or request.target.reads:
+        return request.formats
+    accept = partial(rounding_cost, exam, request, processor)
+    return tuple(form.examined(accept) for form in request.formats)

@@ -93,7 +93,7 @@ def run_demo(
     models: dict[str, tuple[Any, Path]] = {
         "teacher fp32": (load_model(example / "teacher", torch.float32), example / "teacher"),
         "student fp32": (load_model(example / "student", torch.float32), example / "student"),
-        **{name: (gracec.load(artifact), artifact) for name, artifact in artifacts.items()},
+        **{name: (gracec.load(path, "torchao"), path) for name, path in artifacts.items()},
     }
     reports: dict[str, VqaReport] = {}
     for name, (model, directory) in models.items():

@@ -22,6 +22,7 @@ from gracec.models.surgery import (
     set_tensor,
 )
 from gracec.quant.frozen import FrozenWeight
+from gracec.recipe import OnnxDeploy
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Frozen:
         name: of the model that was compiled, for the model card; may be empty.
         revision: its commit on the Hugging Face Hub; empty if it was a directory.
         passes: further passes, as text with their places, that lowering runs as well.
+        onnx: how ONNX graphs of it are written, where nothing else is asked for.
         reference: what models made from it are held to; an artifact that was read has none.
     """
 
@@ -69,6 +71,7 @@ class Frozen:
     name: str = ""
     revision: str = ""
     passes: tuple[str, ...] = ()
+    onnx: OnnxDeploy = field(default_factory=OnnxDeploy)
     reference: Reference | None = field(default=None, repr=False)
 
     @classmethod

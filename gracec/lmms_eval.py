@@ -31,7 +31,7 @@ lmms: Any = object
 if find_spec("lmms_eval") is not None:
     lmms = import_module("lmms_eval.api.model").lmms
 
-DEFAULT_BACKEND = "torch"
+DEFAULT_BACKEND = "auto"
 MAX_NEW_TOKENS = 1024  # of a task that sets none; what lmms-eval's own LLaVA takes
 # These choose among sampled tokens, or are a wish to the image processor of the first LLaVA.
 IGNORED = {"top_p", "top_k", "image_aspect_ratio"}

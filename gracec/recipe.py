@@ -124,10 +124,31 @@ class Calibration(_Strict):
     seed: int = Field(0, ge=0, le=(1 << 32) - 1)
 
 
+class OnnxDeploy(_Strict):
+    """How ONNX graphs are written; see `docs/onnx.md`.
+
+    Attributes:
+        ops: a linear layer with codes is one operator of ONNX Runtime, or two of standard ONNX.
+        mode: kernels compute in float32 ("faithful"), or round their inputs to 8 bits ("fast");
+            "auto" is fast where that changes nothing that counts.
+        head: bits of a head that has no codes of its own; "keep" leaves it as it is, "auto" is 8
+            for a large one, where that changes nothing that counts.
+        embedding: the token embedding stays as it is.
+        cache: what keys and values are kept in.
+    """
+
+    ops: Literal["matmulnbits", "qdq"] = "matmulnbits"
+    mode: Literal["auto", "fast", "faithful"] = "auto"
+    head: Literal["auto", "keep", 8, 4] = "auto"
+    embedding: Literal["keep"] = "keep"
+    cache: Literal["float32"] = "float32"
+
+
 class Deploy(_Strict):
     """What the compiled model runs in."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    onnx: OnnxDeploy = OnnxDeploy()
 
 
 class Distillation(_Strict):
@@ -382,6 +403,19 @@ class Recipe(_Strict):
         """How the inputs of the linears of a part are quantized, if they are."""
         return next((rule for name, rule in self.activations.items() if name == part), None)
 
+    def with_onnx(self, **options: Any) -> Recipe:
+        """The recipe with other fields of `deploy.onnx`; those that are None stay as they are.
+
+        Raises:
+            GracecError: naming the first that does not fit.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        if not given:
+            return self
+        fields = self.model_dump(mode="json")
+        fields["deploy"]["onnx"] |= given
+        return self.from_dict(fields)
+
     def quantizes(self, part: Part) -> bool:
         """Whether weights of a part may get codes, by a rule that names it."""
         named = (rule for key, rule in self.layers.items() if part_named(key) == part)
@@ -406,6 +440,8 @@ class Recipe(_Strict):
                     f"activations.{part} needs weights.{part}: "
                     "only the inputs of quantized weights are quantized"
                 )
+        if self.deploy.onnx.head in (4, 8) and self.quantizes("head"):
+            raise ValueError("deploy.onnx.head: the head has codes already, by weights.head")
         return self
 
     @property
@@ -424,13 +460,18 @@ class Recipe(_Strict):
         return bool(self.rules()) and self.calibration.method == "gptq"
 
     def to_dict(self) -> dict[str, Any]:
-        """The resolved recipe as plain data; without `passes` and `layers` where there are none."""
+        """The resolved recipe as plain data; without `passes` and `layers` where there are none,
+        and without `deploy.onnx` where it is the default."""
         fields = self.model_dump(mode="json")
+        if self.deploy.onnx == OnnxDeploy():
+            del fields["deploy"]["onnx"]
         return {k: v for k, v in fields.items() if k not in ("passes", "layers") or v}
 
     def deciding(self) -> dict[str, Any]:
-        """`to_dict` for a fingerprint, which sorts the keys of mappings: that of layers counts."""
+        """What codes and scales follow from, for a fingerprint: without how graphs are written,
+        and with layers as pairs, since it sorts the keys of mappings and their order counts."""
         fields = self.to_dict()
+        fields["deploy"].pop("onnx", None)
         return {**fields, "layers": list(fields["layers"].items())} if self.layers else fields
 
 
@@ -470,7 +511,7 @@ def _is_key(location: tuple[int | str, ...]) -> bool:
 
 def _all_keys() -> list[str]:
     models: tuple[type[BaseModel], ...] = (
-        *(Recipe, WeightRule, ActivationRule, ScaleSearch, Calibration, Deploy),
+        *(Recipe, WeightRule, ActivationRule, ScaleSearch, Calibration, Deploy, OnnxDeploy),
         *(Training, Distillation, Expectation),
     )
     keys = [name for model in models for name in model.model_fields]

@@ -60,5 +60,5 @@ def _name(place: Place, places: Sequence[Place]) -> str:
 
 
 def _answers(directory: Path, samples: Sequence[VqaSample]) -> VqaReport:
-    compiled = load(directory)
+    compiled = load(directory, "torchao")
     return evaluate_vqa(compiled, compiled.processor, samples, blind=False)

@@ -164,7 +164,7 @@ def exported(
         compiled: CompiledModel = request.getfixturevalue("compiled")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(graphs, "EXTERNAL_ABOVE", 40_000)
-            compiled.export_onnx(directory, "qdq")
+            compiled.export_onnx(directory, "qdq", "faithful")
 
     return once("exported", write)
 

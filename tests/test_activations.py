@@ -101,7 +101,7 @@ def test_texts_alone_do_not_calibrate_a_tower(llava: LlavaForConditionalGenerati
 def test_onnx_runtime_runs_it_in_integers(
     quantized: CompiledModel, batch: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    quantized.export_onnx(tmp_path / "out")
+    quantized.export_onnx(tmp_path / "out", mode="faithful")
     folder = tmp_path / "out" / "onnx"
     session = json.loads((folder / "session.json").read_text())
     figures = session["gates"]
@@ -121,7 +121,7 @@ def test_onnx_runtime_runs_it_in_integers(
         assert rounded == 8
     found = gracec.load(tmp_path / "out", backend="onnx").generate(**batch, max_new_tokens=4)
     assert found.shape == (2, batch["input_ids"].shape[1] + 4)
-    quantized.export_onnx(tmp_path / "other", ops="matmulnbits")
+    quantized.export_onnx(tmp_path / "other", ops="matmulnbits", mode="faithful")
     session = json.loads((tmp_path / "other/onnx/session.json").read_text())
     for gate in ("int4_kernels", "int8_kernels", "greedy"):
         assert session["gates"].get(gate) == figures.get(gate)
@@ -134,7 +134,9 @@ def test_the_int8_kernel_multiplies_with_negative_scales(
     quantized: CompiledModel, tmp_path: Path
 ) -> None:
     weights = {fqn: negated_by_halves(weight) for fqn, weight in quantized.weights.items()}
-    Onnx().write(replace(quantized.frozen, weights=weights, reference=None), tmp_path)
+    Onnx(mode="faithful").write(
+        replace(quantized.frozen, weights=weights, reference=None), tmp_path
+    )
     figures = json.loads((tmp_path / "session.json").read_text())["gates"]
     vision = quantized.report.recipe["name"] == "w8a8"
     assert figures["int8_kernels" if vision else "int4_kernels"] == len(weights)

@@ -69,6 +69,22 @@ def test_run_answers_from_both_kinds_of_directory(workspace: Path) -> None:
     assert original.stdout.strip()
     streamed = gracec("run", workspace / "int4", *question)
     assert streamed.stdout.strip() == json.loads(compiled.stdout)["answer"]
+    said = f"torchao runs the codes of {workspace / 'int4'}\n"
+    assert compiled.stderr == streamed.stderr == said and original.stderr == ""
+    assert gracec("run", workspace / "int4", *question, "-q").stderr == ""
+
+
+def test_how_graphs_compute_is_chosen_on_the_command_line(workspace: Path) -> None:
+    options = ("--format", "onnx", "--mode", "fast", "--ops", "qdq", "--json")
+    done = gracec("compile", workspace / "model", "--out", workspace / "fast", *options)
+    assert done.returncode == 0, done.stderr
+    onnx = json.loads(done.stdout)["report"]["recipe"]["deploy"]["onnx"]
+    assert (onnx["ops"], onnx["mode"]) == ("qdq", "fast")
+    session = json.loads((workspace / "fast/onnx/session.json").read_text())
+    assert (session["ops"], session["mode"]) == ("qdq", "fast") and "modes" not in session["gates"]
+    asked = gracec("run", workspace / "fast", "--prompt", "what ?", "--max-new-tokens", 2)
+    said = f"onnxruntime runs the graphs of {workspace / 'fast'}, mode fast; "
+    assert asked.returncode == 0 and asked.stderr.startswith(said)
 
 
 def talk(
@@ -199,6 +215,11 @@ def test_compile_trains_with_a_teacher_and_replaces_an_artifact(workspace: Path)
         (("compile", "{root}/data", "--out", "x"), "no config.json, so this is no model"),
         (("compile", "{root}/model", "--out", "{root}/int4"), "the output directory exists"),
         (("compile", "{root}/model", "--out", "x", "--recipe", "w4"), "unknown recipe 'w4'"),
+        (("compile", "{root}/model", "--out", "x", "--mode", "fast"), "--mode: no ONNX graphs are"),
+        (
+            ("compile", "{root}/model", "--out", "x", "--format", "onnx", "--mode", "x"),
+            "deploy.onnx.mode: Input should be 'auto', 'fast' or 'faithful'",
+        ),
         (("run", "{root}/int4", "--image", "{root}/no.png", "--prompt", "?"), "no.png"),
         (("eval", "{root}/int4", "--data", "{root}/model"), "samples.jsonl"),
         (("report", "{root}/model"), "gracec.json"),

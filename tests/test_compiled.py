@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,9 +15,11 @@ import huggingface_hub.constants
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 
-from gracec.compiled import CompiledModel
+import gracec
+from gracec.backends.onnx.runner import OnnxModel
+from gracec.compiled import CompiledModel, _chosen, open_model
 from gracec.errors import GracecError
 from tests.tiny import tiny_processor
 
@@ -134,3 +137,29 @@ def test_it_generates_with_all_that_transformers_takes(
         assert compiled.generate(**one).sequences.shape[1] == 5
     finally:
         compiled.generation_config = before
+
+
+def test_what_is_fastest_here_is_loaded(bundle: Path, exported: Path, tmp_path: Path) -> None:
+    """The graphs of a directory, unless something is asked for that they are not."""
+    for directory in (bundle, exported):
+        assert isinstance(gracec.load(directory), OnnxModel)
+    assert isinstance(gracec.load(bundle, "auto", device="cpu", dtype="float32"), OnnxModel)
+    assert isinstance(open_model(exported)[0], OnnxModel)
+    for options in ({"target": "torchao"}, {"dtype": "bfloat16"}):
+        assert isinstance(gracec.load(bundle, **options), CompiledModel)
+    assert _chosen(None, bundle, None, torch.device("cuda"), None).name == "torchao"
+    directory = Path(shutil.copytree(bundle, tmp_path / "out"))
+    (directory / "onnx" / "session.json").unlink()
+    with pytest.raises(GracecError, match=r"session\.json: missing"):
+        gracec.load(directory)
+    shutil.rmtree(directory / "onnx")
+    assert isinstance(gracec.load(directory), CompiledModel)
+
+
+def test_graphs_of_somebody_else_are_not_loaded(saved: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(saved, tmp_path / "model"))
+    (directory / "onnx").mkdir()
+    (directory / "onnx" / "model.onnx").touch()
+    assert isinstance(open_model(directory)[0], PreTrainedModel)
+    with pytest.raises(GracecError, match="gracec.json"):
+        gracec.load(directory)

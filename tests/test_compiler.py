@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,16 @@ import gracec
 from gracec import compiler
 from gracec.compiled import CompiledModel
 from gracec.errors import GateError, GracecError
+from gracec.frozen import Frozen
 from gracec.journal import Equal, Journal, Kernels
 from gracec.kernels.torchao import CountInt4Kernels, Int4OpaqueTensor
 from gracec.recipe import Recipe
 from gracec.request import Request
+from gracec.stages import examine
 from gracec.stages.examine import Exam
+from gracec.targets.base import Runtime
+from gracec.targets.torchao import Torchao
+from tests.stages.test_examine import SAMPLES, answered
 from tests.tiny import tiny_llava, tiny_processor
 
 
@@ -153,3 +159,33 @@ def test_a_model_that_answers_too_badly_is_not_handed_over(
         with pytest.raises(GateError, match=r"accuracy is 0\.00%"):
             compiler.publish(*made, exam, request, Journal())
     assert [path.name for path in tmp_path.iterdir()] == ["out.failed"]
+
+
+class Rounding(Torchao):
+    """As if its kernels rounded more than the codes do, unless they are told not to."""
+
+    name = "rounding"
+
+    def exact(self, runtime: Runtime, frozen: Frozen) -> Frozen | None:
+        faithful = frozen.onnx.model_copy(update={"mode": "faithful"})
+        return replace(frozen, onnx=faithful) if frozen.onnx != faithful else None
+
+
+@pytest.mark.parametrize(("exact", "taken"), [(4, True), (0, False)])
+def test_a_model_that_loses_answers_by_rounding_is_lowered_again(
+    llava: LlavaForConditionalGeneration,
+    monkeypatch: pytest.MonkeyPatch,
+    exact: int,
+    taken: bool,
+) -> None:
+    answers = iter([answered(4), answered(0), answered(exact)])  # original, compiled, again
+    monkeypatch.setattr(examine, "evaluate_vqa", lambda *arguments, **options: next(answers))
+    made = gracec.compile(
+        llava, "w4a16-ptq", target=Rounding(), eval_data=SAMPLES, processor=tiny_processor()
+    )
+    assert next(answers, None) is None
+    assert made.report.accuracy["compiled"]["overall"]["accuracy"] == exact / 4
+    said = "lowered again without rounding, which costs too much: accuracy is lower by 100.0"
+    assert any(said in note.text for note in made.report.notes) == taken
+    assert made.frozen.onnx.mode == ("faithful" if taken else "auto")
+    assert made.report.recipe["deploy"].get("onnx", {}).get("mode", "auto") == made.frozen.onnx.mode

@@ -294,7 +294,7 @@ def test_a_backend_is_handed_on_to_load(
         return compiled
 
     monkeypatch.setattr("gracec.compiled.load", load)
-    assert Gracec(pretrained=artifact, backend="torch").model is compiled
+    assert Gracec(pretrained=artifact, backend="auto").model is compiled
     placed = {"revision": 12, "device": "cpu", "dtype": "float32"}
     assert Gracec(pretrained=artifact, backend="onnx", **placed).model is compiled
     nowhere = {"revision": None, "device": None, "dtype": None}

@@ -1,4 +1,5 @@
 import copy
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -186,3 +187,34 @@ def test_an_unknown_name_gives_the_nearest() -> None:
         Recipe.load("w4a16ptq")
     with pytest.raises(GracecError, match="missing.yaml: no such file"):
         Recipe.load("missing.yaml")
+
+
+def test_how_graphs_are_written_is_said_where_it_is_not_the_default() -> None:
+    plain = Recipe.load("w4a16-ptq")
+    assert plain.to_dict()["deploy"] == {"dtype": "bfloat16"}, "as recipes of before have it"
+    assert plain.with_onnx(ops=None, mode=None) is plain
+    fast = plain.with_onnx(ops=None, mode="fast")
+    found = fast.to_dict()
+    assert found["deploy"]["onnx"] == {
+        "ops": "matmulnbits",
+        "mode": "fast",
+        "head": "auto",
+        "embedding": "keep",
+        "cache": "float32",
+    }
+    assert Recipe.from_dict(found) == fast != plain
+
+
+@pytest.mark.parametrize(
+    ("onnx", "message"),
+    [
+        ({"mod": "fast"}, "unknown key 'deploy.onnx.mod'; did you mean 'mode'"),
+        ({"mode": "quick"}, "deploy.onnx.mode: Input should be 'auto', 'fast' or 'faithful'"),
+        ({"head": 2}, "deploy.onnx.head: Input should be 'auto', 'keep', 8 or 4"),
+        ({"head": 8}, "deploy.onnx.head: the head has codes already, by weights.head"),
+    ],
+)
+def test_graphs_that_cannot_be_written_so(onnx: dict[str, Any], message: str) -> None:
+    fields = {"name": "mine", "weights": {"head": {"bits": 8}}, "deploy": {"onnx": onnx}}
+    with pytest.raises(GracecError, match=re.escape(message)):
+        Recipe.from_dict(fields)

@@ -54,7 +54,7 @@ def torchao(directory: Path, threads: int) -> tuple[Stream, int]:
     import gracec
 
     torch.set_num_threads(threads)
-    model: Any = gracec.load(directory).model
+    model: Any = gracec.load(directory, "torchao").model
     decoder = torch.nn.ModuleList([model.model.language_model, model.lm_head])
     decoder.get_input_embeddings = model.get_input_embeddings
     return cached_loop(model), torch_bytes(decoder)

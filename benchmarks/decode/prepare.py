@@ -273,7 +273,7 @@ def prepare(shop: Workshop) -> None:
             if variant.weights != artifact.folder or not variant.ops:
                 continue
             if not (shop.folder / variant.path).exists():
-                compiled = compiled or gracec.load(shop.folder / artifact.folder)
+                compiled = compiled or _with_its_head(shop.folder / artifact.folder)
             ops, mode, of = variant.ops, variant.mode, compiled
 
             def export(path: Path, of: Any = of, ops: str = ops, mode: str = mode) -> None:
@@ -283,6 +283,14 @@ def prepare(shop: Workshop) -> None:
     if shop.make(FLOAT32, lambda path: export_float32(dense, path)):
         shop.make(QUANTIZER, lambda path: quantize_by_runtime(shop.folder / FLOAT32, path))
     shop.make(GENAI, lambda path: build_genai(shop, path))
+
+
+def _with_its_head(artifact: Path) -> Any:
+    """A compiled model whose graphs have the head that its recipe gave it."""
+    compiled = gracec.load(artifact, "torchao")
+    onnx = compiled.frozen.onnx.model_copy(update={"head": "keep"})
+    compiled.frozen = replace(compiled.frozen, onnx=onnx)
+    return compiled
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

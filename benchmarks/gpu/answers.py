@@ -81,8 +81,8 @@ class Answers:
             self._said(model, batch)
             for model in (
                 self.compiled,
-                gracec.load(place, device=str(self.machine.device)),
-                gracec.load(place),
+                gracec.load(place, "torchao", device=str(self.machine.device)),
+                gracec.load(place, "torchao"),
             )
         ]
         if not torch.equal(tokens[0], tokens[1]):

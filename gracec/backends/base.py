@@ -7,9 +7,9 @@ of the library that will load it, and compared with codes times scales bit for b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,6 +111,14 @@ class Format(ABC):
     def dtype(self, frozen: Frozen) -> torch.dtype:
         """The dtype of scales and of everything that is not quantized."""
         return frozen.dtype
+
+    def examined(self, accept: Callable[[Any], str]) -> Format:
+        """The same, which asks a model that computes otherwise than its codes for more.
+
+        Args:
+            accept: a model that generates -> why it is not good enough, or "".
+        """
+        return self
 
     def finish(self, frozen: Frozen, directory: Path) -> None:
         """Complete the top level of the output directory, after everything else is written."""

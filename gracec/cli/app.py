@@ -67,6 +67,33 @@ TargetName = Annotated[
 ]
 
 
+RunnerName = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        "--backend",
+        help="What runs it: {targets}; by default onnxruntime where MODEL has ONNX graphs and runs "
+        "on the CPU, else torchao.",
+    ),
+]
+
+
+OnnxOps = Annotated[
+    str | None,
+    typer.Option("--ops", help="Operators of ONNX graphs: matmulnbits, qdq. [default: recipe]"),
+]
+
+
+OnnxMode = Annotated[
+    str | None,
+    typer.Option(
+        "--mode",
+        help="How ONNX graphs compute: fast (8-bit inputs), faithful (float32), auto. "
+        "[default: recipe]",
+    ),
+]
+
+
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 
 

@@ -17,6 +17,8 @@ from gracec.cli.app import (
     Dtype,
     Json,
     ModelName,
+    OnnxMode,
+    OnnxOps,
     Revision,
     TargetName,
     TeacherName,
@@ -57,6 +59,8 @@ def compile(
         typer.Option("--format", help="For other libraries: {formats}; hf,onnx; all; none."),
     ] = "hf",
     target: TargetName = None,
+    ops: OnnxOps = None,
+    mode: OnnxMode = None,
     passes: Annotated[
         list[str] | None,
         typer.Option("--pass", help="A further pass: 'PASS{option=value} after PASS'."),
@@ -90,7 +94,7 @@ def compile(
 
     compiled = gracec.compile(
         model,
-        recipe,
+        _with_onnx(recipe, formats, target, ops=ops, mode=mode),
         teacher=teacher,
         train_data=data,
         eval_data=eval_data,
@@ -329,6 +333,32 @@ def print_lines(lines: Iterable[Any]) -> None:
     """Plain lines; empty ones are left out."""
     for line in filter(None, map(str, lines)):
         out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _with_onnx(recipe: str, formats: str, target: str | None, **options: str | None) -> Any:
+    """The recipe that is named, with what the command line says of ONNX graphs.
+
+    Raises:
+        GracecError: if no graphs are written.
+    """
+    from gracec.backends.base import parse_formats
+    from gracec.backends.onnx.format import Onnx
+    from gracec.errors import GracecError
+    from gracec.recipe import Recipe
+    from gracec.targets import target_named
+    from gracec.targets.onnxruntime import OnnxRuntime
+
+    given = [name for name, value in options.items() if value is not None]
+    if not given:
+        return recipe
+    written = any(isinstance(form, Onnx) for form in parse_formats(formats))
+    if not written and not isinstance(target_named(target), OnnxRuntime):
+        raise GracecError(
+            "no ONNX graphs are written, so it would be ignored",
+            where=f"--{given[0]}",
+            fix="add --format onnx, or --target onnxruntime",
+        )
+    return Recipe.load(recipe).with_onnx(**options)
 
 
 def _recipe_of(report: Any) -> Any:

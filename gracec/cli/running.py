@@ -17,7 +17,7 @@ from gracec.cli.app import (
     Json,
     ModelName,
     Revision,
-    TargetName,
+    RunnerName,
     command,
     err,
     out,
@@ -55,7 +55,7 @@ def run(
         float | None, typer.Option(min=0.01, help="Above 1: repeat less. By default the model's.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of what is drawn.")] = None,
-    target: TargetName = None,
+    target: RunnerName = None,
     revision: Revision = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -86,6 +86,7 @@ def run(
     if repetition_penalty is not None:
         settings["repetition_penalty"] = repetition_penalty
     loaded, processor = open_model(model, target, revision=revision, device=device, dtype=dtype)
+    _say_what_runs(loaded, model, target)
     if seed is not None:  # loading draws as well
         set_seed(seed)
     streamer = None
@@ -138,7 +139,7 @@ def eval(
     batch_size: Annotated[int, typer.Option(min=1, max=MOST_AT_ONCE)] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS)] = 8,
     blind: Annotated[bool, typer.Option(help="Also ask without the image.")] = True,
-    target: TargetName = None,
+    target: RunnerName = None,
     revision: Revision = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -152,6 +153,7 @@ def eval(
 
     samples, skipped = load_questions(data, limit)
     loaded, processor = open_model(model, target, revision=revision, device=device, dtype=dtype)
+    _say_what_runs(loaded, model, target)
     name = name_of(model)
     with bar(err, not is_quiet() and err.is_terminal) as progress:
         task = progress.add_task(name, total=len(samples))
@@ -190,3 +192,20 @@ def demo(
     result = run_demo(example, output, limit=limit, console=err if as_json else out)
     if as_json:
         print_json(result)
+
+
+def _say_what_runs(loaded: Any, model: str, target: str | None) -> None:
+    """Which target was taken of an artifact, where none was named."""
+    from gracec.compiled import CompiledModel
+    from gracec.targets import AUTO
+
+    if target not in (None, AUTO) or is_quiet():
+        return
+    if hasattr(loaded, "session_config"):
+        mode = loaded.session_config.mode
+        said = f"onnxruntime runs the graphs of {model}, mode {mode}; --target torchao its codes"
+    elif isinstance(loaded, CompiledModel):
+        said = f"torchao runs the codes of {model}"
+    else:
+        return  # a model as it came
+    err.print(said, markup=False)

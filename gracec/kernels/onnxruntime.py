@@ -22,6 +22,8 @@ unsigned, with the zero point 128.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,10 @@ from gracec.errors import GracecError
 from gracec.quant.frozen import FrozenActivation, FrozenWeight
 
 OPS = ("qdq", "matmulnbits")
-ACCURACY_LEVEL = {"faithful": 1, "fast": 4}
+FAITHFUL, FAST, AUTO = "faithful", "fast", "auto"
+MODES = (AUTO, FAST, FAITHFUL)
+"""What can be asked for: auto is one of the others, whichever fits."""
+ACCURACY_LEVEL = {FAITHFUL: 1, FAST: 4}
 """Mode -> accuracy level of the kernel: 1 computes in float32, 4 rounds activations to int8."""
 MATMUL_NBITS, MATMUL_INT8 = "MatMulNBits", "MatMulIntegerToFloat"
 """The operators of the runtime that are the INT4 kernel and the int8 kernel."""
@@ -38,12 +43,12 @@ BLOCK_SIZES = (256, 128, 64, 32, 16)
 OPSET = 23
 
 
-def check_options(ops: str, mode: str) -> None:
-    """Refuse what is neither a set of operators nor a mode."""
+def check_options(ops: str, mode: str, modes: Iterable[str] = tuple(ACCURACY_LEVEL)) -> None:
+    """Refuse what is neither a set of operators nor one of the modes."""
     if ops not in OPS:
         raise GracecError(f"unknown ops {ops!r}", fix=f"use {' or '.join(OPS)}")
-    if mode not in ACCURACY_LEVEL:
-        raise GracecError(f"unknown mode {mode!r}", fix=f"use {' or '.join(ACCURACY_LEVEL)}")
+    if mode not in modes:
+        raise GracecError(f"unknown mode {mode!r}", fix=f"use {' or '.join(modes)}")
 
 
 def block_size(weight: FrozenWeight) -> int:

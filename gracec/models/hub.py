@@ -35,6 +35,7 @@ DESCRIPTION = (*CONFIGURATION, MANIFEST, "adapter_config.json")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 CODES = ("gracec/*",)
 ONNX = ("onnx/*",)
+ONNX_SESSION = "onnx/session.json"
 NEVER = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.py")
 BELOW = ("*/*.safetensors", "*/*.safetensors.index.json")
 """Patterns of weights in folders, which are not those of the model: `*` is also any folder."""
@@ -123,6 +124,18 @@ def find_artifact(named: Named, revision: str | None = None, *, onnx: bool = Fal
     if not is_artifact(place.path):
         raise GracecError(f"not a gracec artifact; {MANIFEST} missing", where=place.name)
     return _with(place, CODES)
+
+
+def has_graphs(named: Named, revision: str | None = None) -> bool:
+    """Whether `gracec.load` finds ONNX graphs of gracec, whole or not; of a repository no graph is
+    fetched. See `find_model`."""
+    place = find_description(named, revision)
+    path = place.path
+    if place.revision and not constants.HF_HUB_OFFLINE:
+        path = _fetched(place.name, place.revision, (*DESCRIPTION, ONNX_SESSION))
+    elif not place.revision and is_artifact(path):
+        return os.path.isdir(path / "onnx")
+    return os.path.isfile(path / ONNX_SESSION)
 
 
 def find_description(named: Named, revision: str | None = None) -> Place:

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, create_model
 from gracec.errors import GracecError
 from gracec.journal import KINDS
 from gracec.json_files import JsonModel, check_fields
+from gracec.recipe import OnnxDeploy
 from gracec.report.report import Report
 
 
@@ -44,10 +45,15 @@ class _SavedNote(JsonModel):
     text: str
 
 
+class _SavedOnnx(OnnxDeploy):
+    model_config = ConfigDict(extra="ignore")
+
+
 class _SavedDeploy(JsonModel):
     model_config = ConfigDict(extra="ignore")
 
     dtype: Literal["bfloat16", "float16", "float32"]
+    onnx: _SavedOnnx = _SavedOnnx()
 
 
 class _SavedRecipe(JsonModel):

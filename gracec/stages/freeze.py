@@ -55,6 +55,7 @@ def freeze(prepared: Prepared, request: Request, journal: Journal) -> Frozen:
         name=source.name,
         revision=source.revision,
         passes=lowering_passes(request),
+        onnx=request.recipe.deploy.onnx,
         reference=Reference(batch, fake_quantized[0]),
     )
     journal.sizes = weight_bytes(frozen, source.parameters)

@@ -26,11 +26,11 @@ def lower(frozen: Frozen, target: Target, journal: Journal, *, strict: bool = Fa
     journal.extend(notes)
     journal.figures.update(target.gates(runtime, frozen))
     if frozen.reference is not None:
-        _agree(runtime, frozen, journal)
+        _agree(runtime, frozen, target, journal)
     return runtime
 
 
-def _agree(runtime: Runtime, frozen: Frozen, journal: Journal) -> None:
+def _agree(runtime: Runtime, frozen: Frozen, target: Target, journal: Journal) -> None:
     """Gate: the logits are as close to the frozen ones as those of dense weights are."""
     assert frozen.reference is not None
     batch, reference = frozen.reference.batch, frozen.reference.logits
@@ -48,6 +48,6 @@ def _agree(runtime: Runtime, frozen: Frozen, journal: Journal) -> None:
     if kernels.count:
         raise GateError(f"{kernels.count} INT4 kernels ran among weights that are meant as dense")
     beside = gates.logit_agreement(reference, logits, mask)
-    bound = gates.lowered_is_as_good_as_dense(found, beside, reference.dtype)
+    bound = target.agrees(runtime, found, beside, reference.dtype)
     journal.figures["logits"] = Agreement(**asdict(found), bound=bound)
     journal.figures["logits_dense"] = Agreement(**asdict(beside))

@@ -7,8 +7,9 @@ DIR.failed                      instead, if the accuracy is below what the recip
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -25,7 +26,7 @@ from gracec.models.loading import load_processor
 from gracec.models.lora import attach_adapters
 from gracec.models.skeleton import skeleton
 from gracec.models.weight_files import first_not_finite
-from gracec.recipe import Recipe
+from gracec.recipe import OnnxDeploy, Recipe
 from gracec.report import Report
 from gracec.report.card import model_card
 from gracec.report.saved import read_report
@@ -139,8 +140,14 @@ def read_artifact(directory: Path) -> tuple[Frozen, Report]:
         name=store.manifest["source"],
         revision=store.manifest["revision"],
         passes=tuple(store.manifest["passes"]),
+        onnx=_known(report.recipe["deploy"].get("onnx", {})),
     )
     return frozen, report
+
+
+def _known(saved: Mapping[str, Any]) -> OnnxDeploy:
+    """Of a saved recipe, which may be of a version with further fields."""
+    return OnnxDeploy(**{name: saved[name] for name in OnnxDeploy.model_fields if name in saved})
 
 
 def _check_tensors(model: PreTrainedModel, store: Store, path: Path) -> None:

@@ -1,5 +1,5 @@
 """Targets: what runs a frozen model, one file each."""
 
-from gracec.targets.base import TARGETS, Runtime, Target, target_named
+from gracec.targets.base import AUTO, TARGETS, Runtime, Target, target_named
 
-__all__ = ["TARGETS", "Runtime", "Target", "target_named"]
+__all__ = ["AUTO", "TARGETS", "Runtime", "Target", "target_named"]

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 from gracec.backends.base import UNSIGNED, signed_refusal
 from gracec.errors import GracecError
 from gracec.frozen import Frozen
+from gracec.gates import LogitAgreement, lowered_is_as_good_as_dense
 from gracec.journal import Figure, Note
 from gracec.registry import Registry, nearest
 
@@ -85,6 +86,31 @@ class Target(ABC):
         """FQN -> why no kernel of the target takes a weight, which then runs dense."""
         return {}
 
+    def agrees(
+        self, runtime: Runtime, found: LogitAgreement, dense: LogitAgreement, dtype: torch.dtype
+    ) -> float:
+        """Gate: logits are as close to those that were compiled as they have to be.
+
+        Args:
+            found, dense: how close those of the runtime are, and of dense weights.
+            dtype: of what was compiled.
+
+        Returns:
+            The largest KL divergence that passes.
+
+        Raises:
+            GateError: if it is larger.
+        """
+        return lowered_is_as_good_as_dense(found, dense, dtype)
+
+    def exact(self, runtime: Runtime, frozen: Frozen) -> Frozen | None:
+        """The model to lower instead where a runtime rounds more than its codes do, and nobody
+        asked for it; None where it does not.
+
+        It is taken where rounding costs accuracy on the questions of a compilation.
+        """
+        return None
+
     def gates(self, runtime: Runtime, frozen: Frozen) -> Mapping[str, Figure]:
         """Name -> figure of every gate of the target's own.
 
@@ -132,7 +158,8 @@ class Target(ABC):
 
 
 TARGETS: Registry[Target] = Registry("target", Target, "gracec.targets")  # type: ignore[type-abstract]
-DEFAULT = "torchao"
+DEFAULT, AUTO = "torchao", "auto"
+"""What compiles; and the word for what runs a directory fastest, for `gracec.load`."""
 
 
 def target_named(name: str | Target | None) -> Target:

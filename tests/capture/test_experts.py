@@ -283,7 +283,7 @@ def test_onnx(ops: str, tmp_path: Path) -> None:
     )
     model = tiny_experts("llava_mixtral")
     compiled = gracec.compile(model, recipe, processor=tiny_processor("llava_mixtral"))
-    compiled.export_onnx(tmp_path / "out", ops=ops)
+    compiled.export_onnx(tmp_path / "out", ops=ops, mode="faithful")
     session = json.loads((tmp_path / "out/onnx/session.json").read_text())
     assert session["kernels"]["decoder"] == 2 * 4 + 2 * 2 * 4, "q, k, v, o and four experts twice"
     assert session["gates"]["greedy"]["different"] == 0

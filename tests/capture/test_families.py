@@ -83,7 +83,7 @@ def graphs(compiled: CompiledModel, tmp_path_factory: pytest.TempPathFactory) ->
     """A directory with ONNX graphs, or why there is none."""
     directory = tmp_path_factory.mktemp("onnx") / "out"
     try:
-        compiled.export_onnx(directory)
+        compiled.export_onnx(directory, mode="faithful")
     except GracecError as error:
         return error
     return directory

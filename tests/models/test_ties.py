@@ -66,14 +66,14 @@ def test_a_head_that_is_not_tied_any_more_stays_apart(
     logits, mask = compiled(**batch).logits, batch["attention_mask"]
     assert logit_agreement(expected, logits, mask).kl < 0.1
     assert f"{HEAD}: the tensors and the configuration differ" in str(compiled.report.notes)
-    loaded = gracec.load(tmp_path / "out")
+    loaded = gracec.load(tmp_path / "out", "torchao")
     assert torch.equal(loaded(**batch).logits, logits)
     assert torch.equal(loaded.model.lm_head.weight, other_head())
     fields = json.loads((tmp_path / "out" / "config.json").read_text())
     assert not fields["tie_word_embeddings"]
     if given == "a directory":
         onnx = gracec.load(tmp_path / "out", "onnxruntime")
-        assert logit_agreement(logits, onnx(**batch).logits, mask).kl < 1e-5
+        assert logit_agreement(logits, onnx(**batch).logits, mask).kl < 1e-4
 
 
 def test_a_head_that_is_tied_by_hand_becomes_two(batch: dict[str, Tensor], tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_head_that_is_tied_by_hand_becomes_two(batch: dict[str, Tensor], tmp_p
     expected = eager_logits(model, batch)
     compiled = gracec.compile(model, RECIPE, output_dir=tmp_path / "out", formats=())
     assert logit_agreement(expected, compiled(**batch).logits, batch["attention_mask"]).kl < 0.1
-    loaded = gracec.load(tmp_path / "out")
+    loaded = gracec.load(tmp_path / "out", "torchao")
     assert torch.equal(loaded(**batch).logits, compiled(**batch).logits)
     assert loaded.processor is None  # none was given
     assert model.lm_head.weight is model.get_input_embeddings().weight  # the caller's, as it was

@@ -13,7 +13,13 @@ from gracec.evaluate.scores import Prediction, summarise
 from gracec.recipe import Expectation, Recipe
 from gracec.request import Request
 from gracec.stages import examine as stage
-from gracec.stages.examine import Exam, examine_compiled
+from gracec.stages.examine import (
+    Exam,
+    cost_of_rounding,
+    examine_compiled,
+    examined,
+    rounding_cost,
+)
 from tests.tiny import tiny_processor
 
 SAMPLES = [VqaSample(Path("never"), "what is this ?", "red", "color")]
@@ -45,3 +51,34 @@ def test_a_loss_that_the_recipe_does_not_expect_is_a_failure(
     if exam.failure is not None:
         assert isinstance(exam.failure, GateError)
         assert "the recipe expects at least -30.00%" in str(exam.failure)
+
+
+@pytest.mark.parametrize(
+    ("rounded", "exact", "cost"),
+    [
+        (4, 4, ""),
+        (4, 3, ""),
+        (3, 4, ""),  # one answer of four may be chance
+        (0, 4, "accuracy is lower by 100.0 ±0.0 points"),
+    ],
+)
+def test_rounding_costs_what_is_hardly_chance(
+    llava: LlavaForConditionalGeneration,
+    monkeypatch: pytest.MonkeyPatch,
+    rounded: int,
+    exact: int,
+    cost: str,
+) -> None:
+    request = Request.checked(llava, "w4a16-ptq", eval_data=SAMPLES, processor=tiny_processor())
+    exam = examined(answered(4), answered(exact), request)
+    assert exam.failure is None and not exam.lost
+    monkeypatch.setattr(stage, "evaluate_vqa", lambda *arguments, **options: answered(rounded))
+    assert rounding_cost(exam, request, tiny_processor(), None) == cost
+    assert examined(answered(4), answered(rounded), request).lost == bool(cost)
+
+
+def test_rounding_may_not_cost_what_the_recipe_expects(request_: Request) -> None:
+    rounded, exact, low = (examined(answered(4), answered(n), request_) for n in (2, 3, 1))
+    assert "the recipe expects at least -30.00%" in cost_of_rounding(rounded, exact)
+    assert rounded.lost and not exact.lost
+    assert cost_of_rounding(rounded, low) == "", "the codes fail as well"

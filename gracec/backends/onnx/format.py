@@ -14,37 +14,35 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Set
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 from gracec.backends.base import Format
 from gracec.backends.huggingface import write_json, write_processor
 from gracec.capture import capture_serving, family_for, family_of
-from gracec.capture.eager import eager_logits
-from gracec.capture.greedy import prompt_logits
 from gracec.capture.serving import (
     Serving,
-    ServingRuntime,
     apply_codes,
     composed_equals_training,
 )
 from gracec.capture.serving_graph import DECODER, EMBEDDING, VISION
 from gracec.errors import GateError
 from gracec.file_hashes import file_sha256, hashes_of, read_names
-from gracec.frozen import Frozen, Reference, build, dense_twin
-from gracec.gates import LogitAgreement, logit_agreement, lowered_is_as_good_as_dense
+from gracec.frozen import Frozen, build, dense_twin
 from gracec.kernels import onnxruntime as kernel
+from gracec.kernels.onnxruntime import AUTO, FAITHFUL, FAST, MODES
 from gracec.passes.freeze import QUANTIZE_DEQUANTIZE, frozen_weights
 from gracec.passes.fuse_decoder import FuseDecoder
 from gracec.passes.lower_qdq import LoweredWeight, LowerQdq
 from gracec.passes.pipeline import parse_placed
 from gracec.quant.frozen import by_matrix
+from gracec.recipe import OnnxDeploy
 
 if TYPE_CHECKING:  # these packages take a second, so they are imported where a graph is written
     from gracec.backends.onnx.runner import OnnxModel
@@ -52,15 +50,21 @@ if TYPE_CHECKING:  # these packages take a second, so they are imported where a 
 
 FILES = {VISION: "vision_encoder", EMBEDDING: "embed_tokens", DECODER: "decoder_model_merged"}
 """Name of a graph -> stem of its file, as transformers.js looks for it."""
-GATE_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Onnx(Format):
-    """Options: `ops` (qdq or matmulnbits) and `mode` (faithful or fast)."""
+    """Options: `ops` (qdq or matmulnbits) and `mode` (auto, fast or faithful); "" is what the
+    recipe of the model says, as for everything else.
 
-    ops: str = "matmulnbits"
-    mode: str = "faithful"
+    Attributes:
+        accept: asks graphs in fast mode something that only the caller knows, where the mode is
+            auto: why they are not taken, or "".
+    """
+
+    ops: str = ""
+    mode: str = ""
+    accept: Callable[[Any], str] | None = field(default=None, compare=False)
 
     name: ClassVar[str] = "onnx"
     folder: ClassVar[str] = "onnx"
@@ -68,8 +72,23 @@ class Onnx(Format):
     holds_adapters: ClassVar[bool] = True
     passes: ClassVar[tuple[str, ...]] = (LowerQdq.name, FuseDecoder.name)
 
+    def examined(self, accept: Callable[[Any], str]) -> Onnx:
+        return replace(self, accept=accept)
+
+    def options(self, frozen: Frozen) -> OnnxDeploy:
+        """How the graphs of a model are written.
+
+        Raises:
+            GracecError: if there are no such operators, or no such mode.
+        """
+        given = {"ops": self.ops, "mode": self.mode}
+        asked = {name: value for name, value in given.items() if value}
+        options = frozen.onnx.model_copy(update=asked)
+        kernel.check_options(options.ops, options.mode, MODES)
+        return options
+
     def refusal(self, frozen: Frozen) -> str:
-        kernel.check_options(self.ops, self.mode)
+        self.options(frozen)
         if not frozen.weights:
             return "no weight is quantized"
         family = family_of(frozen.skeleton)
@@ -98,18 +117,31 @@ class Onnx(Format):
             GracecError: if the family has no serving graphs or a weight cannot be held.
             GateError: if what was written is not numerically what it should be.
         """
+        self.check(frozen)
+        options = self.options(frozen)
+        first = FAITHFUL if options.mode == AUTO else options.mode
+        return replace(self, ops=options.ops, mode=first)._write(frozen, directory, options)
+
+    def _write(self, frozen: Frozen, directory: Path, options: OnnxDeploy) -> tuple[str, ...]:
+        """The same with operators and mode; where it is auto, in faithful mode first."""
         from gracec.backends.onnx import genai, session
+        from gracec.backends.onnx.head import quantize_head
+        from gracec.backends.onnx.mode import Expected, fast_if_as_good
         from gracec.backends.onnx.runner import OnnxModel
 
-        self.check(frozen)
         directory.mkdir(parents=True, exist_ok=True)
         model = build(frozen, torch.float32)
+        serving: Serving
         serving, hashes = apply_codes(capture_serving(model), frozen.weights)
         figures: dict[str, Any] = {"equal_code_hashes": hashes}
         dense = dense_twin(frozen, torch.float32, rounded=False)
         training = family_of(model).traced(dense)
         figures["composed_equals_training"] = composed_equals_training(serving, training, model)
         del dense, training
+        expected = Expected(serving, model, frozen)
+        head = quantize_head(serving, model, expected, options)
+        serving = head.serving
+        figures |= head.figures
 
         shared = not genai.refusal(frozen)
         written = self._write_graphs(frozen, serving, directory, shared)
@@ -131,20 +163,51 @@ class Onnx(Format):
             genai.write_headers(model, graphs, config.options)
         # Which number of threads is fastest is not asked here, so none is tried.
         threads = torch.get_num_threads()
-        plain = GenerationConfig()  # greedy, and no token ends an answer
-        runner = OnnxModel(directory, model.config, plain, session_config=config, threads=threads)
-        figures |= self._run(runner, serving, model, frozen)
-        if frozen.reference is not None:
-            figures["logits_compiled"] = asdict(self._agree(runner, frozen, frozen.reference))
+
+        def opened(config: session.SessionConfig) -> OnnxModel:
+            plain = GenerationConfig()  # greedy, and no token ends an answer
+            return OnnxModel(directory, model.config, plain, session_config=config, threads=threads)
+
+        trial = expected.measure(opened(config))
+        expected.hold(trial, self.mode)
+        found = {"matmul_error": figures.pop("matmul_error"), **trial.figures()}
+        chosen: list[str] = []
+        if options.mode == AUTO:
+            fast = replace(self, mode=FAST)
+            choice = fast_if_as_good(
+                directory,
+                config,
+                found,
+                expected,
+                lambda: fast._kernel_figures(emitted)["matmul_error"],
+                opened,
+                self._accepted(frozen),
+            )
+            config, found = choice.config, dict(choice.figures)
+            chosen.append(choice.note)
+        figures |= {"logits_dense_bfloat16": asdict(expected.dense), **found}
         config.model_copy(update={"gates": figures}).write(directory)
         told = (note for graph in written.values() for note in graph.notes)
         notes = (str(note) for note in told if note.source != LowerQdq.name)
-        return (*notes, _summary(figures), *genai.notes(frozen))
+        return (*notes, _summary(figures), *head.notes, *chosen, *genai.notes(frozen))
+
+    def _accepted(self, frozen: Frozen) -> Callable[[Any], str] | None:
+        """`accept`, of a model that ends its answers as the compiled one does."""
+        if self.accept is None:
+            return None
+        accept, config = self.accept, frozen.generation_config
+
+        def asked(model: Any) -> str:
+            if config is not None:
+                model.generation_config = config
+            return accept(model)
+
+        return asked
 
     def finish(self, frozen: Frozen, directory: Path) -> None:
         """Complete the top level: what transformers.js and onnxruntime-genai look for there."""
         from gracec.backends.onnx import genai
-        from gracec.backends.onnx.session import session_options
+        from gracec.backends.onnx.session import SessionConfig
 
         if frozen.processor is not None:
             write_processor(frozen.processor, directory)
@@ -163,11 +226,11 @@ class Onnx(Format):
             "use_external_data_format": dict.fromkeys(external, 1),
         }
         text_config = frozen.config.get_text_config()
-        for field in family_for(frozen.config).serving_config:
-            fields[field] = getattr(text_config, field)
+        for name in family_for(frozen.config).serving_config:
+            fields[name] = getattr(text_config, name)
         write_json(fields, path)
         if not genai.refusal(frozen):
-            genai.write_config(frozen, directory, session_options(self.ops, self.mode))
+            genai.write_config(frozen, directory, SessionConfig.read(folder).options)
 
     def seal(self, directory: Path) -> None:
         """Say in `session.json` which configuration and processor the graphs are run with."""
@@ -227,57 +290,6 @@ class Onnx(Format):
         wide = self.ops == "qdq" and any(weight.bits == 8 for weight in emitted.values())
         wide |= any(any(graph.program.nodes(QUANTIZE_DEQUANTIZE)) for graph in serving.values())
         return session.MINIMUM_RUNTIME_8_BITS if wide else session.MINIMUM_RUNTIME
-
-    def _run(
-        self, found: OnnxModel, serving: Serving, model: PreTrainedModel, frozen: Frozen
-    ) -> dict[str, Any]:
-        """Gates on the graphs as they run: logits and greedy tokens beside the frozen graphs."""
-        from gracec.backends.onnx import gates
-
-        family = family_of(model)
-        batch = family.example_batch(model)
-        inputs = family.prepare(model, batch)
-        mask = inputs["attention_mask"]
-        reference = ServingRuntime(serving, model.config)
-        with torch.no_grad():
-            expected = prompt_logits(reference, inputs)
-            agreement = logit_agreement(expected, found(**batch).logits, mask)
-            dense: Any = dense_twin(frozen, torch.bfloat16)
-            logits = dense(**family.model_inputs(dense, batch), use_cache=False).logits
-        beside = logit_agreement(expected, logits, mask)
-        self._hold(agreement, beside)
-        answered = found.generate(**batch, max_new_tokens=GATE_TOKENS)[:, mask.shape[1] :]
-        tokens = gates.token_agreement(reference, inputs, answered)
-        if self.mode == "faithful" and tokens.different:
-            raise GateError(f"{tokens.different} greedy answers differ from those of the codes")
-        return {
-            "logits": asdict(agreement),
-            "logits_dense_bfloat16": asdict(beside),
-            "greedy": asdict(tokens),
-        }
-
-    def _agree(self, found: OnnxModel, frozen: Frozen, reference: Reference) -> LogitAgreement:
-        """Gate: the logits are those that were compiled, which nothing here was built from."""
-        batch, mask = reference.batch, reference.tail(reference.batch["attention_mask"])
-        agreement = logit_agreement(reference.logits, reference.tail(found(**batch).logits), mask)
-        dense = reference.tail(eager_logits(dense_twin(frozen, torch.bfloat16), batch))
-        beside = logit_agreement(reference.logits, dense, mask)
-        self._hold(agreement, beside, reference.logits.dtype)
-        return agreement
-
-    def _hold(
-        self,
-        found: LogitAgreement,
-        dense: LogitAgreement,
-        reference: torch.dtype = torch.float32,
-    ) -> None:
-        """Gate: as good as dense weights in bfloat16, or off by what 8-bit activations cost."""
-        from gracec.backends.onnx import gates
-
-        if self.mode == "faithful":
-            lowered_is_as_good_as_dense(found, dense, reference)
-        else:
-            gates.rounding_is_small(found)
 
 
 def _summary(figures: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from gracec.backends.onnx import graphs
 from gracec.backends.onnx.session import open_session, session_options
 from gracec.backends.onnx.translate import KERNEL_DOMAIN
-from gracec.capture.greedy import Runtime, greedy
+from gracec.capture.greedy import Runtime, Step, greedy
 from gracec.errors import GateError
 from gracec.gates import NEAR_TIE, LogitAgreement
 from gracec.kernels import onnxruntime as kernel
@@ -138,13 +138,13 @@ def relative_error(found: np.ndarray, exact: np.ndarray) -> float:
     return float(np.abs(found - exact).max() / max(np.abs(exact).max(), 1e-30))
 
 
-def rounding_is_small(found: LogitAgreement) -> None:
+def rounding_is_small(found: LogitAgreement, fix: str = "use mode faithful") -> None:
     """Fast kernels are off by what 8-bit activations cost, not by more."""
     if not found.kl <= ROUNDED_KL:
         raise GateError(
             f"the logits are off by KL {found.kl:.3g}, the bound for 8-bit activations is "
             f"{ROUNDED_KL}",
-            fix="use mode faithful",
+            fix=fix,
         )
 
 
@@ -301,9 +301,13 @@ def token_agreement(
         inputs: prepared ones of the prompts.
         answered: int64 [B, T], the new tokens; none ends an answer.
     """
-    tokens = answered.shape[1]
     with torch.no_grad():
-        steps = list(greedy(reference, inputs, max_new_tokens=tokens))
+        steps = list(greedy(reference, inputs, max_new_tokens=answered.shape[1]))
+    return answers_agree(steps, answered)
+
+
+def answers_agree(steps: Sequence[Step], answered: Tensor) -> TokenAgreement:
+    """Compare tokens [B, T] with the T steps that a reference took; see `token_agreement`."""
     expected = torch.stack([step.tokens for step in steps], dim=1)
     verdicts = {"same": 0, "ambiguous": 0, "different": 0}
     for row, differs in enumerate((expected != answered).tolist()):
@@ -314,7 +318,7 @@ def token_agreement(
         best, second = logits.topk(2).values
         tie = best - second <= NEAR_TIE * (logits.max() - logits.min())
         verdicts["ambiguous" if tie else "different"] += 1
-    return TokenAgreement(**verdicts, tokens=tokens)
+    return TokenAgreement(**verdicts, tokens=answered.shape[1])
 
 
 def _array(value: ir.Value | None) -> np.ndarray:
