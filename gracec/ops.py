@@ -11,6 +11,7 @@ from gracec.quant.ops import (
     segment_attention,
     segment_lengths,
 )
+from gracec.quant.ops_delta_rule import gated_delta_rule
 from gracec.quant.ops_experts import expert_linear
 from gracec.quant.ops_onnx import (
     attention,
@@ -23,6 +24,7 @@ from gracec.quant.ops_onnx import (
     rms_norm,
     rotary_embedding,
 )
+from gracec.quant.ops_positions import resized_positions
 from gracec.quant.ops_scales import scale_codes
 
 __all__ = [
@@ -37,10 +39,12 @@ __all__ = [
     "expert_matmul_nbits",
     "fake_quantize",
     "fake_quantize_activation",
+    "gated_delta_rule",
     "last_positions",
     "matmul_nbits",
     "quantize_activation",
     "quantize_dequantize",
+    "resized_positions",
     "rms_norm",
     "rotary_embedding",
     "scale_codes",

@@ -75,7 +75,7 @@ def test_kernel_gate_catches_a_float_weight_in_the_generating_model(
     assert gates.int4_kernels_run(compiled.program, prepared, compiled.model) == 14
     dense = nn.Parameter(compiled.weights[Q_PROJ].dequantize(torch.bfloat16))
     compiled.model.model.language_model.layers[0].self_attn.q_proj.weight = dense
-    with pytest.raises(GateError, match="13 INT4 kernels ran in the generating model"):
+    with pytest.raises(GateError, match="13 weights ran on INT4 kernels in the generating"):
         gates.int4_kernels_run(compiled.program, prepared, compiled.model)
 
 

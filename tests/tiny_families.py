@@ -16,6 +16,9 @@ from transformers import (
     AutoModelForImageTextToText,
     Gemma3Config,
     Gemma3Processor,
+    Gemma4AudioFeatureExtractor,
+    Gemma4Config,
+    Gemma4Processor,
     Glm4vConfig,
     Glm4vProcessor,
     Idefics2Config,
@@ -24,6 +27,8 @@ from transformers import (
     Idefics3Processor,
     InternVLConfig,
     InternVLProcessor,
+    Lfm2VlConfig,
+    Lfm2VlProcessor,
     LlavaConfig,
     LlavaNextConfig,
     LlavaNextProcessor,
@@ -40,12 +45,17 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen2VLConfig,
     Qwen2VLProcessor,
+    Qwen3_5Config,
     Qwen3VLConfig,
+    Qwen3VLMoeConfig,
     Qwen3VLProcessor,
     SmolVLMConfig,
     SmolVLMProcessor,
 )
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import SizeDict
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
@@ -59,8 +69,10 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+from transformers.processing_utils import ImagesKwargs
 
 from gracec.models import loading
 from gracec.models.loading import images_only
@@ -439,6 +451,120 @@ def idefics2_processor() -> Any:
     )
 
 
+def qwen3_vl_moe() -> PreTrainedConfig:
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64}
+    vision |= {"patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    vision |= {"out_hidden_size": 64, "num_position_embeddings": 16}
+    vision["deepstack_visual_indexes"] = [0]
+    text = {**TEXT, "head_dim": 16, "rope_parameters": MROPE, "moe_intermediate_size": 32}
+    text |= {"num_experts": 4, "num_experts_per_tok": 3, "decoder_sparse_step": 1}
+    text |= {"mlp_only_layers": []}
+    return Qwen3VLMoeConfig(text_config=text, vision_config=vision, **QWEN_IDS)
+
+
+def qwen3_5() -> PreTrainedConfig:
+    """Two blocks of linear attention, with more heads of values than of keys, and one of the other
+    kind."""
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64}
+    vision |= {"patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    vision |= {"out_hidden_size": 64, "num_position_embeddings": 16}
+    text = {**TEXT, "head_dim": 16, "num_hidden_layers": 3, "full_attention_interval": 2}
+    text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    text |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    rope = {"mrope_section": [1, 1, 0], "mrope_interleaved": True, "partial_rotary_factor": 0.25}
+    text["rope_parameters"] = {**MROPE, **rope}
+    return Qwen3_5Config(text_config=text, vision_config=vision, **QWEN_IDS)
+
+
+def gemma4() -> PreTrainedConfig:
+    """As E2B has it: the last of four blocks takes keys and values of the second."""
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "patch_size": 4}
+    vision |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    vision |= {"pooling_kernel_size": 2, "position_embedding_size": 64, "use_clipped_linears": True}
+    vision |= {"initializer_range": 0.2, "standardize": False}
+    text = {**TEXT, "vocab_size": VOCAB_SIZE + 8, "vocab_size_per_layer_input": VOCAB_SIZE + 8}
+    text |= {"num_hidden_layers": 4, "head_dim": 16, "global_head_dim": 32, "sliding_window": 8}
+    text |= {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 32}
+    text |= {"use_double_wide_mlp": True, "final_logit_softcapping": 30.0}
+    text["layer_types"] = ["sliding_attention", "full_attention"] * 2
+    return Gemma4Config(
+        vision_config=vision,
+        text_config=text,
+        audio_config=None,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        audio_token_id=VOCAB_SIZE,
+        boi_token_id=None,
+        eoi_token_id=None,
+    )
+
+
+def gemma4_processor() -> Any:
+    """Its tokenizer has to have tokens for audio."""
+    images: Any = Gemma4ImageProcessorPil
+    audio = {name: f"<{name}>" for name in ("audio_token", "boa_token", "eoa_token")}
+    build: Any = images_only(Gemma4Processor)
+    return build(
+        feature_extractor=Gemma4AudioFeatureExtractor(),
+        video_processor=None,
+        image_processor=images(patch_size=4, pooling_kernel_size=2, max_soft_tokens=70),
+        tokenizer=tokenizer(**audio),
+        chat_template=template("<image>"),
+    )
+
+
+def lfm2_vl() -> PreTrainedConfig:
+    vision = {**SIGLIP, "model_type": "siglip2_vision_model", "num_patches": 16}
+    vision = {name: value for name, value in vision.items() if name != "image_size"}
+    text = {**TEXT, "model_type": "lfm2", "num_hidden_layers": 3}
+    text["layer_types"] = ["conv", "full_attention", "conv"]
+    text["block_auto_adjust_ff_dim"] = False
+    return Lfm2VlConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=IMAGE,
+        projector_hidden_size=64,
+        downsample_factor=2,
+    )
+
+
+class _PatchesKwargs(ImagesKwargs, total=False):
+    patch_size: int
+    max_num_patches: int
+    return_row_col_info: bool
+
+
+class _Patches(Siglip2ImageProcessorPil):  # type: ignore[misc]
+    """In the place of that of LFM2-VL, which needs torchvision; it makes no tiles."""
+
+    valid_kwargs, return_row_col_info = _PatchesKwargs, True
+    tile_size, downsample_factor, encoder_patch_size, use_thumbnail = 32, 2, 8, False
+
+    def _preprocess(self, images: list[Any], **options: Any) -> Any:
+        token = self.downsample_factor * self.encoder_patch_size
+        sizes = [[-(-size // token) * token for size in image.shape[-2:]] for image in images]
+        images = [
+            self.resize(image, SizeDict(height=height, width=width), resample=options["resample"])
+            for image, (height, width) in zip(images, sizes, strict=True)
+        ]
+        found = super()._preprocess(images, **{**options, "do_resize": False})
+        ones = [1] * len(images)
+        return BatchFeature({**found, "image_rows": ones, "image_cols": ones, "image_sizes": sizes})
+
+
+_Patches.__name__ = "Siglip2ImageProcessor"  # it is saved under its name
+
+
+def lfm2_vl_processor() -> Any:
+    images: Any = _Patches
+    build: Any = Lfm2VlProcessor
+    return build(
+        image_processor=images(patch_size=8, max_num_patches=64),
+        tokenizer=tokenizer(image_start_token="<boi>", image_end_token="<eoi>"),
+        chat_template=template("<image>"),
+    )
+
+
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llava": tiny.tiny_config,
     "qwen2_vl": qwen2_vl,
@@ -455,6 +581,10 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llava_pixtral": llava_pixtral,
     "glm4v": glm4v,
     "idefics2": idefics2,
+    "qwen3_vl_moe": qwen3_vl_moe,
+    "qwen3_5": qwen3_5,
+    "gemma4": gemma4,
+    "lfm2_vl": lfm2_vl,
 }
 PROCESSORS: dict[str, Callable[[], Any]] = {
     "llava": tiny.tiny_processor,
@@ -472,6 +602,10 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "llava_pixtral": lambda: pixtral_processor(1),
     "glm4v": glm4v_processor,
     "idefics2": idefics2_processor,
+    "qwen3_vl_moe": lambda: qwen_processor(Qwen3VLProcessor),
+    "qwen3_5": lambda: qwen_processor(Qwen3VLProcessor),
+    "gemma4": gemma4_processor,
+    "lfm2_vl": lfm2_vl_processor,
 }
 
 
@@ -483,6 +617,9 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -
         for parameter in model.parameters():
             if parameter.dim() > 1 and not parameter.any():  # as Gemma 3 starts its projector
                 torch.nn.init.normal_(parameter, std=0.1)
+        for number in model.state_dict().values():  # those of Gemma 4 start as 1, or infinity
+            if number.numel() == 1:
+                number.copy_(number.clamp(-2, 2) * 0.9)
     module: torch.nn.Module = model
     module.to(dtype).eval()
     return model
@@ -540,15 +677,16 @@ def template(image: str) -> str:
     return CHAT_TEMPLATE.replace("<image>", image)
 
 
-def tokenizer(**named: str) -> PreTrainedTokenizerFast:
+def tokenizer(**more: str) -> PreTrainedTokenizerFast:
     """A word-level tokenizer with the special tokens of all families.
 
     Args:
-        named: further names that a processor has for some of them.
+        more: further ones, beyond the vocabulary of others, or other names of these.
     """
     words = [*SPECIAL_TOKENS, *WORDS]
     words += [f"w{number}" for number in range(VOCAB_SIZE - len(words) - len(MARKS))]
-    numbers = {word: number for number, word in enumerate([*words, *MARKS.values()])}
+    words = list(dict.fromkeys([*words, *MARKS.values(), *more.values()]))
+    numbers = {word: number for number, word in enumerate(words)}
     backend: Any = Tokenizer(WordLevel(numbers, unk_token="<unk>"))
     backend.pre_tokenizer = Whitespace()
     build: Any = PreTrainedTokenizerFast  # untyped upstream
@@ -558,7 +696,7 @@ def tokenizer(**named: str) -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>", **MARKS, **named},
+        extra_special_tokens={"image_token": "<image>", **MARKS, **more},
         padding_side="left",
     )
     return found

@@ -41,18 +41,21 @@ def write_no_padding_as_a_number(graph_module: fx.GraphModule) -> None:
     graph_module.recompile()
 
 
-def divide_into_a_new_tensor(graph_module: fx.GraphModule) -> None:
-    """`x /= y`, as routers write it, where nobody reads `x` but what comes before: ONNX and
-    gradients have no operators that change a tensor."""
+def compute_into_a_new_tensor(graph_module: fx.GraphModule) -> None:
+    """`x /= y`, as routers write it, and `x *= y`, where nobody reads `x` but what comes before:
+    ONNX and gradients have no operators that change a tensor."""
     aten = torch.ops.aten
+    new = {aten.div_.Tensor: aten.div.Tensor, aten.mul_.Tensor: aten.mul.Tensor}
     order = {node: number for number, node in enumerate(graph_module.graph.nodes)}
-    for node in graph_module.graph.find_nodes(op="call_function", target=aten.div_.Tensor):
+    for node in graph_module.graph.nodes:
+        if node.target not in new:
+            continue
         changed = node.args[0]
         fresh = changed.op == "call_function" and changed.target not in VIEWS
         others = [user for user in changed.users if user is not node]
         seen = [user for user in others if user.target in VIEWS or order[user] > order[node]]
         if fresh and not seen:
-            node.target = aten.div.Tensor
+            node.target = new[node.target]
     graph_module.recompile()
 
 

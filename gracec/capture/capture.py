@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from gracec.capture.canonical import (
-    divide_into_a_new_tensor,
+    compute_into_a_new_tensor,
     drop_casts_that_change_nothing,
     mark_adapters,
     normalised_fqns,
@@ -111,7 +111,7 @@ def trace(
     drop_assertions(graph_module)
     drop_casts_that_change_nothing(graph_module)
     write_no_padding_as_a_number(graph_module)
-    divide_into_a_new_tensor(graph_module)
+    compute_into_a_new_tensor(graph_module)
     prefix = "" if module is model else "model."
     mark_adapters(graph_module, {f"{prefix}{name}" for name in adapters_of(model)})
     floating = next(p for p in model.parameters() if p.is_floating_point())

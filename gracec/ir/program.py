@@ -25,8 +25,10 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 import gracec.quant.ops
+import gracec.quant.ops_delta_rule
 import gracec.quant.ops_experts
 import gracec.quant.ops_onnx
+import gracec.quant.ops_positions
 import gracec.quant.ops_scales  # noqa: F401  (registers the ops that a saved program may hold)
 from gracec.directories import cannot_write, replace_file, room_beside
 from gracec.errors import GracecError, first_line

@@ -29,7 +29,9 @@ MATMULS: dict[Any, tuple[int, ...]] = {
 ATTENTION = {
     aten.scaled_dot_product_attention.default,
     torch.ops.gracec.segment_attention.default,
+    torch.ops.gracec.gated_delta_rule.default,
 }
+CONVOLUTIONS = {aten.conv1d.default, aten.conv1d.padding}
 SOFTMAX = {aten.softmax.int, aten._softmax.default}
 DROPOUT = {aten.dropout.default, aten.native_dropout.default}
 EXPERT_LINEAR = torch.ops.gracec.expert_linear.default
@@ -108,11 +110,15 @@ def nearest_matmuls(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def attends(node: fx.Node) -> bool:
-    """Whether a node is attention, or the softmax of one that is written out.
+    """Whether a node computes positions from others: attention, the softmax of one that is written
+    out, or a convolution along the sequence.
 
     A softmax alone is none: a router has one too. Attention multiplies two activations with each
     other before it, and the result with a third one after it.
     """
+    if node.target in CONVOLUTIONS:
+        weight = value(node.args[1])  # type: ignore[arg-type]
+        return weight is not None and weight.shape[-1] > 1
     if node.target not in SOFTMAX:
         return node.target in ATTENTION
     scores = nearest_matmuls(node.all_input_nodes)

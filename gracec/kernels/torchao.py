@@ -169,12 +169,20 @@ def packed_expert_linear(x: Tensor, weights: Sequence[PackedWeight], experts: Te
 
 
 class CountInt4Kernels(TorchDispatchMode):
-    """Counts the INT4 kernels that really run inside the context."""
+    """Counts the INT4 kernels that really run inside the context.
+
+    Attributes:
+        count: how often one ran.
+        weights: where the packed weights lie that one ran with.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
+        self.weights: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.count += func in INT4_KERNELS
+        if func in INT4_KERNELS:
+            self.count += 1
+            self.weights.add(args[1].data_ptr())
         return func(*args, **(kwargs or {}))

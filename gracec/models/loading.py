@@ -219,6 +219,15 @@ def pixtral_processor() -> type[ProcessorMixin]:
     return found
 
 
+class _WithoutVideos(ProcessorMixin):
+    """After a processor in the order of classes: some hand on by name the part that is missing."""
+
+    def __init__(self, *parts: Any, **options: Any) -> None:
+        if options.get("video_processor") is None:
+            options.pop("video_processor", None)
+        super().__init__(*parts, **options)  # type: ignore[no-untyped-call]
+
+
 def images_only(processor: type[ProcessorMixin]) -> type[ProcessorMixin] | None:
     """The same class without a video processor; None if it has none."""
     parts: list[str] = processor.get_attributes()
@@ -226,7 +235,7 @@ def images_only(processor: type[ProcessorMixin]) -> type[ProcessorMixin] | None:
     if last != "video_processor":
         return None
 
-    class ImagesOnly(processor):  # type: ignore[misc,valid-type]
+    class ImagesOnly(processor, _WithoutVideos):  # type: ignore[misc,valid-type]
         video_processor = SimpleNamespace(num_frames=None, fps=None)  # templates ask for these
 
         @classmethod
@@ -235,7 +244,8 @@ def images_only(processor: type[ProcessorMixin]) -> type[ProcessorMixin] | None:
 
         @classmethod
         def _get_arguments_from_pretrained(cls, *args: Any, **options: Any) -> list[Any]:
-            return [*super()._get_arguments_from_pretrained(*args, **options), None]
+            found: Any = super()
+            return [*found._get_arguments_from_pretrained(*args, **options), None]
 
     ImagesOnly.__name__ = processor.__name__  # it is saved under its name
     return ImagesOnly

@@ -18,8 +18,9 @@ from gracec.models.experts import holds_experts, quantize_expert_inputs
 
 
 def configurations(config: PreTrainedConfig) -> list[PreTrainedConfig]:
-    """A configuration and those of its parts."""
-    return [config, *(getattr(config, name) for name in config.sub_configs)]
+    """A configuration and those of its parts; a model may lack one that its class has."""
+    parts = (getattr(config, name) for name in config.sub_configs)
+    return [config, *(part for part in parts if part is not None)]
 
 
 def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:

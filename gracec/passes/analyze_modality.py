@@ -5,10 +5,11 @@
                   fused   if n depends on both
 
 The first floating-point node that depends on both is the merge. Its vision operand holds the
-vision tokens, its boolean operand the image mask. Nodes that every path from the merge to the
-logits runs through (dominators) contain the residual stream; each block of the decoder ends at the
-last residual addition before the next attention. There have to be as many as the model's
-configuration says. No module path, parameter or placeholder name is looked at.
+vision tokens, its boolean operand the image mask. The residual stream is walked from the logits
+back to the merge: from an addition to what it adds to, and on to the nearest addition that every
+path from the merge runs through (a dominator). Each block of the decoder ends at the last residual
+addition before the next attention. There have to be as many as the model's configuration says. No
+module path, parameter or placeholder name is looked at.
 
 What decides which expert of a block a token is for is a router.
 
@@ -39,6 +40,7 @@ from gracec.ir.queries import (
     activation_of,
     attends,
     chooses_experts,
+    seen_through,
     value,
     weight_of,
 )
@@ -48,6 +50,16 @@ aten = torch.ops.aten
 
 
 ADDITION = {aten.add.Tensor, aten.add_.Tensor}
+
+
+REPLACEMENTS = {
+    aten.clone.default,
+    aten.masked_fill.Scalar,
+    aten.where.self,
+    aten.where.ScalarSelf,
+    aten.where.ScalarOther,
+}
+"""What takes other values in some places."""
 
 
 OF_A_SIZE = {
@@ -132,14 +144,7 @@ class AnalyzeModality(Pass):
             if (tensor := value(node)) is not None and tensor.is_floating_point()
         ]
         # Token ids look up rows of a parameter; masks and positions never do.
-        token_ids = [
-            node
-            for node in placeholders
-            if any(
-                user.target == aten.embedding.default and user.args[1] is node
-                for user in node.users
-            )
-        ]
+        token_ids = [node for node in placeholders if _looks_up(node)]
         if not pixels:
             raise self.refuse("no floating-point input, so nothing is an image")
         if not token_ids:
@@ -242,19 +247,22 @@ class _Dataflow:
             found |= nx.descendants(self.digraph, source)
         return found
 
-    def dominators(self, source: fx.Node, target: fx.Node) -> list[fx.Node]:
-        """Nodes that every path from source to target runs through, in order, both included."""
+    def parents(self, source: fx.Node, target: fx.Node) -> dict[fx.Node, fx.Node]:
+        """Each node between two -> the next one before it that every path from the source to it
+        runs through."""
         between = nx.descendants(self.digraph, source) & nx.ancestors(self.digraph, target)
         region = self.digraph.subgraph(between | {source, target})
-        parents = nx.immediate_dominators(region, source)
-        chain = [target]
-        while chain[-1] != source:
-            chain.append(parents[chain[-1]])
-        return chain[::-1]
+        found: dict[fx.Node, fx.Node] = nx.immediate_dominators(region, source)
+        return found
 
     def residuals(self, source: fx.Node, target: fx.Node) -> list[fx.Node]:
-        """Additions of two tensors of one shape that both depend on the source, on every path."""
+        """Additions of two tensors of one shape that both depend on the source, along the stream.
+
+        The last one is on every path to the target. Those before are on every path to what it adds
+        to: a later block may also read what an earlier one began with, or its keys and values.
+        """
         below = self.reach([source])
+        parents = self.parents(source, target)
 
         def is_residual(node: fx.Node) -> bool:
             operands = [value(n) for n in node.all_input_nodes if n in below]
@@ -267,7 +275,21 @@ class _Dataflow:
                 and operands[0].shape == operands[1].shape
             )
 
-        return [node for node in self.dominators(source, target) if is_residual(node)]
+        node, found = target, []
+        while node != source:
+            if is_residual(node):
+                found.append(node)
+                node = self._stream(node, below) or parents[node]
+            else:
+                node = parents[node]
+        return found[::-1]
+
+    def _stream(self, residual: fx.Node, below: set[fx.Node]) -> fx.Node | None:
+        """What a residual adds to: that of its operands which the other one is computed from."""
+        one, other = (node for node in residual.all_input_nodes if node in below)
+        if nx.has_path(self.digraph, one, other):
+            return one
+        return other if nx.has_path(self.digraph, other, one) else None
 
     def block_outputs(self, merge: fx.Node, logits: fx.Node) -> list[fx.Node]:
         """The last residual addition before each next attention, and the last of all."""
@@ -281,12 +303,37 @@ class _Dataflow:
         for node, own, next_attends in zip(residuals, attends, following, strict=True):
             seen |= own
             if seen and next_attends:
-                blocks.append(node)
+                blocks.append(_scaled(node))
         return blocks
 
     def _has_attention(self, start: fx.Node, end: fx.Node) -> bool:
         between = nx.descendants(self.digraph, start) & nx.ancestors(self.digraph, end)
         return any(map(attends, between))
+
+
+def _looks_up(token_ids: fx.Node) -> bool:
+    """Whether a node, some of its values replaced by others, is what an embedding is asked for."""
+    left = [token_ids]
+    while left:
+        node = left.pop()
+        for user in node.users:
+            if user.target == aten.embedding.default and user.args[1] is node:
+                return True
+            if user.target in REPLACEMENTS:
+                left.append(user)
+    return False
+
+
+def _scaled(residual: fx.Node) -> fx.Node:
+    """A residual, or its product with a number that the model holds, if that alone is read."""
+    (user, *more) = residual.users or (residual,)
+    if more or user.target != aten.mul.Tensor:
+        return residual
+    factors = [seen_through(node) for node in user.all_input_nodes if node is not residual]
+    numbers = [value(node) for node in factors if node.op == "get_attr"]
+    return (
+        user if any(number is not None and number.numel() == 1 for number in numbers) else residual
+    )
 
 
 def _reads_a_size(node: fx.Node) -> bool:

@@ -31,6 +31,7 @@ from gracec.ir.annotations import act_of
 from gracec.ir.program import Program, annotation
 from gracec.objective import GraceObjective, Outputs
 from gracec.passes.insert_fake_quant import FAKE_QUANTIZE_ACTIVATION
+from gracec.quant.ops_delta_rule import CHUNK
 from gracec.training.learner import Learner
 from gracec.training.micro_batch import MicroBatch
 
@@ -387,8 +388,21 @@ def _operations(micro: MicroBatch) -> dict[Any, Callable[..., int]]:
     def segments_backward(*args: Any, **_: Any) -> int:
         return int(attention_backward(*args) * share)
 
+    def linear_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+        """Each chunk: keys, queries and values among each other, and the state that they meet."""
+        batch, tokens, heads, width = value.shape
+        size = key.shape[-1]
+        within = CHUNK * (4 * size + 2 * width)
+        return 2 * batch * tokens * heads * (within + 3 * size * width)
+
+    def linear_attention_backward(_: Tensor, *args: Any, **options: Any) -> int:
+        """It is computed once more, and its gradient."""
+        return 3 * linear_attention(*args, **options)
+
     return {
         **flop_registry,
+        torch.ops.gracec.gated_delta_rule: linear_attention,
+        torch.ops.gracec.gated_delta_rule_backward: linear_attention_backward,
         torch.ops.gracec.segment_attention: segments,
         torch.ops.gracec.segment_attention_backward: segments_backward,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,

@@ -44,7 +44,12 @@ def by_weights_alone() -> gracec.Recipe:
     return gracec.Recipe.from_dict({**fields, "calibration": {"method": "weights"}})
 
 
-@pytest.fixture(scope="module", params=list(CONFIGS))
+SLOW = {"qwen3_vl_moe": pytest.mark.slow}  # it is captured in test_families.py
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=SLOW.get(name, ())) for name in CONFIGS]
+)
 def name(request: pytest.FixtureRequest) -> str:
     found: str = request.param
     return found

@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, LlavaNextConfig, PreTraine
 import gracec
 from gracec.backends.onnx import genai
 from gracec.capture import capture, captured_equals_eager, families, family_of
+from gracec.capture.eager import eager_logits
 from gracec.capture.families import qwen2_vl
 from gracec.capture.families.qwen2_vl import GRID, rotary_positions
 from gracec.capture.hidden import blocks_equal_hidden_states
@@ -27,6 +28,7 @@ from gracec.ir.program import Program, annotation
 from gracec.ir.queries import weight_of
 from gracec.journal import Journal
 from gracec.kernels.torchao import CountInt4Kernels
+from gracec.models.experts import expert_modules
 from gracec.models.loading import load_processor
 from gracec.passes import run_passes
 from gracec.passes.analyze_modality import AnalyzeModality
@@ -163,8 +165,8 @@ def test_texts_alone_are_captured(name: str, model: PreTrainedModel, program: Pr
     for asked in (texts[:1], texts):
         batch = prompts.encode(asked, ["a", "b"][: len(asked)], padding_side="right")
         assert family.without_images(model, batch)
+        expected = eager_logits(model, batch)
         with torch.no_grad():
-            expected = model(**family.model_inputs(model, batch), use_cache=False).logits
             (logits, *_) = program(**family.prepare(model, batch))
         written = batch["attention_mask"].bool()
         assert written.all() == (len(asked) == 1)
@@ -181,6 +183,8 @@ def test_tokens_of_an_image_are_those_of_the_processor(
     name: str, model: PreTrainedModel, size: tuple[int, int]
 ) -> None:
     """Of one picture, and of it and a small one in two prompts; and the features are as many."""
+    if name == "lfm2_vl" and size != (1, 1):
+        pytest.skip("the stand-in for its image processor makes no tiles of large pictures")
     family, processor = family_of(model), tiny_processor(name)
     pictures, questions = [tiny_image(0, size), tiny_image(1, (40, 30))], ["what ?", "what is it ?"]
     for count in (1, 2):
@@ -311,6 +315,11 @@ def test_turns_are_answered(compiled: CompiledModel, conversations: dict[str, Ba
 @pytest.mark.slow
 def test_hf(compiled: CompiledModel, asked: Batch, tmp_path: Path, record_property: Record) -> None:
     """Plain transformers loads every key and computes the logits of the dense weights."""
+    if expert_modules(compiled.model):
+        with pytest.raises(GracecError, match="routed experts are no linears"):
+            compiled.save_pretrained(tmp_path / "out", "hf")
+        record_property("cell", "refused: the weights of routed experts are no linears")
+        return
     compiled.save_pretrained(tmp_path / "out", "hf")
     loaded: Any = AutoModelForImageTextToText.from_pretrained(
         tmp_path / "out", output_loading_info=True

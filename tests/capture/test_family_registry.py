@@ -20,10 +20,12 @@ from tests.tiny import tiny_llava
 
 OWN = {
     "gemma3",
+    "gemma4",
     "glm4v",
     "idefics2",
     "idefics3",
     "internvl",
+    "lfm2_vl",
     "llava",
     "llava_next",
     "llava_onevision",
@@ -31,6 +33,8 @@ OWN = {
     "paligemma",
     "qwen2_5_vl",
     "qwen2_vl",
+    "qwen3_5",
+    "qwen3_5_moe",
     "qwen3_vl",
     "qwen3_vl_moe",
     "smolvlm",
