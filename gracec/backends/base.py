@@ -61,6 +61,8 @@ class Format(ABC):
         holds_experts: whether it takes the weights of routed experts, which are no linears.
         holds_signed: whether its readers take negative scales; where they do not, `compile` plans
             positive ones and says so.
+        by_name_alone: whether "all" leaves it out, because few models fit it or it needs a package
+            that is not installed with gracec.
         passes: names of those that it lowers with, next to which further ones can be placed.
     """
 
@@ -70,6 +72,7 @@ class Format(ABC):
     holds_adapters: ClassVar[bool] = False
     holds_experts: ClassVar[bool] = False
     holds_signed: ClassVar[bool] = True
+    by_name_alone: ClassVar[bool] = False
     passes: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
@@ -192,6 +195,8 @@ def all_formats() -> dict[str, Format]:
 def parse_formats(names: str | Iterable[str]) -> list[Format]:
     """Formats by name: "hf,torchao", a sequence of names, "all" or "none".
 
+    "all" leaves those out that are asked for by name alone.
+
     Raises:
         GracecError: for an unknown format, with the nearest known name; for two that would write
             over each other.
@@ -204,7 +209,8 @@ def parse_formats(names: str | Iterable[str]) -> list[Format]:
             raise GracecError("format none stands alone", fix="leave it out, or the others")
         return []
     if "all" in wanted:
-        wanted = dict.fromkeys([name for name in wanted if name != "all"] + list(known))
+        everything = [name for name, form in known.items() if not form.by_name_alone]
+        wanted = dict.fromkeys([name for name in wanted if name != "all"] + everything)
     found: list[Format] = [lookup(name, known, "format") for name in wanted]
     owners: dict[str, Format] = {}
     for form in found:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
 )
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 from gracec.errors import GateError, GracecError
 from gracec.quant.frozen import FrozenWeight
@@ -51,11 +52,34 @@ class Checkpoint:
 
 
 def stored_names(model: PreTrainedModel) -> dict[str, str]:
-    """FQN of each linear weight -> the name that transformers stores it under."""
+    """FQN of each linear weight -> the name that it is stored under."""
     names = [f"{name}.weight" for name in modules_of_type(model, nn.Linear)]
     numbers = {name: torch.tensor(number) for number, name in enumerate(names)}
-    renamed = revert_weight_conversion(model, numbers)
+    renamed = as_released(model, numbers)
     return {names[int(number)]: stored for stored, number in renamed.items()}
+
+
+TOWER = "vision_model"
+"""What CLIP and SigLIP towers have around them in released checkpoints. transformers 5 takes it off
+as it loads, and puts it back into no model but those that it has loaded so."""
+
+
+def as_released(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by FQN -> by the names that released checkpoints of the family have.
+
+    Programs with a loader of their own, vLLM and llama.cpp among them, know no others.
+
+    Args:
+        model: what transformers builds from the configuration; it is told how to be saved.
+    """
+    saved: Any = model
+    saved._weight_conversions = [
+        one
+        for one in get_model_conversion_mapping(model, add_legacy=False)
+        if not isinstance(one, PrefixChange) or one.prefix_to_remove == TOWER
+    ]
+    renamed: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))
+    return renamed
 
 
 def modules_of(weights: Iterable[str]) -> list[str]:

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from gracec.backends.base import CardFacts, Format
 from gracec.backends.huggingface import (
+    as_released,
     check_whole,
     modules_of_type,
     write_processor,
@@ -108,7 +108,7 @@ class PackedFormat(Format):
         model = skeleton(frozen.config)
         check_whole({*frozen.weights, *frozen.others}, model)
         tensors, metadata = self.tensors(frozen)
-        write_tensors(revert_weight_conversion(model, tensors), metadata, directory)
+        write_tensors(as_released(model, tensors), metadata, directory)
         del tensors
         config = copy.deepcopy(frozen.config)
         for part in configurations(config):

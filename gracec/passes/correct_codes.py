@@ -21,7 +21,8 @@ held-out sample reaches is compared on those that it was calibrated on. What was
 as `output_error`: shares of the energy of the output, of plain rounding, of rounding on the
 searched scales, and of what was taken.
 
-A weight that no sample reaches keeps its fake_quantize, and is frozen with the scales that it has.
+A weight that no sample reaches keeps its fake_quantize, and is frozen with the scales that it has;
+so does one whose floats lie on its grid already.
 """
 
 from __future__ import annotations
@@ -180,8 +181,10 @@ class CorrectCodes(Pass):
             if fake.fqn in found:
                 self._replace(program, fake, found[fake.fqn])
         drop_dead_tensors(program)
-        left = sum(1 for _ in program.nodes(FAKE_QUANTIZE))
-        notes.append(f"codes of {len(found)} weights corrected on {len(samples)} samples")
+        readers = [annotation(reader(node)) for node in program.nodes(FAKE_QUANTIZE)]
+        left = sum("lattice" not in one for one in readers)
+        if found or left:
+            notes.append(f"codes of {len(found)} weights corrected on {len(samples)} samples")
         for how, what in (("rounded", "rounded"), ("partly", "some of its matrices rounded")):
             if names := [name for name, one in found.items() if one.how == how]:
                 why = "nothing better was found on held-out inputs"
@@ -502,6 +505,8 @@ def fused_sets(program: Program) -> list[FusedSet]:
         parts, features = matmul_shape(matmul)
         key = (x, matmul.target, parts, str(rows_operands(matmul)))
         one = found.setdefault(key, FusedSet(x, matmul, {}, parts, features))
+        if "lattice" in annotation(matmul):  # codes that are given have nothing to make up for
+            continue
         if fake.fqn not in seen:  # a module that is called twice is calibrated on its first inputs
             one.weights[fake.fqn] = fake
             seen.add(fake.fqn)

@@ -5,6 +5,9 @@
     linear(observer(x), w) -> linear(fake_quantize_activation(x, input_scale, zero_point), ...)
     expert_linear(x, w)    -> expert_linear(x, fake_quantize(reshape(w), w_scale))
 
+A weight that lies on such a grid already, as those of quantization-aware training do that are given
+as floats, gets the scales of its grid: its codes are taken as they are (annotation `lattice`).
+
 The scale parameter belongs to the module that owns the weight (`...q_proj.weight_scale`) and starts
 at the scale of least squared error, weighed by second moments of the inputs where
 `observe-second-moments` has watched them; where scales are signed, their signs lie beside it in a
@@ -14,7 +17,8 @@ because nodes of one module must stay contiguous for `torch.export.unflatten`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -30,6 +34,7 @@ from gracec.passes.base import Pass, PassResult
 from gracec.passes.insert_observers import PREFIX, observer_nodes
 from gracec.passes.observe_second_moments import PREFIX as MOMENTS
 from gracec.passes.observe_second_moments import moment_observers
+from gracec.quant.lattice import Lattice, find_lattice, other_grid
 from gracec.quant.observers import Observer, weight_scales
 from gracec.quant.ops import dtype_name
 from gracec.quant.second_moments import importance as importance_of
@@ -105,14 +110,15 @@ class InsertFakeQuant(Pass):
     def apply(self, program: Program) -> PassResult:
         inserted = 0
         importances = _importances(program)
+        lattices: dict[str, _OnGrid] = {}
         for node in list(_planned(program)):
             weight = node.args[1]
             assert isinstance(weight, fx.Node)
             if weight.target == FAKE_QUANTIZE:
                 continue
-            self._insert(program, node, weight, importances.get(node))
+            self._insert(program, node, weight, importances.get(node), lattices)
             inserted += 1
-        notes = [f"{inserted} weights fake-quantized"]
+        notes = [f"{inserted} weights fake-quantized", *_told_of_grids(lattices)]
         observers = list(observer_nodes(program))
         for node in observers:
             self._insert_activation(program, node)
@@ -135,7 +141,12 @@ class InsertFakeQuant(Pass):
                 raise self.refuse(f"{node.name} is planned but not fake-quantized")
 
     def _insert(
-        self, program: Program, linear: fx.Node, weight: fx.Node, importance: Tensor | None
+        self,
+        program: Program,
+        linear: fx.Node,
+        weight: fx.Node,
+        importance: Tensor | None,
+        lattices: dict[str, _OnGrid],
     ) -> None:
         spec, experts = planned_quant(linear), experts_of(linear)
         target = str(seen_through(weight).target)
@@ -144,8 +155,10 @@ class InsertFakeQuant(Pass):
         fqn = program.fqn(target)
         scale_target = f"{target}_scale"
         if scale_target not in program.fqns:  # a module that is called twice has one scale
+            lattice = find_lattice(matrix, spec)
+            lattices[fqn] = _OnGrid(spec, lattice, "" if lattice else other_grid(matrix, spec))
             try:
-                scales = self._scales(matrix, linear, importance)
+                scales = lattice.scales if lattice else self._scales(matrix, linear, importance)
             except GracecError as error:
                 raise self.refuse(error.what, where=fqn, fix=error.fix) from error
             param = nn.Parameter(quant.scale_to_param(scales, spec.parametrization))
@@ -154,6 +167,8 @@ class InsertFakeQuant(Pass):
             if spec.signed:
                 program.set_tensor(f"{scale_target}_sign", quant.scale_signs(scales))
                 program.fqns[f"{scale_target}_sign"] = (f"{fqn}_scale_sign",)
+        if lattices.get(fqn, _OnGrid(spec)).lattice is not None:
+            annotate(linear, lattice=True)
         rows, columns = matrix.shape
         weight_value = value(weight)
         assert weight_value is not None
@@ -245,6 +260,38 @@ class InsertFakeQuant(Pass):
         annotate(fake, observer=None, act=observer.spec.to_dict())
         node.replace_all_uses_with(fake)
         program.graph.erase_node(node)
+
+
+class _OnGrid(NamedTuple):
+    """The grid that a weight lies on, or one that its spec cannot hold."""
+
+    spec: quant.QuantSpec
+    lattice: Lattice | None = None
+    other: str = ""
+
+
+def _told_of_grids(found: Mapping[str, _OnGrid]) -> list[str]:
+    notes = []
+    taken = Counter(str(one.spec) for one in found.values() if one.lattice is not None)
+    for spec, count in sorted(taken.items()):
+        notes.append(f"{count} weights lie on a grid of {spec}: their codes are taken as they are")
+    changed = [
+        (one.lattice.changed, fqn)
+        for fqn, one in found.items()
+        if one.lattice is not None and one.lattice.changed > 0
+    ]
+    if changed:
+        share, fqn = max(changed)
+        notes.append(
+            f"scales of {len(changed)} of these were rounded to the grid of scales, which changes "
+            f"up to {share:.1%} of the values of a weight ({fqn})"
+        )
+    others = Counter((one.other, str(one.spec)) for one in found.values() if one.other)
+    for (other, spec), count in sorted(others.items()):
+        notes.append(
+            f"{count} weights lie on a grid of {other}, which {spec} does not hold: quantized anew"
+        )
+    return notes
 
 
 def _importances(program: Program) -> dict[fx.Node, Tensor]:

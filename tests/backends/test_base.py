@@ -48,12 +48,12 @@ def artifact() -> Frozen:
 
 def test_formats_are_found_by_name_and_folder() -> None:
     known = all_formats()
-    assert {"hf", "torchao", "awq", "onnx"} <= set(known)
+    assert {"hf", "torchao", "awq", "onnx", "gguf"} <= set(known)
     assert len({form.folder for form in known.values()}) == len(known)
     assert [form.name for form in parse_formats("awq, hf,awq")] == ["awq", "hf"]
     assert [form.name for form in parse_formats(("hf",))] == ["hf"]
     for text in ("all", "hf,all"):
-        assert {form.name for form in parse_formats(text)} == set(known)
+        assert {form.name for form in parse_formats(text)} == set(known) - {"gguf"}
 
 
 def test_a_format_without_negative_scales_gets_positive_ones(
@@ -75,8 +75,8 @@ def test_a_format_refuses_signed_scales_that_it_does_not_take(
 ) -> None:
     signed = random_artifact(decoder_specs(replace(G32, signed=True)))
     built_in = [one for one in all_formats().values() if type(one).__module__[:7] == "gracec."]
-    assert len(built_in) == 4
-    check_formats(built_in, signed)
+    assert len(built_in) == 5
+    check_formats([one for one in built_in if not one.by_name_alone], signed)
     for kind in (HuggingFace, Onnx):
         monkeypatch.setattr(kind, "holds_signed", False)
         message = (
@@ -98,7 +98,7 @@ def test_no_format_is_asked_for_by_name_too() -> None:
 def test_an_unknown_format_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(GracecError, match="unknown format 'torcha'; did you mean 'torchao'?"):
         parse_formats("hf,torcha")
-    with pytest.raises(GracecError, match="unknown format ''; known: awq, hf, onnx, torchao"):
+    with pytest.raises(GracecError, match="unknown format ''; known: awq, gguf, hf, onnx, torchao"):
         parse_formats("")
 
 

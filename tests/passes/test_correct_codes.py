@@ -34,6 +34,7 @@ from gracec.quant.gptq import compensated, corrected_codes, factor
 from gracec.quant.observers import weight_scales
 from gracec.quant.second_moments import blocks_of, importance
 from gracec.recipe import Recipe
+from tests.backends.artifacts import random_weight
 from tests.goldens import ONE_BLOCK
 from tests.nets import conv_net
 from tests.tiny import tiny_batch, tiny_llava
@@ -211,6 +212,36 @@ def test_freezing_keeps_the_codes(after_block: After, block: Any) -> None:
     assert torch.equal(result.program(**inputs)[0], corrected(**inputs)[0])
     for fqn, weight in frozen_weights(corrected).items():
         check_frozen(weight, fqn, where="test")
+
+
+def test_a_weight_that_lies_on_its_grid_keeps_its_codes() -> None:
+    """Fine-tuned on a grid of 32 weights, say, and stored in bfloat16: nothing of it is rounded."""
+    module, spec = net(), quant.QuantSpec(4, 32, signed=True)
+    given = random_weight((96, 64), spec, seed=0)
+    with torch.no_grad():
+        module.first.weight.copy_(given.dequantize(torch.bfloat16))
+        module.third.weight.copy_(
+            random_weight((32, 96), quant.QuantSpec(4, 16), 1).dequantize(torch.bfloat16)
+        )
+    passes = parse_pipeline("flatten-convolutions,analyze-module")
+    rule = recipe(bits=4, group_size=32, signed=True)
+    planned = [*passes, PlanQuantization(recipe=rule)]
+    program = run_passes(capture_module(module, CALIBRATING[0]), planned).program
+    inserted = InsertFakeQuant().run(program)
+    assert inserted.notes == (
+        "3 weights fake-quantized",
+        "1 weights lie on a grid of int4/g32/signed: their codes are taken as they are",
+        "1 weights lie on a grid of g16, which int4/g32/signed does not hold: quantized anew",
+    )
+    corrected = CorrectCodes(CALIBRATING, HELD_OUT).run(inserted.program)
+    assert not any("not calibrated" in note for note in corrected.notes)
+    assert not any("first.weight" in each.weights for each in fused_sets(inserted.program))
+    frozen = frozen_weights(Freeze().run(corrected.program).program)
+    assert torch.equal(
+        frozen["first.weight"].dequantize(torch.bfloat16), given.dequantize(torch.bfloat16)
+    )
+    again = frozen["first.weight"].codes.abs()
+    assert torch.equal(again, given.codes.abs())  # both signs of a group say the same
 
 
 def test_what_is_left_is_frozen_beside_what_was_corrected(after_block: After, block: Any) -> None:
