@@ -3,11 +3,12 @@
     python benchmarks/plan.py        writes benchmarks/results/plan.json
 
 Each shape is a random student with a wider teacher, trained by `gracec.compile` in a process of its
-own on the CPU. Measured is the second optimizer step: the largest resident set above what the
-process held before any model, and the seconds. Memory is measured again with a C library that gives
-back what is freed; by default it keeps some for later. Planned is the same, by a process that sees
-the configurations and the data, with the rates of matmuls of
-these sizes and of an addition on this machine.
+own on the CPU, in one thread. Measured are the largest resident set of the second optimizer step
+above what the process held before any model, and the seconds of that step and the next ones.
+Memory is measured again with a C library that gives back what is freed; by default it keeps some
+for later. Planned is the same, by a process that sees the configurations and the data, with three
+rates of this machine: of a square matmul, of an addition, and of new memory. They are measured
+beside the steps, and have nothing of any of the shapes.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 SAMPLES = 24
+RATES = ("tflops", "bandwidth", "new_memory")
+STEPS = 3
+"""That are measured."""
 SHAPES: dict[str, dict[str, Any]] = {
     "LLaVA, wide": {
         "family": "llava",
@@ -73,7 +77,7 @@ def recipe(shape: dict[str, Any]) -> Any:
             "weights": {"decoder": {"bits": 4, "group_size": 128}},
             "calibration": {"method": "weights"},
             "scale_search": {"candidates": 2},
-            "training": {"steps": 3, "held_out": 0.1, **shape["training"]},
+            "training": {"steps": STEPS + 2, "held_out": 0.1, **shape["training"]},
         }
     )
 
@@ -146,29 +150,33 @@ def records(shape: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-class SecondStep:
-    """Measures the second optimizer step, prints it and ends the process.
+class Steps:
+    """Measures optimizer steps from the second one on, prints them and ends the process.
 
-    Seconds are those that the process computes: other work on the machine takes none of them.
+    Seconds are those that the process computes: other work on the machine takes none of them, but
+    for what it takes of caches and of the memory's bandwidth. Rates are measured before and after.
     """
 
-    def __init__(self, shape: dict[str, Any], libraries: float) -> None:
-        self.shape, self.libraries, self.began = shape, libraries, 0.0
+    def __init__(self, libraries: float) -> None:
+        self.libraries, self.began, self.mib = libraries, 0.0, 0.0
+        self.seconds: list[float] = []
+        self.rates: list[dict[str, float]] = []
 
     def on_step(self, step: int, figures: dict[str, Any]) -> bool:
         if step == 1:
+            self.rates.append(rates())
             forget_peak()
-            self.began = time.process_time()
-            return False
-        seconds = time.process_time() - self.began
-        found = {
-            "mib": peak_mib() - self.libraries,
-            "seconds": seconds,
-            "tflops": matmul_tflops(self.shape),
-            "bandwidth": copy_bandwidth(),
-        }
-        print(json.dumps(found), flush=True)
-        os._exit(0)
+        else:
+            self.seconds.append(time.process_time() - self.began)
+            self.mib = self.mib or peak_mib() - self.libraries
+            self.rates.append(rates())
+        if len(self.seconds) == STEPS:
+            found = {name: usual(one[name] for one in self.rates) for name in self.rates[0]}
+            found |= {"mib": self.mib, "seconds": usual(self.seconds)}
+            print(json.dumps(found), flush=True)
+            os._exit(0)
+        self.began = time.process_time()
+        return False
 
 
 def measure(shape: dict[str, Any], folder: Path) -> None:
@@ -184,7 +192,7 @@ def measure(shape: dict[str, Any], folder: Path) -> None:
         teacher=folder / "teacher",
         train_data=data,
         progress=False,
-        callbacks=[SecondStep(shape, libraries)],
+        callbacks=[Steps(libraries)],
     )
 
 
@@ -200,6 +208,9 @@ def warm_up(chosen: Any) -> None:
     trim()
 
 
+usual = statistics.median
+
+
 def usual_seconds(work: Callable[[], Any]) -> float:
     """That the process computes."""
     found = []
@@ -207,47 +218,38 @@ def usual_seconds(work: Callable[[], Any]) -> float:
         start = time.process_time()
         work()
         found.append(time.process_time() - start)
-    return statistics.median(found)
+    return usual(found)
 
 
-def matmul_tflops(shape: dict[str, Any]) -> float:
-    """What matmuls reach that are as large as those of the student, in 10^12 operations a second:
-    one of each block, and the head, forward and backward."""
-    text, micro = shape["text"], shape["training"]["micro_batch_size"]
-    width, blocks = text["hidden_size"], text["num_hidden_layers"]
-    sizes = (
-        (blocks, 300 * micro, text["intermediate_size"]),
-        (1, shape["words"] * micro, shape["vocabulary"]),
-    )
-    operations = seconds = 0.0
-    for count, rows, outputs in sizes:
-        x, w, g = (torch.randn(size) for size in ((rows, width), (outputs, width), (rows, outputs)))
-        for work in (lambda: x @ w.T, lambda: g @ w, lambda: g.T @ x):  # noqa: B023
-            operations += count * 2 * rows * width * outputs
-            seconds += count * usual_seconds(work)
-    return operations / seconds / 1e12
+def rates() -> dict[str, float]:
+    """What this machine does in a second in one thread, of operands that no shape has: a square
+    matmul and both products of its gradient, an addition in memory that is there, and how much
+    longer it takes in memory that is not."""
+    a, b = torch.randn(1000, 1000), torch.randn(1000, 1000)
+    matmuls = usual_seconds(lambda: (a @ b.T, a @ b, a.T @ b))
+    x, y = torch.randn(12 << 20), torch.randn(12 << 20)
+    out = torch.empty_like(x)
+    there, new = usual_seconds(lambda: torch.add(x, y, out=out)), usual_seconds(lambda: x + y)
+    return {
+        "tflops": 3 * 2 * 1000**3 / matmuls / 1e12,
+        "bandwidth": 3 * x.nbytes / there / 1e9,
+        "new_memory": x.nbytes / (new - there) / 1e9,
+    }
 
 
-def copy_bandwidth() -> float:
-    """Memory that an addition reads and writes, in 10^9 bytes a second."""
-    x, y = torch.randn(4 << 20), torch.randn(4 << 20)
-    return 3 * x.nbytes / usual_seconds(lambda: x + y) / 1e9
-
-
-def planned(shape: dict[str, Any], folder: Path, tflops: float, bandwidth: float) -> None:
-    """The plan of the same training."""
+def planned(shape: dict[str, Any], folder: Path, found: dict[str, float]) -> None:
+    """The plan of the same training, with what the machine does."""
     import gracec
 
-    found = gracec.plan(
+    plan = gracec.plan(
         folder / "student",
         recipe(shape),
         teacher=folder / "teacher",
         data=records(shape),
         device="cpu",
-        device_tflops=tflops,
-        device_bandwidth=bandwidth,
+        **{f"device_{rate}": found[rate] for rate in RATES},
     )
-    print(json.dumps(found.to_dict()))
+    print(json.dumps(plan.to_dict()))
 
 
 def main() -> None:
@@ -255,14 +257,14 @@ def main() -> None:
     parser.add_argument("--work", choices=("models", "measure", "plan"))
     parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--tflops", type=float, help="of this machine")
-    parser.add_argument("--bandwidth", type=float, help="of this machine, in GB/s")
+    for rate in RATES:
+        parser.add_argument(f"--{rate}", type=float, help="of this machine")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.work:
         shape = SHAPES[options.shape]
         if options.work == "plan":
-            planned(shape, options.folder, options.tflops, options.bandwidth)
+            planned(shape, options.folder, vars(options))
         else:
             {"models": write_models, "measure": measure}[options.work](shape, options.folder)
         return
@@ -276,8 +278,8 @@ def main() -> None:
             kept_back = found["mib"]
             found["mib"] = in_a_process(__file__, {"work": "measure", **arguments})["mib"]
             del os.environ["MALLOC_MMAP_THRESHOLD_"]
-            rates = {rate: found[rate] for rate in ("tflops", "bandwidth")}
-            plan = in_a_process(__file__, {"work": "plan", **arguments, **rates})
+            of_machine = {rate: found[rate] for rate in RATES}
+            plan = in_a_process(__file__, {"work": "plan", **arguments, **of_machine})
             rows.append(row(name, found, plan, kept_back))
     write_result("plan", "a training step as planned and as measured", rows, load=load)
 
@@ -297,6 +299,7 @@ def row(
         "with what malloc keeps back_mib": round(kept_back),
         "TFLOP/s": round(found["tflops"], 3),
         "GB/s": round(found["bandwidth"], 1),
+        "of new memory, GB/s": round(found["new_memory"], 2),
         "planned seconds": round(seconds, 2),
         "measured seconds": round(found["seconds"], 2),
         "seconds, planned over measured": round(seconds / found["seconds"], 2),

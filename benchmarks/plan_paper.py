@@ -123,7 +123,7 @@ def models(name: str) -> tuple[Any, Any]:
 def planned(name: str, given: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for each setting of a pair."""
     from gracec.models.hub import find_description
-    from gracec.planning import BANDWIDTH, TFLOPS, Pair, Planner, Rehearsals
+    from gracec.planning import Pair, Planner, Rates, Rehearsals
     from gracec.recipe import Recipe
     from gracec.report.training_plan import KINDS, Setting
     from gracec.training.planned_samples import Stated
@@ -141,9 +141,7 @@ def planned(name: str, given: dict[str, Any]) -> list[dict[str, Any]]:
         pair = Pair.read(*places, recipe, rule, "cuda", None)
         samples = pair.samples(None, Stated(1, given["picture"], given["text"], 200))
     rehearsals = Rehearsals(pair, samples)
-    planner = Planner(
-        pair, samples, given["devices"], 80 * GB, TFLOPS["cuda"], BANDWIDTH["cuda"], rehearsals
-    )
+    planner = Planner(pair, samples, given["devices"], 80 * GB, Rates.of("cuda"), rehearsals)
     rows = []
     for said, fields in given["rows"].items():
         setting = Setting(**fields)

@@ -219,6 +219,13 @@ WIRING: tuple[Mutation, ...] = (
         ON_PREPARE,
     ),
     Mutation(
+        "a GPU computes the same by the kernels that it chooses",
+        PREPARE,
+        "gates.default_kernels_agree(program, model), gates",
+        "0.0, gates",
+        ("tests/models/test_devices.py",),
+    ),
+    Mutation(
         "blocks are those of the model",
         PREPARE,
         "    blocks = blocks_equal_hidden_states(run_passes(program, ANALYSIS).program, model)\n",

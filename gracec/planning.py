@@ -13,12 +13,15 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
@@ -28,10 +31,11 @@ from gracec.errors import GracecError
 from gracec.models.devices import dtype_named
 from gracec.models.hub import Named, Place, find_description
 from gracec.models.loading import configured_dtype, load_config, load_processor
+from gracec.objective import LazyLogits
 from gracec.passes.base import run_passes
 from gracec.passes.plan_quantization import Plan, plan_of
 from gracec.recipe import Recipe, Training
-from gracec.report.training_plan import Planned, Setting, TrainingPlan
+from gracec.report.training_plan import Planned, PlannedCache, Setting, TrainingPlan
 from gracec.stages.pipelines import ANALYSIS, learning
 from gracec.stages.prepare import plan as plan_quantization
 from gracec.stages.source import stand_in_source
@@ -47,15 +51,20 @@ from gracec.training.planned_samples import (
 )
 from gracec.training.rehearsal import Rehearsal, Taught, rehearse, rehearse_teacher
 from gracec.training.samples import open_samples
-from gracec.training.setup import allow_mixed_precision, objective_of, steps_of
+from gracec.training.setup import allow_mixed_precision, objective_of, steps_of, trainable
+from gracec.training.sharding import bytes_of_a_rank, room_of
 from gracec.training.teacher import check_teacher, check_tokenizers, taught_ids
+from gracec.training.teacher_cache import bytes_on_disk, head_of
 
 TFLOPS = {"cuda": {"bfloat16": 350.0, "float32": 45.0}, "cpu": {"bfloat16": 0.1, "float32": 0.1}}
 """What matmuls reach, in 10^12 operations a second, where nobody says: a third of the peak of an
 H100 in bfloat16, and most of its peak in float32, which torch computes without TF32; a core or two
 of a processor."""
-BANDWIDTH = {"cuda": 2000.0, "cpu": 10.0}
+BANDWIDTH = {"cuda": 2000.0, "cpu": 20.0}
 """Memory that is read and written, in 10^9 bytes a second, where nobody says."""
+NEW_MEMORY = {"cuda": math.inf, "cpu": 2.0}
+"""Likewise, what is had from the system for a large tensor and given back with it: on a GPU it is
+kept for the next one."""
 ADAMW = 40
 """Bytes that clipping and AdamW read and write for each number that learns."""
 QUANTIZING = 120
@@ -63,7 +72,7 @@ QUANTIZING = 120
 gradient becomes those of weight and scale."""
 UNTOUCHED = Recipe(name="untouched", weights={})
 Strategy = Literal["ddp", "sharded"] | None
-MOST_SETTINGS = 8
+MOST_SETTINGS = 16
 MOST_AT_ONCE = 64
 """Samples of a micro-batch that is planned."""
 
@@ -78,6 +87,7 @@ def plan(
     memory_per_device: str | int = "80GB",
     device_tflops: float | None = None,
     device_bandwidth: float | None = None,
+    device_new_memory: float | None = None,
     device: str = "cuda",
     dtype: str | torch.dtype | None = None,
     stated: Stated | None = None,
@@ -98,6 +108,8 @@ def plan(
             operations a second; by default 350 in bfloat16 and 45 in float32.
         device_bandwidth: what a device reads and writes of its memory, in 10^9 bytes a second; by
             default 2000. Operators that are no matmul take the time of their operands.
+        device_new_memory: what the system gives of memory for tensors of 32 MiB and more, in 10^9
+            bytes a second; by default 2 on the CPU. On a GPU it takes no time.
         device: "cuda", or "cpu", where the best state is in the same memory.
         dtype: what the models are read in; by default as stored.
         stated: a sample, where there is no data.
@@ -121,18 +133,64 @@ def plan(
             fix="give 1 or more, and a batch_size that leaves each a sample",
         )
     memory = _bytes_of(memory_per_device)
-    for name, rate in (("device_tflops", device_tflops), ("device_bandwidth", device_bandwidth)):
-        if rate is not None and not (rate > 0 and math.isfinite(rate)):
-            raise GracecError(f"{rate} is no rate", where=name, fix="give a positive number")
     rule = rule.model_copy(update={"precision": _precision(rule, device)})
+    rates = Rates.of(device, rule.precision, device_tflops, device_bandwidth, device_new_memory)
     place = find_description(model, revision)
     own = find_description(teacher, teacher_revision) if teacher is not None else None
     pair = Pair.read(place, own, recipe, rule, device, dtype_named(dtype))
     samples = pair.samples(data, stated or Stated())
-    rates = _rates(device, rule.precision, device_tflops)
-    bandwidth = device_bandwidth or BANDWIDTH[device]
-    rehearsals = Rehearsals(pair, samples)
-    return Planner(pair, samples, devices, memory, rates, bandwidth, rehearsals).plan()
+    return Planner(pair, samples, devices, memory, rates, Rehearsals(pair, samples)).plan()
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second.
+
+    Attributes:
+        tflops: in matmuls, by dtype, in 10^12 operations.
+        bandwidth: memory that it reads and writes, in 10^9 bytes.
+        new_memory: memory that the system gives it for large tensors, in 10^9 bytes.
+    """
+
+    tflops: Mapping[str, float]
+    bandwidth: float
+    new_memory: float
+
+    @classmethod
+    def of(
+        cls,
+        device: str,
+        precision: str = "float32",
+        tflops: float | None = None,
+        bandwidth: float | None = None,
+        new_memory: float | None = None,
+    ) -> Rates:
+        """Those of a kind of device, where nothing else is given.
+
+        Args:
+            precision: that `tflops` is of; the others are in proportion.
+
+        Raises:
+            GracecError: if what is given is no rate.
+        """
+        given = {"tflops": tflops, "bandwidth": bandwidth, "new_memory": new_memory}
+        for name, rate in given.items():
+            if rate is not None and not (rate > 0 and math.isfinite(rate)):
+                raise GracecError(
+                    f"{rate} is no rate", where=f"device_{name}", fix="give a positive number"
+                )
+        usual = TFLOPS[device]
+        factor = 1.0 if tflops is None else tflops / usual[precision]
+        return cls(
+            {name: rate * factor for name, rate in usual.items()},
+            bandwidth or BANDWIDTH[device],
+            new_memory or NEW_MEMORY[device],
+        )
+
+    def seconds(self, precision: str, operations: float, moved: float, new_pages: float) -> float:
+        """Of operations in matmuls and bytes of memory."""
+        in_matmuls = operations / (self.tflops[precision] * 1e12)
+        return in_matmuls + (moved / self.bandwidth + new_pages / self.new_memory) / 1e9
 
 
 @dataclass(frozen=True)
@@ -215,13 +273,49 @@ class Pair:
         if data is None:
             return stated_samples(model, self.place.path, stated)
         collate = Collator(load_processor(self.place.path), model, self.rule.max_length)
-        return samples_of_data(open_samples(data, None, self.rule, collate)[0])
+        samples, held_out = open_samples(data, None, self.rule, collate)
+        return samples_of_data(samples, len(held_out))
 
     def micro(self, batch: Batch) -> MicroBatch:
         """A batch as it is trained on."""
         rule = self.rule
         images, everywhere = bool(rule.distillation.omega), rule.labels == "all"
         return MicroBatch.read(self.student.model, batch, images=images, everywhere=everywhere)
+
+    @cached_property
+    def head(self) -> LazyLogits | None:
+        """What is left of a teacher in files; None where it cannot be in files.
+
+        Raises:
+            GracecError: if the recipe wants it there all the same.
+        """
+        if self.teacher is None:
+            return None
+        return head_of(self.teacher) if self.rule.teacher_cache else self.teacher.head()
+
+    @property
+    def kept_head(self) -> int:
+        """Bytes of it, which are those of the original where that teaches."""
+        return sum(one.nbytes for one in self.taught_by(cached=True)) if self.teaching else 0
+
+    def taught_by(self, *, cached: bool) -> Iterable[Tensor]:
+        """What a training holds of its teacher."""
+        if not cached:
+            return () if self.teacher is None else self.teacher.tensors()
+        held = () if self.head is None else (self.head.weight, self.head.bias)
+        return (one for one in held if one is not None)
+
+    def bytes_of_a_rank(self, *, cached: bool) -> int:
+        """As the training counts them, before it is sharded or not."""
+        program, foot = self.student.program, self.footprint
+        learn: dict[str, nn.Parameter] = {}
+        for name, tensor in trainable(program, self.rule.frozen).items() if foot.masters else ():
+            # What the graph reads quantized is in the place of its master, which is beside it.
+            beside = nn.Parameter(tensor.detach().to("meta"))
+            learn[name] = beside if name in foot.quantized else tensor
+        learn["scales"] = nn.Parameter(torch.empty(foot.scales, device="meta"))
+        held = SimpleNamespace(tensors=partial(self.taught_by, cached=cached))
+        return bytes_of_a_rank(program, learn, held)
 
     def rehearsed(self, micro: MicroBatch, taught: Taught | None, precision: str) -> Rehearsal:
         """A micro-batch of the student."""
@@ -248,8 +342,7 @@ class Planner:
     given: PlannedSamples
     devices: int
     memory: int
-    rates: Mapping[str, float]
-    bandwidth: float
+    rates: Rates
     rehearsals: Rehearsals
 
     def plan(self) -> TrainingPlan:
@@ -266,8 +359,9 @@ class Planner:
             device=pair.device,
             devices=self.devices,
             memory=self.memory,
-            tflops=self.rates,
-            bandwidth=self.bandwidth,
+            tflops=self.rates.tflops,
+            bandwidth=self.rates.bandwidth,
+            new_memory=None if math.isinf(self.rates.new_memory) else self.rates.new_memory,
             samples=self.given.source,
             tokens=longest["input_ids"].shape[1],
             mean_tokens=self.given.mean,
@@ -285,25 +379,62 @@ class Planner:
                 "again": typical.again,
             },
             wanted=wanted,
+            otherwise=None if self.cache is None else self.planned(self.given_setting(other=True)),
+            cache=self.cache,
             settings=tuple(fitting[:MOST_SETTINGS]),
             refused=refused,
             notes=pair.notes,
         )
 
-    def given_setting(self) -> Setting:
-        """The recipe as it is; what it leaves open is what fits."""
+    def given_setting(self, *, other: bool = False) -> Setting:
+        """The recipe as it is; what it leaves open is what the training takes.
+
+        Args:
+            other: with a teacher's cache where the recipe has none, and without where it has one.
+        """
         rule = self.pair.rule
-        strategy: Strategy = "sharded" if rule.strategy == "sharded" else "ddp"
-        asked = Setting(
+        cached = (not rule.teacher_cache) if other else rule.teacher_cache
+        strategy: Strategy = None
+        if self.devices > 1:
+            sharded = rule.strategy == "sharded"
+            if rule.strategy == "auto" and not rule.compile:
+                sharded = self.pair.bytes_of_a_rank(cached=bool(cached)) > room_of(self.memory)
+            strategy = "sharded" if sharded else "ddp"
+        return Setting(
             min(rule.micro_batch_size, self.share),
             str(rule.precision),
             rule.activation_checkpointing == "blocks",
-            strategy if self.devices > 1 else None,
+            strategy,
+            cached,
         )
-        left_open = self.devices > 1 and rule.strategy == "auto" and not rule.compile
-        if left_open and self.planned(asked).peak > self.memory:
-            return replace(asked, strategy="sharded")
-        return asked
+
+    @cached_property
+    def cache(self) -> PlannedCache | None:
+        """Files of what the teacher says; None without a teacher whose head can be taken out."""
+        teacher, rule = self.pair.teacher, self.pair.rule
+        taught = self.rehearsals.of(0, rule.precision)[0]
+        if self.pair.head is None or teacher is None or taught is None:
+            return None
+        looked_at = self.given.looked_at
+        each = sum(bytes_on_disk(teacher, self.pair.micro(one)) for one in looked_at)
+        samples = self.given.count
+        if samples is not None and rule.chooses_by_teacher:
+            samples += self.given.held_out or 0
+        return PlannedCache(
+            round(each / len(looked_at)), samples, self.teacher_seconds(taught, 1) / self.devices
+        )
+
+    @cached_property
+    def filling(self) -> float:
+        """Seconds of the teacher for its cache, shared out among all steps."""
+        if self.cache is None:
+            return 0.0
+        rule, count = self.pair.rule, self.given.count
+        if count is None or self.cache.samples is None:
+            # Without data every sample is seen once in an epoch.
+            passes = 1.0 if rule.steps else rule.epochs
+            return self.cache.sample_seconds * rule.batch_size / passes
+        return self.cache.sample_seconds * self.cache.samples / steps_of(rule, count)
 
     @property
     def share(self) -> int:
@@ -314,19 +445,28 @@ class Planner:
         """Those that fit, best first: with each the largest micro-batch; or the least that was
         too much."""
         strategies: tuple[Strategy, ...] = ("ddp", "sharded") if self.devices > 1 else (None,)
-        kinds = itertools.product(("bfloat16", "float32"), (False, True), strategies)
+        folder = self.pair.rule.teacher_cache or True
+        caches = (False,) if self.cache is None else (False, folder)
+        kinds = itertools.product(("bfloat16", "float32"), (False, True), strategies, caches)
         most = min(self.share, MOST_AT_ONCE)
         counts = [1 << i for i in range(most.bit_length()) if 1 << i < most]
         found, refused = list[Planned](), list[Planned]()
-        for precision, checkpointing, strategy in kinds:
+        for precision, checkpointing, strategy, cached in kinds:
             for count in (most, *reversed(counts)):
-                one = self.planned(Setting(count, precision, checkpointing, strategy))
+                one = self.planned(Setting(count, precision, checkpointing, strategy, cached))
                 if one.peak <= self.memory:
                     found.append(one)
                     break
             else:
                 refused.append(one)
-        found.sort(key=lambda one: (one.seconds, one.setting.sharded, one.peak))
+        found.sort(
+            key=lambda one: (
+                one.seconds + one.filling_seconds,
+                bool(one.setting.teacher_cache),
+                one.setting.sharded,
+                one.peak,
+            )
+        )
         least = min(refused, key=lambda one: one.peak, default=None)
         return found, None if found else least
 
@@ -338,7 +478,8 @@ class Planner:
         at = max(bytes_at, key=lambda name: sum(bytes_at[name].values()))
         student, teacher = self.seconds(setting)
         kinds = {kind: count for kind, count in bytes_at[at].items() if count}
-        return Planned(setting, kinds, at, student, teacher)
+        filling = self.filling if setting.teacher_cache else 0.0
+        return Planned(setting, kinds, at, student, teacher, filling)
 
     def seconds(self, setting: Setting) -> tuple[float, float]:
         """Of an optimizer step: student and teacher."""
@@ -347,23 +488,35 @@ class Planner:
         samples = self.share * self.given.padded(count)
         operations = typical.forward + typical.backward + again * typical.again
         # Gradients of parameters are added up once a micro-batch, however long it is.
-        longest = self.rehearsed(count, setting.precision)[1]
+        teaching, longest = self.rehearsed(count, setting.precision)
         batches = samples / count * self.given.mean / max(self.given.lengths)
         moved = batches * (longest.moved + again * longest.moved_again)
+        new_pages = batches * (longest.new_pages + again * longest.new_pages_again)
         ranks = self.devices if setting.sharded else 1
         moved += (ADAMW * foot.learned + QUANTIZING * foot.held) / ranks
-        student = self._time(samples * operations, moved, setting.precision)
-        if taught is None or self.pair.teacher is None:
+        student = self.rates.seconds(setting.precision, samples * operations, moved, new_pages)
+        if taught is None or teaching is None or setting.teacher_cache:
             return student, 0.0
-        name = _rate_name(self.pair.teacher.program.dtype)
-        return student, self._time(samples * taught.operations, samples * taught.moved, name)
+        operations = math.ceil(samples * taught.operations / batches)
+        return student, self.teacher_seconds(replace(teaching, operations=operations), batches)
 
-    def _time(self, operations: float, moved: float, precision: str) -> float:
-        return operations / (self.rates[precision] * 1e12) + moved / (self.bandwidth * 1e9)
+    def teacher_seconds(self, taught: Taught, batches: float) -> float:
+        """Of so many micro-batches."""
+        assert self.pair.teacher is not None
+        one = self.rates.seconds(
+            _rate_name(self.pair.teacher.program.dtype),
+            taught.operations,
+            taught.moved,
+            taught.new_pages,
+        )
+        return batches * one
 
     def bytes_at(self, setting: Setting, batches: int) -> dict[str, dict[str, int]]:
         """Time of a step -> kind -> bytes of one device."""
-        (taught, teaching), micro = self.rehearsed(setting.micro_batch_size, setting.precision)
+        said, micro = self.rehearsed(setting.micro_batch_size, setting.precision)
+        taught, teaching = (0, 0) if said is None else (said.bytes, said.peak)
+        if said is not None and setting.teacher_cache:
+            taught = said.cached
         pair, foot = self.pair, self.pair.footprint
         ranks = self.devices if setting.sharded else 1
         learned = MASTER * foot.learned // ranks
@@ -371,7 +524,7 @@ class Planner:
         at_once = bool(foot.codes) and self.devices == 1
         of_graph = foot.plain + (foot.scales if at_once else foot.with_gradient)
         of_graph = MASTER * of_graph // ranks
-        gathered, passing = (0, 0) if not setting.sharded else self.gathered()
+        gathered, passing = (0, 0) if not setting.sharded else self.gathered(setting)
         kept = {
             "masters": learned,
             "frozen": (MASTER * foot.others + foot.codes) // ranks,
@@ -379,7 +532,8 @@ class Planner:
             "moments": 2 * learned,
             "best": learned if pair.device == "cpu" else 0,
             "original": pair.original,
-            "teacher": pair.teaching // ranks,
+            # The head of a teacher in files is in no shards.
+            "teacher": pair.kept_head if setting.teacher_cache else pair.teaching // ranks,
         }
         activations, peak, in_graph = micro.saved, micro.peak, of_graph
         if setting.checkpointing:
@@ -396,15 +550,28 @@ class Planner:
                 "original": pair.original,
                 "teacher": pair.teaching,
             }
+        teacher_runs = {
+            **kept,
+            "gathered": gathered,
+            "taught": batches * taught,
+            "batches": batches * micro.inputs,
+            "temporary": teaching - taught,
+        }
+        if setting.teacher_cache:
+            # Its teacher runs before the student has anything to be trained with, on one sample.
+            one = self.rehearsed(1, setting.precision)[0]
+            teacher_runs = {
+                "masters": MASTER * foot.learned,
+                "frozen": MASTER * foot.others + foot.codes,
+                "original": pair.original,
+                "teacher": pair.teaching,
+                "temporary": 0 if one is None else one.peak,
+            }
+            if whole:
+                whole["teacher"] = pair.kept_head
         return {
             "before it is sharded": whole,
-            "teacher": {
-                **kept,
-                "gathered": gathered,
-                "taught": batches * taught,
-                "batches": batches * micro.inputs,
-                "temporary": teaching - taught,
-            },
+            "filling the cache" if setting.teacher_cache else "teacher": teacher_runs,
             "micro-batch": {
                 **kept,
                 "gradients": in_graph,
@@ -421,7 +588,7 @@ class Planner:
             },
         }
 
-    def gathered(self) -> tuple[int, int]:
+    def gathered(self, setting: Setting) -> tuple[int, int]:
         """Of what is sharded, bytes that are in full at once: weights, and gradients."""
         foot, teacher = self.pair.footprint, self.pair.teacher_footprint
 
@@ -432,25 +599,24 @@ class Planner:
             return MASTER * (count.quantized + count.plain)
 
         full = weights(foot.root) + 2 * weights(foot.block)
-        if self.pair.teaching and teacher is not None and self.pair.teacher is not None:
+        runs = not setting.teacher_cache and self.pair.teaching
+        if runs and teacher is not None and self.pair.teacher is not None:
             root, size = teacher.root, self.pair.teacher.program.dtype.itemsize
             full += size * (root.quantized + root.plain + root.still)
         return full, gradients(foot.root) + gradients(foot.block)
 
-    def rehearsed(self, samples: int, precision: str) -> tuple[tuple[int, int], Rehearsal]:
-        """Of so many times the longest sample: bytes of what the teacher said and at its highest
-        point, and the student.
+    def rehearsed(self, samples: int, precision: str) -> tuple[Taught | None, Rehearsal]:
+        """So many times the longest sample, of the teacher and the student.
 
         Of the recipe's own number, of one and of the most; others lie between the latter.
         """
         most = min(self.share, MOST_AT_ONCE)
         if samples in (1, most, self.pair.rule.micro_batch_size):
-            taught, found = self.rehearsals.of(samples, precision)
-            return (0, 0) if taught is None else (taught.bytes, taught.peak), found
-        (low, one), (high, all_) = (self.rehearsed(n, precision) for n in (1, most))
+            return self.rehearsals.of(samples, precision)
+        (less, one), (more, all_) = (self.rehearsed(n, precision) for n in (1, most))
         share = (samples - 1) / (most - 1)
-        said, peak = (math.ceil(a + share * (b - a)) for a, b in zip(low, high, strict=True))
-        return (said, peak), one.between(all_, share)
+        taught = None if less is None or more is None else less.between(more, share)
+        return taught, one.between(all_, share)
 
 
 class Rehearsals:
@@ -515,13 +681,6 @@ def _precision(rule: Training, device: str) -> str:
     if found != "auto":
         return found
     return "float32" if device == "cpu" else "bfloat16"
-
-
-def _rates(device: str, precision: str, given: float | None) -> dict[str, float]:
-    """TFLOP/s by dtype; what is given is that of the recipe's precision."""
-    usual = TFLOPS[device]
-    factor = 1.0 if given is None else given / usual[precision]
-    return {name: rate * factor for name, rate in usual.items()}
 
 
 def _rate_name(dtype: torch.dtype) -> str:

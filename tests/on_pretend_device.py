@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -57,9 +58,16 @@ def compiled(folder: Path) -> None:
     """Without data, saved, and loaded where it was and on the processor: the same tokens."""
     pack_for_the_device()
     save_tiny(folder / "model", num_hidden_layers=1)
-    there = gracec.compile(
-        folder / "model", small("ptq"), output_dir=folder / "out", formats="hf,torchao", **OPTIONS
-    )
+    asked = patch.object(gates, "default_kernels_agree", wraps=gates.default_kernels_agree)
+    with asked as gate:
+        there = gracec.compile(
+            folder / "model",
+            small("ptq"),
+            output_dir=folder / "out",
+            formats="hf,torchao",
+            **OPTIONS,
+        )
+    gate.assert_called_once()
     assert same_device(there.device, SIM) and "default_kernels_agree" in there.report.gates
     kernels = there.report.gates["int4_kernels"]
     assert kernels.count == kernels.planned > 0

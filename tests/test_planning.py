@@ -1,24 +1,34 @@
 """The plan of a training against the training itself, and against what runs it."""
 
+import gc
+import itertools
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import yaml
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import gracec
 from gracec.errors import GracecError
 from gracec.inspection import inspect_model
 from gracec.models.hub import find_description
-from gracec.planning import Pair, Planner, Rehearsals
+from gracec.planning import Pair, Planner, Rates, Rehearsals
 from gracec.recipe import Recipe, Training
 from gracec.report.training_plan import Setting, TrainingPlan
+from gracec.training.loop import Run
 from gracec.training.planned_samples import Stated
-from tests.tiny import IMAGE_TOKENS, tiny_config, tiny_image, tiny_llava
+from gracec.training.sharding import FOR_PARAMETERS, bytes_of_a_rank
+from tests.tiny import IMAGE_TOKENS, tiny_config, tiny_image, tiny_llava, tiny_processor
 from tests.tiny_families import CONFIGS
 from tests.tiny_families import tiny_processor as processor_of
+from tests.training.test_run import records
 
 RECIPE = Recipe.from_dict(
     {
@@ -52,11 +62,11 @@ def pair(folder: Path) -> Pair:
 @pytest.fixture(scope="module")
 def plan_for(pair: Pair) -> Callable[..., TrainingPlan]:
     samples = pair.samples(None, TEXT)
-    rates = {"float32": 0.1, "bfloat16": 0.2}
+    rates = Rates({"float32": 0.1, "bfloat16": 0.2}, 10.0, 2.0)
     rehearsals = Rehearsals(pair, samples)
 
     def plan(devices: int = 1, memory: int = 10**9) -> TrainingPlan:
-        return Planner(pair, samples, devices, memory, rates, 10.0, rehearsals).plan()
+        return Planner(pair, samples, devices, memory, rates, rehearsals).plan()
 
     return plan
 
@@ -77,8 +87,8 @@ def test_what_fits_is_the_fastest_first_and_less_memory_takes_less(
     plan_for: Callable[..., TrainingPlan],
 ) -> None:
     found = plan_for()
-    seconds = [one.seconds for one in found.settings]
-    assert len(found.settings) == 4 and seconds == sorted(seconds)
+    seconds = [one.seconds + one.filling_seconds for one in found.settings]
+    assert len(found.settings) == 8 and seconds == sorted(seconds)
     assert {one.setting.micro_batch_size for one in found.settings} == {8}
     for one in found.settings:
         written = yaml.safe_load(one.setting.lines())["training"]
@@ -94,12 +104,13 @@ def test_what_fits_is_the_fastest_first_and_less_memory_takes_less(
 
 
 def test_of_what_is_sharded_each_device_has_its_share(
-    plan_for: Callable[..., TrainingPlan],
+    plan_for: Callable[..., TrainingPlan], pair: Pair
 ) -> None:
     found = plan_for(devices=4)
     settings = {
         (one.setting.precision, one.setting.checkpointing, one.setting.strategy): one
         for one in found.settings
+        if not one.setting.teacher_cache
     }
     one, four = (settings["float32", False, strategy] for strategy in ("ddp", "sharded"))
     for kind in ("masters", "moments", "w_hat", "teacher"):
@@ -108,9 +119,114 @@ def test_of_what_is_sharded_each_device_has_its_share(
     assert four.setting.lines() == (
         "training: {micro_batch_size: 2, precision: float32, strategy: sharded}"
     )
-    assert found.wanted.setting.strategy == "ddp"  # as it fits
-    assert plan_for(devices=4, memory=one.peak - 1).wanted.setting.strategy == "sharded"
+    # What "auto" is does not depend on activations, for those are not known to the training.
+    memory = math.ceil(pair.bytes_of_a_rank(cached=False) / FOR_PARAMETERS)
+    assert plan_for(devices=4, memory=memory + 2).wanted.setting.strategy == "ddp"
+    assert plan_for(devices=4, memory=memory - 2).wanted.setting.strategy == "sharded"
     assert found.wanted.teacher_seconds == pytest.approx(plan_for().wanted.teacher_seconds / 4)
+
+
+def test_with_a_cache_the_teacher_leaves_its_head_and_its_answers_are_on_the_disk(
+    plan_for: Callable[..., TrainingPlan],
+) -> None:
+    found = plan_for()
+    assert found.otherwise is not None and found.cache is not None
+    without, cached = found.wanted, found.otherwise
+    assert cached.setting == replace(without.setting, teacher_cache=True)
+    assert 0 == cached.teacher_seconds < without.teacher_seconds
+    assert cached.student_seconds == without.student_seconds
+    assert cached.bytes["teacher"] == 4 * 128 * 96 < without.bytes["teacher"]
+    assert cached.peak < without.peak
+    # The input of its head at 8 positions, and the upper triangle of the relations of the picture.
+    said = 4 * (8 * 96 + IMAGE_TOKENS * (IMAGE_TOKENS + 1) // 2)
+    assert found.cache.sample_bytes == said and found.cache.bytes is None
+    assert any("with teacher_cache: " in line for line in found.verdict())
+    assert "teacher_cache: true" in cached.setting.lines()
+
+
+class Enough(Exception):
+    """Of the training: what follows is no part of a plan."""
+
+
+class Watched:
+    """What a training holds after its first step, and the most that the second one adds to it."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        self.before = sum(storages().values())
+        self.held = self.added = 0
+        self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+
+    def on_step(self, step: int, figures: dict[str, Any]) -> bool:
+        if step == 1:
+            for one in tensors():
+                one.grad = None  # as the next step begins: the profiler sees no end of what is old
+            self.held = sum(storages().values()) - self.before
+            self.profile.start()
+            return False
+        self.profile.stop()
+        events: Any = self.profile.profiler.kineto_results.events()
+        memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        self.added = max(itertools.accumulate(size for _, size in memory))
+        raise Enough
+
+
+def tensors() -> list[Tensor]:
+    """All that Python knows of."""
+    found = [one for one in gc.get_objects() if type(one) in (Tensor, nn.Parameter)]
+    return [one for one in found if one.device.type == "cpu"]
+
+
+def storages() -> dict[int, int]:
+    """Address of the memory of every tensor -> bytes."""
+    held = (one.untyped_storage() for one in tensors())
+    return {one.data_ptr(): one.nbytes() for one in held if one.nbytes()}
+
+
+@pytest.mark.parametrize("training", [{}, {"learns": "scales", "teacher_cache": "teachers"}])
+def test_the_peak_is_that_of_the_training(
+    training: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of its tensors; and what the rule for sharding adds up, to the byte."""
+    monkeypatch.chdir(tmp_path)
+    wide = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+    for name, layers in (("student", 2), ("teacher", 3)):
+        tiny_llava(**wide, num_hidden_layers=layers).save_pretrained(tmp_path / name)
+        tiny_processor().save_pretrained(tmp_path / name)
+    rule = {**RECIPE.to_dict()["training"], "evaluate_every": 9, **training}
+    quick = {"calibration": {"method": "weights"}, "scale_search": {"candidates": 2}}
+    recipe = Recipe.from_dict({**RECIPE.to_dict(), **quick, "training": rule})
+    counted: list[int] = []
+
+    def counts(run: Run) -> bool:
+        counted.append(bytes_of_a_rank(run.running.program, run.parameters, run.teacher))
+        return False
+
+    monkeypatch.setattr(Run, "_shards", counts)
+    data, watched = records(20), Watched()
+    options: dict[str, Any] = {"teacher": tmp_path / "teacher", "progress": False}
+    with pytest.raises(Enough):
+        gracec.compile(
+            tmp_path / "student", recipe, train_data=data, callbacks=[watched], **options
+        )
+    student, teacher = (find_description(tmp_path / name) for name in ("student", "teacher"))
+    assert recipe.training is not None
+    float32 = recipe.training.model_copy(update={"precision": "float32"})
+    pair = Pair.read(student, teacher, recipe, float32, "cpu", None)
+    given = pair.samples(data, TEXT)
+    planner = Planner(pair, given, 1, 10**9, Rates.of("cpu"), Rehearsals(pair, given))
+    cached = bool(training)
+    assert counted == [pair.bytes_of_a_rank(cached=cached)]
+    setting = planner.given_setting()
+    in_a_step = planner.bytes_at(setting, planner.share // setting.micro_batch_size)["micro-batch"]
+    assert sum(in_a_step.values()) == pytest.approx(watched.held + watched.added, rel=0.1)
+    if cached:
+        assert planner.cache is not None and planner.cache.bytes is not None
+        files = list(tmp_path.glob("teachers/*/*/*.safetensors"))
+        kept = [one for file in files for one in safetensors.torch.load_file(file).items()]
+        written = sum(tensor.nbytes for name, tensor in kept if name != "sizes")
+        assert planner.cache.samples == len(files)
+        assert planner.cache.bytes == pytest.approx(written, rel=0.02)
 
 
 def test_inspect_shows_the_training_and_counts_what_the_processor_makes(tmp_path: Path) -> None:

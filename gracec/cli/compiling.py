@@ -216,7 +216,7 @@ def plan(
         float | None,
         typer.Option(
             help="Memory that a device reads and writes, in 10^9 bytes a second. "
-            "[default: 2000; cpu: 10]",
+            "[default: 2000; cpu: 20]",
             show_default=False,
         ),
     ] = None,

@@ -1,6 +1,7 @@
 """What a training takes before it begins: bytes of every kind, seconds, and settings that fit.
 
-A step has three times, at one of which it is highest, unless what is sharded is still whole before.
+A step has three times, at one of which it is highest, unless what is sharded is still whole before,
+or the teacher fills its cache.
 
     teacher        masters + moments + ŵ                   + activations of the teacher
     micro-batch    masters + moments + ŵ + dL/dŵ so far    + activations of one micro-batch
@@ -9,6 +10,7 @@ A step has three times, at one of which it is highest, unless what is sharded is
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -45,12 +47,14 @@ class Setting:
         checkpointing: whether decoder blocks are computed again in the backward pass.
         strategy: "sharded" where the devices share out weights, gradients and moments, "ddp" where
             each has all of them; None for one device.
+        teacher_cache: whether what the teacher says is read from files, or the folder of these.
     """
 
     micro_batch_size: int
     precision: str = "float32"
     checkpointing: bool = False
     strategy: Literal["ddp", "sharded"] | None = None
+    teacher_cache: bool | str = False
 
     @property
     def sharded(self) -> bool:
@@ -64,11 +68,16 @@ class Setting:
             found["activation_checkpointing"] = "blocks"
         if self.strategy is not None:
             found["strategy"] = self.strategy
+        if self.teacher_cache:
+            found["teacher_cache"] = self.teacher_cache
         return found
 
     def lines(self) -> str:
         """To be pasted into a recipe."""
-        fields = ", ".join(f"{name}: {value}" for name, value in self.fields().items())
+        said = {**self.fields()}
+        if self.teacher_cache:  # a folder may have any name
+            said["teacher_cache"] = json.dumps(self.teacher_cache)
+        fields = ", ".join(f"{name}: {value}" for name, value in said.items())
         return f"training: {{{fields}}}"
 
 
@@ -80,6 +89,7 @@ class Planned:
         bytes: kind -> bytes of one device at the highest point.
         peak_at: which time of a step that is.
         student_seconds, teacher_seconds: of an optimizer step.
+        filling_seconds: of the teacher for its cache, shared out among all steps.
     """
 
     setting: Setting
@@ -87,6 +97,7 @@ class Planned:
     peak_at: str
     student_seconds: float
     teacher_seconds: float
+    filling_seconds: float = 0.0
 
     @property
     def peak(self) -> int:
@@ -108,7 +119,40 @@ class Planned:
             "seconds_a_step": self.seconds,
             "student_seconds": self.student_seconds,
             "teacher_seconds": self.teacher_seconds,
+            "filling_seconds": self.filling_seconds,
         }
+
+
+@dataclass(frozen=True)
+class PlannedCache:
+    """What the teacher says of all samples, in files.
+
+    Attributes:
+        sample_bytes: on the disk, of a sample on average.
+        samples: how many there are; None where that is not known.
+        sample_seconds: in which all devices together answer one sample.
+    """
+
+    sample_bytes: int
+    samples: int | None
+    sample_seconds: float
+
+    @property
+    def bytes(self) -> int | None:
+        """On the disk."""
+        return None if self.samples is None else self.samples * self.sample_bytes
+
+    def line(self) -> str:
+        """For people."""
+        each = f"{size(self.sample_bytes)} a sample"
+        if self.bytes is None or self.samples is None:
+            return f"{each}, written once in {self.sample_seconds:.3g} s"
+        whole = f"{size(self.bytes)} for {self.samples:,} samples ({each})"
+        return f"{whole}, written once in {_duration(self.samples * self.sample_seconds)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {**asdict(self), "bytes": self.bytes}
 
 
 @dataclass(frozen=True)
@@ -119,6 +163,8 @@ class TrainingPlan:
         devices, memory: how many, and bytes of each.
         tflops: what a device computes in a second in matmuls, by dtype, in 10^12 operations.
         bandwidth: bytes of memory that it reads and writes in a second, in 10^9.
+        new_memory: bytes that the system gives it for large tensors, likewise; None where that
+            takes no time.
         samples: where tokens were counted.
         tokens, mean_tokens: of the longest sample, and on average.
         visual, supervised: tokens of the longest sample that are of pictures, and that are learned.
@@ -128,6 +174,9 @@ class TrainingPlan:
         operations: of a sample of the mean length: teacher, forward, backward, and forward of the
             decoder blocks alone.
         wanted: the recipe as it is.
+        otherwise: the same with `teacher_cache` where the recipe has none, and without where it
+            has one; None where nothing can be cached.
+        cache: None likewise.
         settings: others that fit, best first.
         refused: the least that was too much, where nothing fits.
     """
@@ -140,6 +189,7 @@ class TrainingPlan:
     memory: int
     tflops: Mapping[str, float]
     bandwidth: float
+    new_memory: float | None
     samples: str
     tokens: int
     mean_tokens: float
@@ -152,6 +202,8 @@ class TrainingPlan:
     learning: int
     operations: Mapping[str, int]
     wanted: Planned
+    otherwise: Planned | None
+    cache: PlannedCache | None
     settings: tuple[Planned, ...]
     refused: Planned | None
     notes: tuple[str, ...]
@@ -164,6 +216,8 @@ class TrainingPlan:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         found = {**asdict(self), "fits": self.fits, "wanted": self.wanted.to_dict()}
+        found["otherwise"] = None if self.otherwise is None else self.otherwise.to_dict()
+        found["cache"] = None if self.cache is None else self.cache.to_dict()
         found["settings"] = [one.to_dict() for one in self.settings]
         found["refused"] = None if self.refused is None else self.refused.to_dict()
         return found
@@ -201,27 +255,45 @@ class TrainingPlan:
 
     def settings_table(self) -> Table:
         """Settings that fit, best first."""
-        table = Table("fits", "peak", "seconds a step", "of it teacher")
+        cached = any(one.setting.teacher_cache for one in self.settings)
+        last = ["filling the cache"] * cached
+        table = Table("fits", "peak", "seconds a step", "of it teacher", *last)
         for column in table.columns[1:]:
             column.justify = "right"
         for one in self.settings:
             share = one.teacher_seconds / one.seconds if one.seconds else 0.0
-            table.add_row(one.setting.lines(), size(one.peak), f"{one.seconds:.3g}", f"{share:.0%}")
+            filling = f"+ {one.filling_seconds:.3g}" if one.setting.teacher_cache else ""
+            cells = [size(one.peak), f"{one.seconds:.3g}", f"{share:.0%}", *[filling] * cached]
+            table.add_row(one.setting.lines(), *cells)
         return table
 
     def verdict(self) -> list[str]:
         """Whether it fits, and how long it takes, for people."""
         wanted, memory = self.wanted, size(self.memory)
         share = wanted.teacher_seconds / wanted.seconds if wanted.seconds else 0.0
-        rates = ", ".join(f"{name} {rate:g}" for name, rate in self.tflops.items())
+        rates = ", ".join(f"{name} {rate:.3g}" for name, rate in self.tflops.items())
+        rates = f"TFLOP/s: {rates}; {self.bandwidth:.3g} GB/s"
+        if self.new_memory is not None:
+            rates += f", {self.new_memory:.3g} of new memory"
         lines = [
             f"as it is    {size(wanted.peak)} at the highest point ({wanted.peak_at}), which "
             f"{'fits' if self.fits else f'does not fit {memory}'}",
             f"            {wanted.seconds:.3g} s a step, {share:.0%} of it the teacher, by "
-            f"operations and memory read (TFLOP/s: {rates}; {self.bandwidth:g} GB/s)",
+            f"operations and memory read ({rates})",
         ]
         if self.steps is not None:
             lines.append(f"            {_duration(wanted.seconds * self.steps)} for all steps")
+        if self.otherwise is not None and self.cache is not None:
+            other, kept = (
+                self.otherwise,
+                "with" if self.otherwise.setting.teacher_cache else "without",
+            )
+            fits = "fits" if other.peak <= self.memory else "does not fit"
+            lines += [
+                f"            {kept} teacher_cache: {size(other.peak)} ({other.peak_at}), which "
+                f"{fits}; {other.seconds:.3g} s a step",
+                f"the cache   {self.cache.line()}",
+            ]
         if self.refused is not None:
             lines.append(
                 f"nothing fits {memory}: {self.refused.setting.lines()} takes "
@@ -234,6 +306,7 @@ def _short(setting: Setting) -> str:
     parts = [setting.precision, f"micro-batch {setting.micro_batch_size}"]
     parts += ["blocks again"] * setting.checkpointing
     parts += [setting.strategy] if setting.strategy is not None else []
+    parts += ["teacher cache"] * bool(setting.teacher_cache)
     return "\n".join(parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -117,6 +118,7 @@ def train(
         journal.note("training", *cached.notes)
         teacher = cached.teacher
     del taught  # of one that is in files the head alone stays, if nobody else has it
+    gc.collect()  # a graph and its nodes hold each other
     trim()
     if rule.precision == "auto" and owned.model.device.type != "cpu":
         dtype, device = str(precision_of(rule, owned.model.device)), owned.model.device.type

@@ -80,15 +80,19 @@ class PlannedSamples:
         lengths: tokens of each sample.
         longest: a batch of so many times the longest sample.
         typical: the sample whose length is nearest to the mean, as a batch.
+        looked_at: each of them, as a batch; of alike ones one.
         source: where they are from, for people.
         count: samples that there are to train on; None where that is not known.
+        held_out: samples that choose the best state, likewise.
     """
 
     lengths: tuple[int, ...]
     longest: Callable[[int], Batch]
     typical: Batch
+    looked_at: tuple[Batch, ...]
     source: str
     count: int | None = None
+    held_out: int | None = None
 
     @property
     def mean(self) -> float:
@@ -107,8 +111,11 @@ class PlannedSamples:
         return sum(x * share for x, share in zip(ordered, shares, strict=True)) / self.mean
 
 
-def samples_of_data(samples: Samples) -> PlannedSamples:
+def samples_of_data(samples: Samples, held_out: int) -> PlannedSamples:
     """Some samples of the data, spread over it.
+
+    Args:
+        held_out: how many others choose the best state.
 
     Raises:
         GracecError: if none of them can be used.
@@ -131,8 +138,10 @@ def samples_of_data(samples: Samples) -> PlannedSamples:
         tuple(lengths.values()),
         lambda count: samples.batch([longest] * count),
         found[typical],
+        tuple(found.values()),
         f"{len(found)} of {count:,} samples of the data",
         count,
+        held_out,
     )
 
 
@@ -150,6 +159,7 @@ def stated_samples(model: PreTrainedModel, directory: Path, stated: Stated) -> P
         (one["input_ids"].shape[1],),
         lambda count: stated_batch(model, directory, stated, count)[0],
         one,
+        (one,),
         source,
     )
 

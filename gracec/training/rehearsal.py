@@ -7,7 +7,8 @@ those of the real step, of any family, whatever its graph looks like.
     teacher   forward
     student   forward  ->  head and loss, in chunks  ->  backward
 
-Left out is what a kernel allocates and frees inside itself.
+Left out is what a kernel allocates and frees inside itself; but not the copy of its operand that
+logsumexp makes, which is as large as the logits.
 """
 
 from __future__ import annotations
@@ -34,9 +35,14 @@ from gracec.passes.insert_fake_quant import FAKE_QUANTIZE_ACTIVATION
 from gracec.quant.ops_delta_rule import CHUNK
 from gracec.training.learner import Learner
 from gracec.training.micro_batch import MicroBatch
+from gracec.training.teacher_cache import bytes_read
 
 aten = torch.ops.aten
 
+NEW_PAGES = 32 << 20
+"""Bytes from which on a tensor on the CPU is in memory that the system has yet to fill with zeros,
+page by page: the most that glibc's threshold for this grows to. What is smaller is mostly where
+another tensor was before."""
 LOOKUPS = {aten.embedding, aten.index, aten.index_select, aten.gather}
 """Operators that read of their first operand only as much as they return."""
 
@@ -48,16 +54,25 @@ class Taught:
     Attributes:
         outputs: fake ones.
         bytes: of them, which are kept until the student's turn.
+        cached: of them, where the teacher is in files.
         peak: most that is alive while the teacher runs, beside its parameters.
         operations: floating-point ones.
         moved: bytes that all operators but matmuls read and write.
+        new_pages: bytes of tensors of `NEW_PAGES` and more that any operator makes.
     """
 
     outputs: Outputs
     bytes: int
+    cached: int
     peak: int
     operations: int
     moved: int
+    new_pages: int
+
+    def between(self, other: Taught, share: float) -> Taught:
+        """On the line from this one to another, but for the outputs, which are this one's."""
+        names = ("bytes", "cached", "peak", "operations", "moved", "new_pages")
+        return Taught(self.outputs, **_between(self, other, share, names))
 
 
 @dataclass(frozen=True)
@@ -78,6 +93,8 @@ class Rehearsal:
         forward, backward, again: operations of both passes, and of the decoder blocks forward.
         moved, moved_again: bytes that all operators but matmuls read and write: in both passes,
             and in the decoder blocks forward.
+        new_pages, new_pages_again: bytes of tensors of `NEW_PAGES` and more that any operator
+            makes, likewise.
     """
 
     inputs: int
@@ -91,12 +108,13 @@ class Rehearsal:
     again: int
     moved: int
     moved_again: int
+    new_pages: int
+    new_pages_again: int
 
     def between(self, other: Rehearsal, share: float) -> Rehearsal:
-        """On the line from this one to another: not less than what lies between them."""
-        more = vars(other)
-        found = {n: math.ceil(one + share * (more[n] - one)) for n, one in vars(self).items()}
-        return Rehearsal(**found)
+        """On the line from this one to another: not less than what lies between them, but for new
+        pages, which no tensor takes that is small enough."""
+        return Rehearsal(**_between(self, other, share, vars(self)))
 
 
 def rehearse_teacher(teacher: Learner, micro: MicroBatch, mode: FakeTensorMode) -> Taught:
@@ -105,14 +123,16 @@ def rehearse_teacher(teacher: Learner, micro: MicroBatch, mode: FakeTensorMode) 
     Args:
         micro: of real integers; nothing of it is computed with.
     """
-    micro = _fake(micro, mode)
+    cached, micro = bytes_read(teacher, micro), _fake(micro, mode)
     parameters = _parameters(teacher.program, mode)
     alive = _Alive(_operations(micro), _given(micro, parameters))
     with mode, alive, torch.no_grad():
         inputs = teacher.inputs(micro)
         outputs = teacher.outputs(_Graph(teacher.program, parameters, alive).run(*inputs.values()))
         del inputs
-    return Taught(outputs, alive.now, alive.peak, alive.operations, alive.moved)
+    return Taught(
+        outputs, alive.now, cached, alive.peak, alive.operations, alive.moved, alive.new_pages
+    )
 
 
 def rehearse(
@@ -168,6 +188,8 @@ def rehearse(
         again=graph.operations_of_blocks,
         moved=alive.moved,
         moved_again=graph.moved_in_blocks,
+        new_pages=alive.new_pages,
+        new_pages_again=graph.new_pages_in_blocks,
     )
 
 
@@ -183,6 +205,7 @@ class _Alive(TorchDispatchMode):
         excess: phase -> most that was alive beside what autograd keeps and gradients.
         operations: floating-point ones of what is counted, matmuls and attention.
         moved: bytes read and written by everything else.
+        new_pages: bytes of storages of `NEW_PAGES` and more.
     """
 
     def __init__(
@@ -191,6 +214,7 @@ class _Alive(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.counted, self.operations = counted, 0
         self.now = self.peak = self.gradients = self.beside = self.saved = self.moved = 0
+        self.new_pages = 0
         self.by_block: dict[int, int] = {}
         self.largest_block = 0
         self.block: int | None = None
@@ -209,13 +233,17 @@ class _Alive(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func is aten.logsumexp.default:
+            with self:
+                return _logsumexp(*args, **(kwargs or {}))
         returned = func(*args, **(kwargs or {}))
         made = [self._note(one) for one in tree_leaves(returned) if isinstance(one, Tensor)]
         count = self.counted.get(func._overloadpacket)
         if count is not None:
             self.operations += count(*args, **(kwargs or {}), out_val=returned)
         elif any(made) or func._schema.is_mutable:
-            operands = (args, kwargs, returned)
+            looked_up = func._overloadpacket in LOOKUPS
+            operands = (returned if looked_up else args[:1], args[1:], kwargs, returned)
             self.moved += sum(
                 _size(one) for one in tree_leaves(operands) if isinstance(one, Tensor)
             )
@@ -258,6 +286,7 @@ class _Alive(TorchDispatchMode):
         size = storage.nbytes()
         weakref.finalize(storage, self._gone, size)
         self.now += size
+        self.new_pages += size * (size >= NEW_PAGES)
         self.peak = max(self.peak, self.now)
         self.beside = max(self.beside, self.now - self.gradients)
         excess = self.now - self.gradients - self.saved
@@ -283,7 +312,7 @@ class _Graph(fx.Interpreter):
         super().__init__(program.graph_module)
         self.program, self.parameters, self.alive = program, parameters, alive
         self.blocks = block_numbers(program)
-        self.operations_of_blocks = self.moved_in_blocks = 0
+        self.operations_of_blocks = self.moved_in_blocks = self.new_pages_in_blocks = 0
         self.last = max((int(annotation(n)["block"]) for n in _ends(program)), default=0)
         self.rounded: tuple[fx.Node, Tensor] | None = None
 
@@ -293,10 +322,12 @@ class _Graph(fx.Interpreter):
         if block is not None and self.alive.phase == "before":
             self.alive.phase = "forward"
         operations, moved = self.alive.operations, self.alive.moved
+        new_pages = self.alive.new_pages
         result = self._rounding_its_input(n) if act_of(n) else super().run_node(n)
         if block is not None:
             self.operations_of_blocks += self.alive.operations - operations
             self.moved_in_blocks += self.alive.moved - moved
+            self.new_pages_in_blocks += self.alive.new_pages - new_pages
         if annotation(n).get("role") == "block_output":
             self.alive.leave_block(result)
             if annotation(n)["block"] == self.last and result.requires_grad:
@@ -324,6 +355,19 @@ class _Graph(fx.Interpreter):
 
     def _loss_is_behind(self, gradient: Tensor) -> None:
         self.alive.phase = "blocks"
+
+
+def _logsumexp(x: Tensor, dim: list[int], keepdim: bool = False) -> Tensor:
+    """With what the kernel makes inside itself, of the size of its operand."""
+    largest = x.amax(dim, True)
+    total = (x - largest).exp_().sum(dim, keepdim)
+    return total.log_().add_(largest if keepdim else largest.squeeze(dim))
+
+
+def _between(one: Any, other: Any, share: float, names: Iterable[str]) -> dict[str, int]:
+    """Of these fields, what is on the line from one object to another."""
+    ends = ((name, getattr(one, name), getattr(other, name)) for name in names)
+    return {name: math.ceil(start + share * (end - start)) for name, start, end in ends}
 
 
 def _parameters(program: Program, mode: FakeTensorMode) -> dict[str, Tensor]:
@@ -403,6 +447,7 @@ def _operations(micro: MicroBatch) -> dict[Any, Callable[..., int]]:
         **flop_registry,
         torch.ops.gracec.gated_delta_rule: linear_attention,
         torch.ops.gracec.gated_delta_rule_backward: linear_attention_backward,
+        aten.addmm_: flop_registry[aten.addmm],
         torch.ops.gracec.segment_attention: segments,
         torch.ops.gracec.segment_attention_backward: segments_backward,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,

@@ -11,8 +11,9 @@ quantizes its own part, and no float master is ever gathered in training.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,7 +23,6 @@ from torch.distributed.fsdp import fully_shard
 from gracec.ir.program import Program
 from gracec.quant.frozen import Experts
 from gracec.training.blocks import blocks_of, by_path
-from gracec.training.learner import Teacher
 from gracec.training.quantized_weights import QuantizedWeights
 from gracec.training.shards import sharded, whole, write
 
@@ -158,11 +158,20 @@ class ShardedStudent:
         self.release()
 
 
+class Held(Protocol):
+    """A teacher, as far as it takes memory."""
+
+    def tensors(self) -> Iterable[Tensor]:
+        """What it holds."""
+
+
 def bytes_of_a_rank(
-    program: Program, parameters: Mapping[str, nn.Parameter], teacher: Teacher | None
+    program: Program, parameters: Mapping[str, nn.Parameter], teacher: Held | None
 ) -> int:
     """What each rank needs where it has everything, without activations: parameters of the graph
-    that runs, masters and scales, a gradient and two moments of each, and the teacher."""
+    that runs, masters and scales, a gradient and two moments of each, and the teacher.
+
+    All may be stand-ins."""
     running = {id(one): one.nbytes for one in program.graph_module.parameters()}
     learn = {id(one): one.nbytes for one in parameters.values()}
     taught = () if teacher is None else teacher.tensors()
@@ -180,4 +189,10 @@ def bytes_for_a_rank(device: torch.device, ranks: int) -> int:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // here
     else:
         _, memory = torch.accelerator.get_memory_info(device)
+    return room_of(memory)
+
+
+def room_of(memory: int) -> int:
+    """What is for parameters and what belongs to them, of the memory of a rank. Where they need
+    more, `strategy: auto` is sharded."""
     return int(FOR_PARAMETERS * memory)

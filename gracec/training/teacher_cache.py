@@ -170,7 +170,7 @@ def cached_teacher(
         GracecError: if the head of the teacher cannot be taken out of its graph; if the files do
             not fit on the disk, or cannot be read or written.
     """
-    logits = _head_of(teacher)
+    logits = head_of(teacher)
     cache = TeacherCache.open(folder, teacher, fingerprint, processor)
     images = bool(rule.distillation.omega)
     ranked = dist.is_available() and dist.is_initialized()
@@ -198,8 +198,12 @@ def cached_teacher(
     return Cached(kept, read, computed, said + cache.notes)
 
 
-def _head_of(teacher: Learner) -> LazyLogits:
-    """The head of a teacher, with no positions."""
+def head_of(teacher: Learner) -> LazyLogits:
+    """The head of a teacher, with no positions.
+
+    Raises:
+        GracecError: if it cannot be taken out of its graph.
+    """
     found = teacher.head()
     if found is None:
         raise GracecError(
@@ -410,7 +414,7 @@ class _Filling:
     def _tell(self, some: Sequence[MicroBatch]) -> None:
         """Say what is going to be written, before anything is; refuse what the disk cannot hold."""
         self.told = True
-        each = sum(_bytes(self.teacher, micro) for micro in some) / len(some)
+        each = sum(bytes_on_disk(self.teacher, micro) for micro in some) / len(some)
         whole, free = round(each * self.total), shutil.disk_usage(self.cache.folder).free
         text = (
             f"the teacher's answers to {self.total:,} samples take about {_in_words(whole)} in "
@@ -472,11 +476,20 @@ def _whole(triangle: Tensor, size: int) -> Tensor:
     return found
 
 
-def _bytes(teacher: Learner, micro: MicroBatch) -> int:
-    """What a file of a sample holds."""
-    width = teacher.model.config.get_text_config().hidden_size
+def bytes_on_disk(teacher: Learner, micro: MicroBatch) -> int:
+    """What the files of the samples of a micro-batch hold."""
     triangles = sum(n * (n + 1) // 2 for n in micro.image_sizes or ())
-    return len(micro.index) * int(width) * teacher.program.dtype.itemsize + 4 * triangles
+    return _head_inputs(teacher, micro) + 4 * triangles
+
+
+def bytes_read(teacher: Learner, micro: MicroBatch) -> int:
+    """What a `CachedTeacher` says of a micro-batch."""
+    return _head_inputs(teacher, micro) + 4 * sum(n * n for n in micro.image_sizes or ())
+
+
+def _head_inputs(teacher: Learner, micro: MicroBatch) -> int:
+    width = teacher.model.config.get_text_config().hidden_size
+    return len(micro.index) * int(width) * teacher.program.dtype.itemsize
 
 
 def _in_words(count: int) -> str:

@@ -63,7 +63,7 @@ def test_some_of_the_data_go_through_the_processor(tmp_path: Path) -> None:
     ]
     rule = Training()
     samples = open_samples(records, None, rule, Collator(processor, model))[0]
-    found = samples_of_data(samples)
+    found = samples_of_data(samples, 2)
     assert len(found.lengths) == LOOKED_AT and found.count == len(samples) == 36
     longest = found.longest(2)
     assert longest["input_ids"].shape == (2, max(found.lengths))
