@@ -296,7 +296,7 @@ WIRING: tuple[Mutation, ...] = (
     Mutation(
         "the teacher fits the student",
         TRAIN,
-        "    check_teacher(prepared.model, found)\n",
+        "        check_teacher(prepared.model, shape)\n",
         "",
         ON_TRAIN,
     ),
@@ -304,6 +304,13 @@ WIRING: tuple[Mutation, ...] = (
         "the tokenizers are the same",
         TRAIN,
         "        check_tokenizers(source.processor, load_processor(path))\n",
+        "",
+        ON_TRAIN,
+    ),
+    Mutation(
+        "note of processes that compile and hold everything",
+        TRAIN,
+        '    journal.note("training", *_always_ddp(rule, strict=request.strict))\n',
         "",
         ON_TRAIN,
     ),

@@ -540,15 +540,17 @@ class Planner:
             activations, peak = micro.kept, micro.computed_again
         elif batches == 1:  # gradients come as activations go
             peak, in_graph = micro.saved, micro.first - micro.saved
-        whole: dict[str, int] = {}
+        before: dict[str, dict[str, int]] = {}
         if setting.sharded:
-            # Every process loads both models and quantizes its weights before it lets go of rows.
-            whole = {
-                "masters": MASTER * foot.learned,
-                "frozen": MASTER * foot.others + foot.codes,
-                "w_hat": MASTER * foot.held,
-                "original": pair.original,
-                "teacher": pair.teaching,
+            # The student lets go of all but its rows before the teacher is loaded.
+            rows = {kind: kept[kind] for kind in ("masters", "frozen", "w_hat", "original")}
+            before = {
+                "before the student is sharded": {
+                    "masters": MASTER * foot.learned,
+                    "frozen": MASTER * foot.others + foot.codes,
+                    "original": pair.original,
+                },
+                "before the teacher is sharded": {**rows, "teacher": pair.teaching},
             }
         teacher_runs = {
             **kept,
@@ -558,19 +560,16 @@ class Planner:
             "temporary": teaching - taught,
         }
         if setting.teacher_cache:
-            # Its teacher runs before the student has anything to be trained with, on one sample.
+            # Its teacher runs before the student has moments, on one sample.
             one = self.rehearsed(1, setting.precision)[0]
             teacher_runs = {
-                "masters": MASTER * foot.learned,
-                "frozen": MASTER * foot.others + foot.codes,
-                "original": pair.original,
+                **{kind: kept[kind] for kind in ("masters", "frozen", "w_hat", "original")},
                 "teacher": pair.teaching,
                 "temporary": 0 if one is None else one.peak,
             }
-            if whole:
-                whole["teacher"] = pair.kept_head
+            before.pop("before the teacher is sharded", None)
         return {
-            "before it is sharded": whole,
+            **before,
             "filling the cache" if setting.teacher_cache else "teacher": teacher_runs,
             "micro-batch": {
                 **kept,

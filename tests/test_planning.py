@@ -22,6 +22,7 @@ from gracec.models.hub import find_description
 from gracec.planning import Pair, Planner, Rates, Rehearsals
 from gracec.recipe import Recipe, Training
 from gracec.report.training_plan import Setting, TrainingPlan
+from gracec.training.learner import LaterTeacher
 from gracec.training.loop import Run
 from gracec.training.planned_samples import Stated
 from gracec.training.sharding import FOR_PARAMETERS, bytes_of_a_rank
@@ -198,8 +199,8 @@ def test_the_peak_is_that_of_the_training(
     recipe = Recipe.from_dict({**RECIPE.to_dict(), **quick, "training": rule})
     counted: list[int] = []
 
-    def counts(run: Run) -> bool:
-        counted.append(bytes_of_a_rank(run.running.program, run.parameters, run.teacher))
+    def counts(run: Run, teacher: LaterTeacher) -> bool:
+        counted.append(bytes_of_a_rank(run.quantized.program, run.parameters, teacher))
         return False
 
     monkeypatch.setattr(Run, "_shards", counts)
@@ -227,6 +228,18 @@ def test_the_peak_is_that_of_the_training(
         written = sum(tensor.nbytes for name, tensor in kept if name != "sizes")
         assert planner.cache.samples == len(files)
         assert planner.cache.bytes == pytest.approx(written, rel=0.02)
+
+
+def test_student_and_teacher_are_never_whole_at_once(pair: Pair) -> None:
+    samples = pair.samples(None, TEXT)
+    planner = Planner(pair, samples, 8, 10**9, Rates.of("cpu"), Rehearsals(pair, samples))
+    times = planner.bytes_at(Setting(1, "float32", strategy="sharded"), 1)
+    student, teacher = (times[f"before the {name} is sharded"] for name in ("student", "teacher"))
+    assert student.keys() == {"masters", "frozen", "original"}
+    assert student["masters"] == 4 * pair.footprint.learned
+    assert teacher["teacher"] == pair.teaching and teacher["original"] == pair.original
+    assert teacher["masters"] == student["masters"] // 8
+    assert teacher["w_hat"] == times["teacher"]["w_hat"] == 4 * pair.footprint.held // 8
 
 
 def test_inspect_shows_the_training_and_counts_what_the_processor_makes(tmp_path: Path) -> None:

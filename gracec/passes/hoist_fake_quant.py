@@ -10,6 +10,7 @@ gradient that it gets into those of weight and scale.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,25 +39,35 @@ class HoistFakeQuant(Pass):
             raise self.refuse("nothing is fake-quantized", fix="run insert-fake-quant first")
 
     def apply(self, program: Program) -> PassResult:
-        nodes = quantized_weights(program)
-        for target, calls in nodes.items():
-            weight = seen_through(calls[0])
-            program.set_tensor(target, nn.Parameter(compute(program, calls[0])))
-            program.fqns[target] = (program.fqn(str(weight.target)) + SUFFIX,)
-            for node in calls:
-                with program.graph.inserting_before(node):
-                    held = program.graph.get_attr(target)
-                held.meta = dict(node.meta)
-                node.replace_all_uses_with(held)
-                program.graph.erase_node(node)
-        program.graph.eliminate_dead_code(is_impure_node=_stays)
-        drop_dead_tensors(program)
-        notes = (f"{len(nodes)} weights quantized beforehand",)
-        return PassResult(program, bool(nodes), notes if nodes else ())
+        count = hoist(program, compute)
+        notes = (f"{count} weights quantized beforehand",)
+        return PassResult(program, bool(count), notes if count else ())
 
     def ensures(self, before: Program, after: Program) -> None:
         if quantized_weights(after):
             raise self.refuse("a weight is still quantized in the graph")
+
+
+def hoist(program: Program, value_of: Callable[[Program, fx.Node], Tensor]) -> int:
+    """Put a parameter in the place of each quantized weight, in a program of one's own; how many.
+
+    Args:
+        value_of: what the parameter holds, of the node that computes it now.
+    """
+    nodes = quantized_weights(program)
+    for target, calls in nodes.items():
+        weight = seen_through(calls[0])
+        program.set_tensor(target, nn.Parameter(value_of(program, calls[0])))
+        program.fqns[target] = (program.fqn(str(weight.target)) + SUFFIX,)
+        for node in calls:
+            with program.graph.inserting_before(node):
+                held = program.graph.get_attr(target)
+            held.meta = dict(node.meta)
+            node.replace_all_uses_with(held)
+            program.graph.erase_node(node)
+    program.graph.eliminate_dead_code(is_impure_node=_stays)
+    drop_dead_tensors(program)
+    return len(nodes)
 
 
 def quantized_weights(program: Program) -> dict[str, list[fx.Node]]:

@@ -11,7 +11,7 @@ from gracec.journal import Journal
 from gracec.request import Request
 from gracec.stages.prepare import Prepared, accept, plan
 from gracec.stages.source import Source
-from gracec.stages.train import teacher_of
+from gracec.stages.train import teacher_of, teacher_shape
 from gracec.training.ranks import join_ranks
 from gracec.training.teacher import check_teacher
 from gracec.training.teacher_answers import teacher_answers
@@ -29,11 +29,10 @@ def answer(source: Source, request: Request, journal: Journal) -> Request:
         raise GracecError("training needs the model's processor", fix="pass processor=")
     join_ranks(source.model.device)
     _accept(source, request)
-    teacher = teacher_of(source, request)
-    check_teacher(source.model, teacher)
+    check_teacher(source.model, teacher_shape(source, request))
     found = teacher_answers(
         open_source(request.train_data),
-        teacher,
+        teacher_of(source, request),
         processor,
         rule,
         strict=request.strict,

@@ -22,6 +22,7 @@ from gracec.errors import GracecError
 from gracec.journal import Journal
 from gracec.models.hub import Place, find_model
 from gracec.models.loading import load_config, load_model, load_processor
+from gracec.models.skeleton import model_without_weights
 from gracec.passes.base import PipelineResult, run_passes
 from gracec.passes.free_scales import FreeScales
 from gracec.passes.freeze import SCALE_CODES, Freeze, frozen_weights, with_codes
@@ -40,7 +41,7 @@ from gracec.training.checkpoints.fingerprint import (
     fingerprint_of_json,
     fingerprint_of_tensors,
 )
-from gracec.training.learner import Learner, Teacher
+from gracec.training.learner import LaterTeacher, Learner, Teacher
 from gracec.training.loader import Batches, Loader, workers_of
 from gracec.training.log import training_log
 from gracec.training.loop import train as train_learner
@@ -77,10 +78,13 @@ def train(
     if processor is None:
         raise GracecError("training needs the model's processor", fix="pass processor=")
     join_ranks(prepared.model.device)
+    journal.note("training", *_always_ddp(rule, strict=request.strict))
     taps = learning(rule, strict=request.strict)
-    taught = None
+    shape: PreTrainedModel | None = None
     if rule.distillation.needs_teacher:
-        taught = _teacher(prepared, request, taps, journal)
+        shape = teacher_shape(prepared.source, request)
+        check_teacher(prepared.model, shape)
+        journal.note("training", *_ignored_rows(prepared, shape))
     owned = prepared if inplace else prepared.owned()
     if rule.learns == "scales":
         owned = _with_free_scales(owned)
@@ -98,16 +102,20 @@ def train(
     )
     samples, held_out = open_samples(request.train_data, request.held_out, rule, collate)
     loading = _loading(rule, owned.model.device)
-    directory, fingerprint, told_by = request.training_dir, None, ""
-    if taught is not None and (directory is not None or rule.teacher_cache):
-        told_by = fingerprint_of_tensors(dict(taught.model.named_parameters()))
+    directory, fingerprint = request.training_dir, None
     if directory is not None:
-        fingerprint = _fingerprint(owned, told_by, (samples, held_out), request.recipe)
-    teacher: Teacher | None = taught
-    if taught is not None and rule.teacher_cache:
+        fingerprint = _fingerprint(owned, (samples, held_out), request.recipe)
+
+    def make() -> tuple[Teacher, str]:
+        """The teacher, once the student holds no more than its rank needs."""
+        teacher, told_by = _teacher(owned, request, taps, journal), ""
+        if directory is not None or rule.teacher_cache:
+            told_by = fingerprint_of_tensors(dict(teacher.model.named_parameters()))
+        if not rule.teacher_cache:
+            return teacher, told_by
         looked_up = (samples, held_out) if rule.chooses_by_teacher else (samples,)
         cached = cached_teacher(
-            taught,
+            teacher,
             [Part.of(one, Loader(one, **loading), rule) for one in looked_up],
             rule,
             folder_of(rule.teacher_cache),
@@ -116,10 +124,13 @@ def train(
             progress=request.progress,
         )
         journal.note("training", *cached.notes)
-        teacher = cached.teacher
-    del taught  # of one that is in files the head alone stays, if nobody else has it
-    gc.collect()  # a graph and its nodes hold each other
-    trim()
+        del teacher  # the head alone stays, if nobody else has it
+        gc.collect()  # a graph and its nodes hold each other
+        trim()
+        return cached.teacher, told_by
+
+    later = None if shape is None else LaterTeacher(make, _bytes_of(shape, rule))
+    del shape
     if rule.precision == "auto" and owned.model.device.type != "cpu":
         dtype, device = str(precision_of(rule, owned.model.device)), owned.model.device.type
         journal.note(
@@ -129,20 +140,19 @@ def train(
         )
     first = rank() == 0
     told = request.told if first else ()
-    with training_log(rule, len(samples), request.progress and first, told) as log:
-        curve = train_learner(
-            student,
-            teacher,
-            Loader(samples, **loading),
-            len(samples),
-            _Batches(Loader(held_out, **loading), len(held_out), rule.micro_batch_size),
-            rule,
-            candidate=candidate,
-            fingerprint=fingerprint,
-            directory=directory,
-            resume=request.resume,
-            log=log,
-        )
+    curve = train_learner(
+        student,
+        later,
+        Loader(samples, **loading),
+        len(samples),
+        _Batches(Loader(held_out, **loading), len(held_out), rule.micro_batch_size),
+        rule,
+        candidate=candidate,
+        fingerprint=fingerprint,
+        directory=directory,
+        resume=request.resume,
+        log=training_log(rule, len(samples), request.progress and first, told),
+    )
     one, other = samples.data, held_out.data
     said = (*one.notes, *other.notes, *one.problems, *other.problems, *collate.problems)
     said += tuple(collate.notes) if rule.micro_batch_size > 1 else ()
@@ -176,16 +186,29 @@ def find_teacher(request: Request, journal: Journal) -> Request:
     return replace(request, teacher=place)
 
 
-def teacher_of(source: Source, request: Request) -> PreTrainedModel:
-    """The teacher as a model; by default the original itself, which training does not touch.
+def teacher_shape(source: Source, request: Request) -> PreTrainedModel:
+    """The teacher, but of one in a directory no weight is read: for looking at before it is loaded.
 
     Raises:
-        GracecError: if it cannot be loaded, or has another tokenizer.
+        GracecError: if it has no usable configuration, or another tokenizer.
     """
     teacher = request.teacher
     if isinstance(teacher, (str, Path, Place)):
         path = find_model(teacher, request.teacher_revision).path
         check_tokenizers(source.processor, load_processor(path))
+        return model_without_weights(path, device=source.model.device)
+    return source.model if teacher is None else teacher
+
+
+def teacher_of(source: Source, request: Request) -> PreTrainedModel:
+    """The teacher as a model; by default the original itself, which training does not touch.
+
+    Raises:
+        GracecError: if it cannot be loaded.
+    """
+    teacher = request.teacher
+    if isinstance(teacher, (str, Path, Place)):
+        path = find_model(teacher, request.teacher_revision).path
         teacher = load_model(path, device=source.model.device)
     found: PreTrainedModel = source.model if teacher is None else teacher
     found.eval()
@@ -195,14 +218,12 @@ def teacher_of(source: Source, request: Request) -> PreTrainedModel:
 def _teacher(prepared: Prepared, request: Request, taps: Pipeline, journal: Journal) -> Learner:
     """The teacher as a graph; by default the original itself, which training does not touch."""
     found = teacher_of(prepared.source, request)
-    check_teacher(prepared.model, found)
     ids = taught_ids(prepared.model, found, prepared.source.processor)
     program = run_passes(capture(found), ANALYSIS).program
     blocks_equal_hidden_states(program, found)
     result = run_passes(program, taps)
     owned = found is not prepared.source.model and found is not request.teacher
     teacher = Learner(result.program, found, ids, owned=owned)
-    journal.note("training", *_ignored_rows(prepared.model, teacher))
     journal.note("training", *_whole_logits("teacher", result))
     return teacher
 
@@ -214,12 +235,39 @@ def _whole_logits(whose: str, result: PipelineResult) -> list[str]:
     return [f"{whose}: {note.text}" for note in result.notes if note.source == ReturnHead.name]
 
 
-def _ignored_rows(student: PreTrainedModel, teacher: Learner) -> list[str]:
-    """What is said of models that pad their vocabulary to different sizes."""
-    ids = teacher.vocabulary
+def _bytes_of(teacher: PreTrainedModel, rule: Training) -> int:
+    """What a teacher holds in memory; of one in files its head alone stays there."""
+    head = teacher.get_output_embeddings() if rule.teacher_cache else None
+    held = teacher if head is None else head
+    return sum(parameter.nbytes for parameter in held.parameters())
+
+
+def _always_ddp(rule: Training, *, strict: bool) -> list[str]:
+    """What is said where several processes cannot share out what they hold.
+
+    Raises:
+        GracecError: in strict mode, unless the recipe asks for it.
+    """
+    if not rule.compile or rule.strategy != "auto" or _ranks() == 1:
+        return []
+    said = "compile: true trains by DDP, each process with the whole of student and teacher"
+    if strict:
+        raise GracecError(
+            said, where="training.strategy", fix="say strategy: ddp, or leave compile out"
+        )
+    return [said]
+
+
+def _ignored_rows(prepared: Prepared, teacher: PreTrainedModel) -> list[str]:
+    """What is said of models that pad their vocabulary to different sizes.
+
+    Raises:
+        GracecError: if the teacher has no row for a token of the student's.
+    """
+    ids = taught_ids(prepared.model, teacher, prepared.source.processor)
     if ids is None:
         return []
-    own, other = (vocabulary_rows(model) - ids for model in (student, teacher.model))
+    own, other = (vocabulary_rows(model) - ids for model in (prepared.model, teacher))
     return [
         f"distilled over the {ids:,} ids of the tokenizer; {own:,} rows of the student and "
         f"{other:,} of the teacher beyond are ignored"
@@ -242,21 +290,21 @@ class _Batches:
 
 def _loading(rule: Training, device: torch.device) -> dict[str, Any]:
     """How batches are loaded."""
-    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    return {"workers": workers_of(rule, device, ranks), "pinned": device.type == "cuda"}
+    return {"workers": workers_of(rule, device, _ranks()), "pinned": device.type == "cuda"}
 
 
-def _fingerprint(
-    prepared: Prepared,
-    teacher: str,
-    parts: tuple[Samples, ...],
-    recipe: Recipe,
-) -> Fingerprint:
+def _ranks() -> int:
+    """Processes of the training."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _fingerprint(prepared: Prepared, parts: tuple[Samples, ...], recipe: Recipe) -> Fingerprint:
+    """Without the teacher's, which is told when it is there."""
     model, processor = prepared.model, prepared.source.processor
     return Fingerprint(
         model=fingerprint_of_tensors(dict(model.named_parameters())),
         calibration=_calibration(prepared),
-        teacher=teacher,
+        teacher="",
         data=fingerprint_of_json([part.data.fingerprint for part in parts]),
         processor=fingerprint_of_json(json.loads(processor.to_json_string())),
         recipe=fingerprint_of_json(_deciding(recipe)),

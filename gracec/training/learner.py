@@ -116,6 +116,19 @@ class Teacher(Protocol):
 
 
 @dataclass(frozen=True)
+class LaterTeacher:
+    """A teacher that is not in memory yet: it comes when its student holds no more than its rows.
+
+    Attributes:
+        make: the teacher, and the fingerprint of its tensors, or "" where nobody asks for it.
+        nbytes: of what it holds in memory, where it is whole.
+    """
+
+    make: Callable[[], tuple[Teacher, str]]
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class HeldOut:
     """Scores on data that is not trained on.
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gracec._memory import trim
 from gracec.data.collate import EmptyBatch
 from gracec.data.conversations import epoch_order
 from gracec.errors import GracecError
@@ -43,7 +44,7 @@ from gracec.training.checkpoints.rng import rng_state, set_rng_state
 from gracec.training.checkpoints.sealed import Checkpoint, load_checkpoint, load_tensors
 from gracec.training.curve import METRICS, Curve, Seconds, append_metrics, write_metrics
 from gracec.training.forward import Forward
-from gracec.training.learner import Learner, Teacher, compiled, score
+from gracec.training.learner import LaterTeacher, Learner, Teacher, compiled, score
 from gracec.training.loader import Batches, Groups
 from gracec.training.micro_batch import Batch, MicroBatch
 from gracec.training.quantized_weights import QuantizedWeights
@@ -64,7 +65,7 @@ from gracec.training.sharding import (
     bytes_for_a_rank,
     bytes_of_a_rank,
     mesh_of,
-    shard_teacher,
+    shard_blocks,
 )
 from gracec.training.shards import as_shard, at_first_rank, local, most, number, rows_of
 
@@ -73,7 +74,7 @@ Log = Callable[[dict[str, Any]], bool | None]
 
 def train(
     student: Learner,
-    teacher: Teacher | None,
+    teacher: Teacher | LaterTeacher | None,
     batches: Batches,
     samples: int,
     held_out: Iterable[Batch],
@@ -83,7 +84,7 @@ def train(
     fingerprint: Fingerprint | None = None,
     directory: Path | None = None,
     resume: bool = False,
-    log: Log | None = None,
+    log: Log | AbstractContextManager[Log] | None = None,
 ) -> Curve:
     """Train the student's weights and scales in place, and leave the best ones in it.
 
@@ -91,15 +92,19 @@ def train(
     with, on the held-out batches. Nor with worse than `candidate`, where the best state is kept.
 
     Args:
+        teacher: one that is made later comes after the student has been sharded, and is then
+            sharded itself before anything else, so that no process holds both as a whole.
         batches: with labels, of samples by number.
         samples: how many there are.
         held_out: batches that choose the best state; gone through more than once.
         candidate: FQN -> codes and scales, to be compared with what training reaches. Training
             does not start from them: what else learns is in this state as it was before.
         fingerprint: of everything that decides the run; a checkpoint of another is refused.
+            That of a later teacher is put into it.
         directory: for checkpoints and metrics; nothing is written without it.
         resume: go on from the newest checkpoint there, if there is one.
-        log: called with every row of figures; whether to end the training after it.
+        log: called with every row of figures; whether to end the training after it. One that is a
+            context begins when there is nothing left to be made.
 
     Raises:
         GracecError: if a checkpoint does not fit, or the loss is not finite too often in a row.
@@ -107,7 +112,13 @@ def train(
     run = Run(student, teacher, batches, samples, rule, fingerprint, directory, candidate)
     if resume:
         run.resume()
-    return run.go(held_out, log or (lambda row: None))
+    given = log if isinstance(log, AbstractContextManager) else nullcontext(log or _say_nothing)
+    with given as told:
+        return run.go(held_out, told)
+
+
+def _say_nothing(row: dict[str, Any]) -> None:
+    """For a run that nobody listens to."""
 
 
 class Run:
@@ -116,7 +127,7 @@ class Run:
     def __init__(
         self,
         student: Learner,
-        teacher: Teacher | None,
+        teacher: Teacher | LaterTeacher | None,
         batches: Batches,
         samples: int,
         rule: Training,
@@ -127,7 +138,6 @@ class Run:
         if rule.distillation.needs_teacher and teacher is None:
             raise GracecError("the recipe distils and there is no teacher")
         self.student, self.batches, self.samples, self.rule = student, batches, samples, rule
-        self.teacher = teacher if rule.distillation.needs_teacher else None
         self.fingerprint, self.directory = fingerprint, directory
         self.candidate = candidate
         self.ranked = dist.is_available() and dist.is_initialized()
@@ -135,8 +145,6 @@ class Run:
         self.ranks = dist.get_world_size() if self.ranked else 1
         self.steps_an_epoch = math.ceil(samples / rule.batch_size)
         self.steps = steps_of(rule, samples)
-        vocabulary = None if self.teacher is None else self.teacher.vocabulary
-        self.objective = objective_of(rule, self.steps, vocabulary)
         self.controller = controller_of(rule, self.steps)
         self.parameters = trainable(student.program, rule.frozen, rule.learns)
         if not self.parameters:
@@ -153,12 +161,13 @@ class Run:
         self.originals = dict(self.parameters)
         self.narrow = precision_of(rule, student.model.device) == torch.bfloat16
         self.quantized = QuantizedWeights(student.program)
-        if self.narrow and not self.ranked:  # what is averaged or sharded has one dtype
-            self.quantized.narrow()
-        self.quantized.require_gradients(at_once=not self.ranked)
-        self.running = replace(student, program=self.quantized.program)
         self.shards: ShardedStudent | None = None
         self.said: list[str] = []
+        wanted = teacher if rule.distillation.needs_teacher else None
+        self.running = self._running(wanted)
+        self.teacher = self._take(wanted)
+        vocabulary = None if self.teacher is None else self.teacher.vocabulary
+        self.objective = objective_of(rule, self.steps, vocabulary)
         self.module = self._module()
         groups = parameter_groups(student.program, self.parameters, rule)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
@@ -170,37 +179,56 @@ class Run:
         self.best: dict[str, Tensor] = {}
         self.best_score: float | None = None
 
-    def _module(self) -> Any:
-        program, rule = self.running.program, self.rule
+    def _running(self, teacher: Teacher | LaterTeacher | None) -> Learner:
+        """The student as it runs: what it needs of it has memory on each rank, and no more."""
+        shards = self._shards(teacher)
+        if not shards:  # what is averaged has one dtype
+            self.quantized.materialize(narrow=self.narrow and not self.ranked)
+        self.quantized.require_gradients(at_once=not self.ranked)
+        program, device = self.quantized.program, self.student.model.device
         if self.narrow:
             program = allow_mixed_precision(program)
-        by_block, shards = rule.activation_checkpointing == "blocks", self._shards()
-        blocks = in_blocks(program, checkpointed=by_block) if by_block or shards else None
-        if blocks is not None and shards:
-            mesh = mesh_of(self.student.model.device, self.ranks)
+        by_block = self.rule.activation_checkpointing == "blocks"
+        if not by_block and not shards:
+            return replace(self.student, program=program, narrow=self.narrow)
+        blocks = in_blocks(program, checkpointed=by_block)
+        if shards:
+            mesh = mesh_of(device, self.ranks)
             self.shards = ShardedStudent(blocks, self.quantized, self.parameters, mesh)
             self.parameters = self.shards.parameters
-            if isinstance(self.teacher, Learner):
-                taught = in_blocks(self.teacher.program)
-                shard_teacher(taught, mesh, owned=self.teacher.owned)
-                self.teacher = replace(self.teacher, graph=taught)
-        self.running = replace(self.running, program=program, graph=blocks, narrow=self.narrow)
-        if rule.compile:
+            trim()
+        return replace(self.student, program=program, graph=blocks, narrow=self.narrow)
+
+    def _take(self, teacher: Teacher | LaterTeacher | None) -> Teacher | None:
+        """The teacher, made now if it was not; in shards where the student is."""
+        if isinstance(teacher, LaterTeacher):
+            teacher, told_by = teacher.make()
+            if self.fingerprint is not None:
+                self.fingerprint = replace(self.fingerprint, teacher=told_by)
+        if self.shards is None or not isinstance(teacher, Learner):
+            return teacher
+        taught = in_blocks(teacher.program)
+        shard_blocks(taught, self.shards.mesh, owned=teacher.owned)
+        trim()
+        return replace(teacher, graph=taught)
+
+    def _module(self) -> Any:
+        if self.rule.compile:
             self.running = compiled(self.running)
             if isinstance(self.teacher, Learner):
                 self.teacher = compiled(self.teacher)
         module = Forward(self.running, self.objective)
-        if not self.ranked or shards:
+        if not self.ranked or self.shards is not None:
             return module
         return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
-    def _shards(self) -> bool:
+    def _shards(self, teacher: Teacher | LaterTeacher | None) -> bool:
         """Whether each rank holds some rows of everything, and not the whole."""
         if not self.ranked or self.rule.compile:
             return False
         if self.rule.strategy != "auto":
             return self.rule.strategy == "sharded"
-        needed = bytes_of_a_rank(self.running.program, self.parameters, self.teacher)
+        needed = bytes_of_a_rank(self.quantized.program, self.parameters, teacher)
         room = bytes_for_a_rank(self.student.model.device, self.ranks)
         if not most(int(needed > room), self.student.model.device):
             return False
@@ -416,8 +444,8 @@ class Run:
         program, began = self.student.program, self.best
         learn = {id(parameter) for parameter in self.originals.values()}
         others = [one for one in tensors_of(program, candidate) if id(one) not in learn]
-        before = [one.detach().clone() for one in others]
         with self._in_student():
+            before = [one.detach().clone() for one in others]
             write_codes(program, candidate)
         self.curve.candidate = self._scores(held_out)
         log({"step": self.step, "candidate": self.curve.candidate})
@@ -473,9 +501,11 @@ class Run:
         best = ((n, as_shard(rows, self.parameters[n])) for n, rows in self.best.items())
         tensors = at_first_rank(live.items(), self.rank)
         kept = at_first_rank(best, self.rank)
-        state = state._replace(tensors=at_first_rank(state.tensors.items(), self.rank))
+        moments = at_first_rank(state.tensors.items(), self.rank)
         if self.rank:
             return
+        if self.shards is not None:
+            tensors, kept, moments = map(self.shards.as_held, (tensors, kept, moments))
         checkpoint = Checkpoint(
             step=self.step,
             epoch=self.step // self.steps_an_epoch,
@@ -483,7 +513,7 @@ class Run:
             tensors=tensors,
             best=kept,
             best_score=self.best_score,
-            optimizer=state,
+            optimizer=state._replace(tensors=moments),
             controller=self.controller.state_dict(),
             rng=rng_state(self.student.model.device),
             skipped_in_a_row=self.skipped_in_a_row,
@@ -506,14 +536,16 @@ class Run:
         if path is None:
             return
         found = load_checkpoint(path, self.fingerprint)
-        load_tensors(found.tensors, {**self.parameters, **self.signs})
-        load_optimizer_state(self.optimizer, self.parameters, found.optimizer)
+        tensors, kept, moments = found.tensors, found.best, found.optimizer.tensors
+        if self.shards is not None:
+            tensors, kept, moments = map(self.shards.as_sharded, (tensors, kept, moments))
+        load_tensors(tensors, {**self.parameters, **self.signs})
+        state = found.optimizer._replace(tensors=moments)
+        load_optimizer_state(self.optimizer, self.parameters, state)
         self.controller.load_state_dict(dict(found.controller))
         set_rng_state(found.rng, self.student.model.device)
         self.step, self.skipped_in_a_row = found.step, found.skipped_in_a_row
-        self.best = {
-            n: rows_of(tensor, self.parameters[n]).clone() for n, tensor in found.best.items()
-        }
+        self.best = {n: rows_of(tensor, self.parameters[n]).clone() for n, tensor in kept.items()}
         self.best_score = found.best_score
         self.curve = Curve(
             rows=list(found.extra["rows"]),

@@ -21,9 +21,8 @@ from torch import Tensor, fx, nn
 from gracec import quant
 from gracec.ir.annotations import experts_of
 from gracec.ir.program import Program
-from gracec.ir.queries import seen_through
-from gracec.passes.base import run_passes
-from gracec.passes.hoist_fake_quant import HoistFakeQuant, quantized_weights
+from gracec.ir.queries import seen_through, value
+from gracec.passes.hoist_fake_quant import hoist, quantized_weights
 from gracec.passes.insert_fake_quant import FAKE_QUANTIZE, reader
 from gracec.quant.frozen import Experts
 from gracec.quant.ops import fake_quantize_gradients
@@ -114,6 +113,8 @@ class QuantizedWeight:
 class QuantizedWeights:
     """All quantized weights of a student.
 
+    ŵ has no memory at first, as nobody needs it whole where each rank is going to hold some rows.
+
     Attributes:
         program: the graph that runs; it computes with ŵ, and shares every other tensor.
     """
@@ -123,7 +124,11 @@ class QuantizedWeights:
         program: with `fake_quantize` or `scale_codes` nodes, or with neither. It stays as it is.
         """
         nodes = quantized_weights(program)
-        self.program = run_passes(program, [HoistFakeQuant()]).program if nodes else program
+        self.program = program
+        if nodes:
+            self.program = program.copy()
+            hoist(self.program, _without_memory)
+            self.program.recompile()
         self.weights: dict[str, QuantizedWeight] = {
             target: _read(program, calls[0], self.program.tensor(target))
             for target, calls in nodes.items()
@@ -131,6 +136,26 @@ class QuantizedWeights:
 
     def __iter__(self) -> Iterator[QuantizedWeight]:
         return iter(self.weights.values())
+
+    def materialize(self, *, narrow: bool = False) -> None:
+        """Give ŵ memory beside its weight; what is in it is for `refresh` to say.
+
+        Args:
+            narrow: hold in bfloat16 what only matmuls read that autocast computes in it: the values
+                that they multiply are the same, and their gradients stay in float32.
+        """
+        readers: dict[str, list[tuple[fx.Node, fx.Node]]] = {}
+        for node in self.program.graph.find_nodes(op="get_attr"):
+            readers.setdefault(str(node.target), []).extend((user, node) for user in node.users)
+        for target, weight in self.weights.items():
+            device, pairs = weight.weight.device, readers[target]
+            held = torch.empty_like(weight.held, device=device)
+            if narrow and all(u.target in MATMULS and u.args[1] is node for u, node in pairs):
+                held = held.bfloat16()
+            made = nn.Parameter(held)
+            made.grad_dtype = torch.float32
+            self.program.set_tensor(target, made)
+            weight.held = made
 
     def require_gradients(self, *, at_once: bool = False) -> None:
         """Let ŵ have a gradient where its weight or its scales have one.
@@ -145,20 +170,6 @@ class QuantizedWeights:
                 hand_on = weight.hand_on_gradient
                 weight.held.register_post_accumulate_grad_hook(lambda _, hand_on=hand_on: hand_on())
 
-    def narrow(self) -> None:
-        """Hold in bfloat16 what only matmuls read that autocast computes in it: the values that
-        they multiply are the same, and their gradients stay in float32."""
-        readers: dict[str, list[tuple[fx.Node, fx.Node]]] = {}
-        for node in self.program.graph.find_nodes(op="get_attr"):
-            readers.setdefault(str(node.target), []).extend((user, node) for user in node.users)
-        for target, weight in self.weights.items():
-            pairs = readers[target]
-            if all(user.target in MATMULS and user.args[1] is node for user, node in pairs):
-                held = nn.Parameter(weight.held.detach().bfloat16(), weight.held.requires_grad)
-                held.grad_dtype = torch.float32
-                self.program.set_tensor(target, held)
-                weight.held = held
-
     def refresh(self) -> None:
         """Quantize all weights as they are now."""
         for weight in self:
@@ -168,6 +179,13 @@ class QuantizedWeights:
         """Turn gradients of ŵ into those of weights and scales, one weight after the other."""
         for weight in self:
             weight.hand_on_gradient()
+
+
+def _without_memory(program: Program, node: fx.Node) -> Tensor:
+    """The value of a node on the meta device."""
+    traced = value(node)
+    assert traced is not None
+    return torch.empty(traced.shape, dtype=traced.dtype, device="meta")
 
 
 def _read(program: Program, node: fx.Node, held: Tensor) -> QuantizedWeight:

@@ -51,6 +51,8 @@ def trained(
 
     def read(student: Any, teacher: Any, read: Any, size: int, held_out: Any, *_: Any, **__: Any):
         list(read([range(size)])), list(held_out)
+        if teacher is not None:
+            teacher.make()
         return SimpleNamespace(notes=("kept step 0",), to_dict=lambda: {"best_step": kept["step"]})
 
     monkeypatch.setattr(stage, "train_learner", read)
@@ -117,6 +119,25 @@ def test_a_teacher_that_does_not_fit_is_refused(trained: Callable[..., Journal])
         trained(teacher=tiny_llava(vocab_size=96))
 
 
+def test_several_processes_that_compile_hold_everything_and_say_so(
+    trained: Callable[..., Journal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def options(**fields: Any) -> dict[str, Any]:
+        alone = recipe(**ALONE)
+        training = alone.training.model_copy(update={"compile": True, **fields})
+        return {"recipe": alone.model_copy(update={"training": training})}
+
+    def said(journal: Journal) -> list[str]:
+        return [note.text for note in journal.notes if "trains by DDP" in note.text]
+
+    assert not said(trained(**options()))
+    monkeypatch.setattr(stage, "_ranks", lambda: 2)
+    assert said(trained(**options()))
+    assert not said(trained(**options(strategy="ddp"), strict=True))
+    with pytest.raises(GracecError, match="training.strategy: compile: true trains by DDP"):
+        trained(**options(), strict=True)
+
+
 def test_a_teacher_whose_blocks_are_others_is_refused(
     trained: Callable[..., Journal], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,9 +148,10 @@ def test_a_teacher_whose_blocks_are_others_is_refused(
 
 
 def test_a_teacher_with_other_tokens_is_refused(
-    trained: Callable[..., Journal], saved: Path
+    trained: Callable[..., Journal], saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained(teacher=saved)
+    monkeypatch.delattr(stage, "load_model")  # before any of its weights is read
     words = tiny_processor()
     words.tokenizer.add_tokens(["w999"])
     with pytest.raises(GracecError, match="different tokenizers: 'w999' differs"):

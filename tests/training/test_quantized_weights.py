@@ -64,6 +64,7 @@ def test_loss_and_gradients_are_those_of_the_graph_that_quantizes(kind: str) -> 
 
     inputs = program.example_inputs
     quantized = QuantizedWeights(program)
+    quantized.materialize()
     quantized.require_gradients()
     with torch.no_grad():  # as an optimizer step would
         for parameter in parameters.values():
@@ -99,8 +100,7 @@ def test_weights_in_bfloat16_are_what_autocast_makes_of_them(kind: str) -> None:
         for parameter in program.graph_module.parameters():
             parameter.requires_grad_(any(parameter is one for one in learns.values()))
         quantized = QuantizedWeights(program)
-        if narrow:
-            quantized.narrow()
+        quantized.materialize(narrow=narrow)
         quantized.require_gradients(at_once=True)
         quantized.refresh()
         running, losses = allow_mixed_precision(quantized.program), []
@@ -157,5 +157,6 @@ def test_the_gradient_may_be_written_where_it_came_from() -> None:
 def test_a_graph_that_quantizes_nothing_runs_as_it_is() -> None:
     program = run_passes(capture(tiny_model("llava")), parse_pipeline("analyze-modality")).program
     quantized = QuantizedWeights(program)
+    quantized.materialize()
     assert quantized.program is program and not list(quantized)
     assert any(isinstance(one, nn.Parameter) for one in program.graph_module.parameters())

@@ -21,8 +21,9 @@ from gracec.recipe import Training
 from gracec.training import sharding
 from gracec.training.checkpoints.directory import latest_checkpoint
 from gracec.training.checkpoints.fingerprint import Fingerprint
+from gracec.training.checkpoints.optimizer import optimizer_state
 from gracec.training.curve import Curve, Seconds
-from gracec.training.learner import Learner
+from gracec.training.learner import LaterTeacher, Learner
 from gracec.training.loader import one_by_one
 from gracec.training.loop import Run, train
 from gracec.training.micro_batch import Batch
@@ -112,11 +113,25 @@ def first_gradients(kind: str, **fields: Any) -> dict[str, Any]:
     rule = Training.model_validate({**STEP, **fields})
     student = learner(kind, scales=rule.learns == "scales")
     batches = one_by_one(lambda numbers: collate(student.model, numbers))
-    run = Run(student, learner(kind, teaches=True), batches, SAMPLES, rule, None, None)
+    held: list[int] = []
+
+    def make() -> tuple[Learner, str]:
+        """What the student holds by then is noted."""
+        held.append(sum(map(memory, student.program.graph_module.parameters())))
+        return learner(kind, teaches=True), ""
+
+    run = Run(student, LaterTeacher(make, 0), batches, SAMPLES, rule, None, None)
+    running = sum(map(memory, run.running.program.graph_module.parameters()))
     run.curve.seconds.append(Seconds())
     terms = run._accumulate()
     gradients = {n: whole(p.grad) for n, p in run.parameters.items() if p.grad is not None}
-    return {"terms": terms, "gradients": gradients, "shards": run.shards is not None}
+    own = {"held": held[0], "running": running, "shards": run.shards is not None}
+    return {"terms": terms, "gradients": gradients, **own}
+
+
+def memory(tensor: torch.Tensor) -> int:
+    """Bytes that a tensor holds on this rank."""
+    return 0 if tensor.is_meta else tensor.untyped_storage().nbytes()
 
 
 def as_rank(
@@ -170,6 +185,8 @@ def test_loss_and_gradients_are_those_of_one_process(
     assert len(found) == ranks
     for one in found:
         assert one["shards"] and not expected["shards"]
+        # When the teacher came, the student had given away all that is in shards, ŵ among it.
+        assert one["held"] == one["running"] == 0 < min(expected["held"], expected["running"])
         assert one["gradients"].keys() == expected["gradients"].keys()
         for name, value in expected["terms"].items():
             assert one["terms"][name] == pytest.approx(value, rel=1e-6), name
@@ -210,6 +227,37 @@ def test_auto_shards_what_does_not_fit(one_rank: None, monkeypatch: pytest.Monke
     taught = sum(one.nbytes for one in fits.teacher.program.graph_module.parameters())
     needed = sharding.bytes_of_a_rank(fits.running.program, fits.originals, fits.teacher)
     assert needed == sum(running.values()) + 4 * learn + taught
+
+
+def test_routed_experts_go_on_with_either_strategy(one_rank: None, tmp_path: Path) -> None:
+    """They are a matrix in shards, and in a checkpoint what the model has."""
+    alone = {"distillation": {"kind": "none", "omega": 0}}
+    held: dict[str, torch.Tensor] = {}
+    for step, strategy in enumerate(("sharded", "ddp", "sharded")):
+        rule = Training.model_validate({**STEP, **alone, "strategy": strategy, "steps": 3})
+        student = learner("experts")
+        batches = one_by_one(lambda numbers, of=student.model: collate(of, numbers))
+        run = Run(student, None, batches, SAMPLES, rule, FINGERPRINT, tmp_path)
+        if step:
+            run.resume()
+            found = state_of(run)
+            assert run.step == step and found.keys() == held.keys()
+            assert all(torch.equal(found[name], one) for name, one in held.items())
+        run.take_step()
+        run._keep(1.0 / run.step, run.step)
+        run._save()
+        held = state_of(run)
+        assert max(one.dim() for one in held.values()) == 3
+
+
+def state_of(run: Run) -> dict[str, torch.Tensor]:
+    """What learns, its best state and its moments, as the student's model has them."""
+    moments = optimizer_state(run.optimizer, run.parameters).tensors
+    parts = (run.parameters, run.best, {n: one for n, one in moments.items() if "exp_avg" in n})
+    wholes = [{name: whole(one).clone() for name, one in part.items()} for part in parts]
+    if run.shards is not None:
+        wholes = [run.shards.as_held(part) for part in wholes]
+    return {f"{at} {name}": one for at, part in enumerate(wholes) for name, one in part.items()}
 
 
 def test_a_rank_is_killed_and_the_others_go_on_from_the_checkpoint(tmp_path: Path) -> None:
