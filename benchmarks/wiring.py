@@ -68,6 +68,7 @@ def _name_of_pass(cls: ast.AST) -> str:
 
 FORMAT, WRITE = "gracec/backends/onnx/format.py", "gracec/backends/onnx/write.py"
 MODE = "gracec/backends/onnx/mode.py"
+FUSED, ON_FUSED = "gracec/backends/onnx/fused", "tests/backends/onnx/fused"
 GENAI, SERVING = "gracec/backends/onnx/genai.py", "gracec/capture/serving.py"
 COMPILER, MODULE = "gracec/compiler.py", "gracec/module.py"
 PREPARE, FREEZE, LOWER = (f"gracec/stages/{name}.py" for name in ("prepare", "freeze", "lower"))
@@ -626,22 +627,22 @@ WIRING: tuple[Mutation, ...] = (
     Mutation(
         "notes of ONNX passes",
         FORMAT,
-        "        return (*notes, _summary(figures), *head.notes, *chosen, *genai.notes(frozen))\n",
-        "        return (_summary(figures), *head.notes, *chosen, *genai.notes(frozen))\n",
+        "        return (*notes, *said, *genai.notes(frozen))\n",
+        "        return (*said, *genai.notes(frozen))\n",
         TOLD,
     ),
     Mutation(
         "summary of the ONNX gates",
         FORMAT,
-        "        return (*notes, _summary(figures), *head.notes, *chosen, *genai.notes(frozen))\n",
-        "        return (*notes, *head.notes, *chosen, *genai.notes(frozen))\n",
+        "        said = (*fused, _summary(figures), *head.notes, *chosen)\n",
+        "        said = (*fused, *head.notes, *chosen)\n",
         TOLD,
     ),
     Mutation(
         "what onnxruntime-genai would do otherwise",
         FORMAT,
-        "        return (*notes, _summary(figures), *head.notes, *chosen, *genai.notes(frozen))\n",
-        "        return (*notes, _summary(figures), *head.notes, *chosen)\n",
+        "        return (*notes, *said, *genai.notes(frozen))\n",
+        "        return (*notes, *said)\n",
         TOLD,
     ),
     Mutation("an ONNX file is valid", WRITE, "    gates.file_is_valid(file)\n", "", ON_WRITE),
@@ -665,6 +666,41 @@ WIRING: tuple[Mutation, ...] = (
         "    if exact < len(lowered):\n",
         "    if False:\n",
         ON_WRITE,
+    ),
+    Mutation(
+        "parts of joined weights are exact",
+        f"{FUSED}/decoder.py",
+        "    _parts_are_exact(path, joined, weights)\n",
+        "",
+        (f"{ON_FUSED}/test_decoder.py",),
+    ),
+    Mutation(
+        "the mask that is left out is the causal one",
+        f"{FUSED}/attention.py",
+        "        _check_causal(mask, compute, positions)\n",
+        "        pass\n",
+        (f"{ON_FUSED}/test_decoder.py",),
+    ),
+    Mutation(
+        "tensors that are joined are adjacent",
+        f"{FUSED}/linears.py",
+        "(one.offset or 0) + one.nbytes == next_.offset",
+        "True",
+        (f"{ON_FUSED}/test_linears.py",),
+    ),
+    Mutation(
+        "what is padded does not go to the fused decoder",
+        f"{FUSED}/session.py",
+        " and bool(mask.all())",
+        "",
+        (f"{ON_FUSED}/test_session.py",),
+    ),
+    Mutation(
+        "logits and tokens of the fused decoder",
+        FORMAT,
+        "hold_fused(runner, serving, model, expected.dense, config.mode)",
+        "{}",
+        (f"{ONNX}::test_the_figures_of_the_gates",),
     ),
     Mutation(
         "sha256 of graphs",

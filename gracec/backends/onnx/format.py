@@ -3,7 +3,8 @@
     DIR/onnx/vision_encoder.onnx              pixels -> visual tokens
     DIR/onnx/embed_tokens.onnx                token ids -> embeddings
     DIR/onnx/decoder_model_merged_q4.onnx     embeddings and cache -> logits and longer cache
-    DIR/onnx/NAME.onnx_data                   tensors of a large graph
+    DIR/onnx/fused_decoder.onnx               the same for gracec's runner, see `fused`
+    DIR/onnx/NAME.onnx_data                   tensors of a large graph, or that are shared
     DIR/onnx/session.json                     how to run them, and the figures of the gates
 
 The graphs compute in float32. Codes and scales are the canonical ones; everything else is widened
@@ -25,6 +26,7 @@ from transformers import GenerationConfig
 
 from gracec.backends.base import Format
 from gracec.backends.huggingface import write_json, write_processor
+from gracec.backends.onnx.fused import FUSED
 from gracec.capture import capture_serving, family_for, family_of
 from gracec.capture.serving import (
     Serving,
@@ -32,7 +34,7 @@ from gracec.capture.serving import (
     composed_equals_training,
 )
 from gracec.capture.serving_graph import DECODER, EMBEDDING, VISION
-from gracec.errors import GateError
+from gracec.errors import GateError, GracecError
 from gracec.file_hashes import file_sha256, hashes_of, read_names
 from gracec.frozen import Frozen, build, dense_twin
 from gracec.kernels import onnxruntime as kernel
@@ -46,6 +48,7 @@ from gracec.recipe import OnnxDeploy
 
 if TYPE_CHECKING:  # these packages take a second, so they are imported where a graph is written
     from gracec.backends.onnx.runner import OnnxModel
+    from gracec.backends.onnx.session import SessionConfig
     from gracec.backends.onnx.write import WrittenGraph
 
 FILES = {VISION: "vision_encoder", EMBEDDING: "embed_tokens", DECODER: "decoder_model_merged"}
@@ -104,7 +107,9 @@ class Onnx(Format):
         from gracec.backends.onnx import gates
         from gracec.backends.onnx.session import SessionConfig
 
-        for file in SessionConfig.read(directory).graphs.values():
+        for name, file in SessionConfig.read(directory).graphs.items():
+            if name == FUSED:
+                continue  # it has the tensors of the decoder, joined
             yield from gates.stored_weights(directory / file)
 
     def write(self, frozen: Frozen, directory: Path) -> tuple[str, ...]:
@@ -126,7 +131,7 @@ class Onnx(Format):
         """The same with operators and mode; where it is auto, in faithful mode first."""
         from gracec.backends.onnx import genai, session
         from gracec.backends.onnx.head import quantize_head
-        from gracec.backends.onnx.mode import Expected, fast_if_as_good
+        from gracec.backends.onnx.mode import Expected, fast_if_as_good, hold_fused
         from gracec.backends.onnx.runner import OnnxModel
 
         directory.mkdir(parents=True, exist_ok=True)
@@ -186,10 +191,15 @@ class Onnx(Format):
             config, found = choice.config, dict(choice.figures)
             chosen.append(choice.note)
         figures |= {"logits_dense_bfloat16": asdict(expected.dense), **found}
+        config, fused = self._fuse(config, frozen, serving, written[DECODER])
+        if FUSED in config.graphs:
+            runner = opened(config)
+            figures[FUSED] = hold_fused(runner, serving, model, expected.dense, config.mode)
         config.model_copy(update={"gates": figures}).write(directory)
         told = (note for graph in written.values() for note in graph.notes)
         notes = (str(note) for note in told if note.source != LowerQdq.name)
-        return (*notes, _summary(figures), *head.notes, *chosen, *genai.notes(frozen))
+        said = (*fused, _summary(figures), *head.notes, *chosen)
+        return (*notes, *said, *genai.notes(frozen))
 
     def _accepted(self, frozen: Frozen) -> Callable[[Any], str] | None:
         """`accept`, of a model that ends its answers as the compiled one does."""
@@ -244,6 +254,7 @@ class Onnx(Format):
     def _write_graphs(
         self, frozen: Frozen, serving: Serving, directory: Path, shared: bool
     ) -> dict[str, WrittenGraph]:
+        from gracec.backends.onnx.fused.linears import place_together
         from gracec.backends.onnx.write import write_graph
 
         further = [parse_placed(text) for text in frozen.passes]
@@ -264,7 +275,8 @@ class Onnx(Format):
                 strict=True,
                 further=[FuseDecoder()] if name == DECODER else [],
                 place=lambda pipeline: pipeline.placed(further)[0],
-                external=shared,
+                external=shared or (name == DECODER and self.ops == "matmulnbits"),
+                arrange=place_together,
             )
             frozen_here, lowered = frozen_weights(graph.program), written[name].lowered
             planned = {
@@ -273,6 +285,34 @@ class Onnx(Format):
             if lowered.keys() != planned:
                 raise GateError(f"{len(lowered)} of {len(planned)} weights are lowered", where=name)
         return written
+
+    def _fuse(
+        self,
+        config: SessionConfig,
+        frozen: Frozen,
+        serving: Serving,
+        decoder: WrittenGraph,
+    ) -> tuple[SessionConfig, list[str]]:
+        """Write the decoder for gracec's own runner: the configuration with it, and what to say."""
+        from gracec.backends.onnx.fused.decoder import write_fused
+
+        if self.ops != "matmulnbits":
+            return config, []
+        planned = Counter(weight.kernel for weight in decoder.lowered.values())
+        weights = frozen_weights(serving[DECODER].program)  # an added head among them
+        try:
+            fused = write_fused(decoder.files[0], frozen.config, weights, config.mode, planned)
+        except GateError:
+            raise
+        except GracecError as error:
+            return config, [f"no fused decoder: {error}"]
+        file = fused.path.name
+        changes = {
+            "graphs": {**config.graphs, FUSED: file},
+            "sha256": {**config.sha256, file: file_sha256(fused.path)},
+            "kernels": {**config.kernels, FUSED: fused.kernels},
+        }
+        return config.model_copy(update=changes), [f"fused decoder: {fused.note}"]
 
     def _kernel_figures(self, emitted: Mapping[str, LoweredWeight]) -> dict[str, Any]:
         from gracec.backends.onnx import gates

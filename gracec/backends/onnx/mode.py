@@ -193,6 +193,44 @@ class Expected:
         return logit_agreement(self.reference.logits, tail(logits), mask)
 
 
+def hold_fused(
+    found: Any, serving: Serving, model: PreTrainedModel, dense: LogitAgreement, mode: str
+) -> dict[str, Any]:
+    """Gates on the fused decoder as it runs, one prompt at a time, with the bounds of the mode.
+
+    Args:
+        found: graphs with one, as they run.
+        serving: graphs with the same codes.
+        dense: how far dense bfloat16 weights are.
+
+    Returns:
+        Its figures, JSON-able.
+
+    Raises:
+        GateError: if it computes something else, or does not take the prompt.
+    """
+    family = family_of(model)
+    batch = family.example_batch(model, batch=1, images=1)
+    inputs = family.prepare(model, batch)
+    mask = inputs["attention_mask"]
+    runtime = ServingRuntime(serving, model.config)
+    with torch.no_grad():
+        logits = prompt_logits(runtime, inputs)
+        steps = list(greedy(runtime, inputs, max_new_tokens=GATE_TOKENS))
+    agreement = logit_agreement(logits, found(**batch).logits, mask)
+    if mode == FAST:
+        gates.rounding_is_small(agreement)
+    else:
+        lowered_is_as_good_as_dense(agreement, dense)
+    answered = found.generate(**batch, max_new_tokens=GATE_TOKENS)[:, mask.shape[1] :]
+    tokens = gates.answers_agree(steps, answered)
+    if mode == FAITHFUL and tokens.different:
+        raise GateError(f"{tokens.different} greedy answers differ from those of the codes")
+    if not found.runs_fused_only:
+        raise GateError("the prompt of the gate is not one that it takes", where="fused_decoder")
+    return {"logits": asdict(agreement), "greedy": asdict(tokens)}
+
+
 def too_far(found: LogitAgreement, dense: LogitAgreement, reference: torch.dtype) -> str:
     """Why logits are further from a reference than rounding may bring them, or ""."""
     noise = KL_NOISE if reference == torch.float32 else KL_NOISE_16_BITS

@@ -21,6 +21,8 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from gracec.backends.onnx.cache import RuntimeCache
+from gracec.backends.onnx.fused import FUSED, LENGTHS
+from gracec.backends.onnx.fused.session import FusedSession
 from gracec.backends.onnx.session import FOLDER, SessionConfig, open_session
 from gracec.capture.families import families, family_for
 from gracec.capture.families.base import VIDEO, Family
@@ -95,25 +97,12 @@ class OnnxModel(GenerationMixin):
             raise GracecError(
                 f"there is no graph {missing[0]!r}", where=str(folder), fix="export the model again"
             )
-        most = threads or torch.get_num_threads()
-        self._sessions = {name: self._open(name, most) for name in self.session_config.graphs}
-        for name, (reads, writes) in {
-            VISION: (False, False),
-            EMBEDDING: (True, False),
-            DECODER: (False, True),
-        }.items():
-            inputs, outputs = self._sessions[name].get_inputs(), self._sessions[name].get_outputs()
-            found = (
-                "input_ids" in {value.name for value in inputs},
-                "logits" in {value.name for value in outputs},
-            )
-            if found != (reads, writes):
-                raise GracecError(
-                    f"the graph {name!r} is another one",
-                    where=str(folder / self.session_config.graphs[name]),
-                    fix="export the model again",
-                )
-        self.threads = most if threads else self._choose_threads(most)
+        most = self.threads = threads or torch.get_num_threads()
+        self._fused_session: FusedSession | None = None
+        self._decoder = FUSED if FUSED in self.session_config.graphs else DECODER
+        self._sessions = {n: self._open(n, most) for n in (VISION, EMBEDDING, self._decoder)}
+        if not threads:
+            self.threads = self._choose_threads(most)
 
     @classmethod
     def load(cls, directory: str | Path, *, threads: int | None = None) -> OnnxModel:
@@ -145,7 +134,7 @@ class OnnxModel(GenerationMixin):
         """Tokenizer and image processor, from the directory of the model."""
         return load_processor(self.folder.parent)
 
-    @property
+    @cached_property
     def family(self) -> Family:
         return family_for(self.config)
 
@@ -216,7 +205,7 @@ class OnnxModel(GenerationMixin):
         given = past_key_values if cache is None else cache
         past = RuntimeCache() if given is None else given
         features = _features(mm_encoder_outputs)
-        if images or (features is None and not past.values):
+        if images or (features is None and not past.is_initialized):
             prepared, features = self._encoded(
                 {"input_ids": input_ids, "attention_mask": attention_mask, **images}
             )
@@ -229,9 +218,7 @@ class OnnxModel(GenerationMixin):
             shape = (len(input_ids), past.get_seq_length() + length)
             attention_mask = torch.ones(shape, dtype=torch.int64)
         positions = self._positions(attention_mask, length, prompt_positions)
-        logits, past.values = self.decode(
-            embeds, attention_mask, positions, logits_to_keep, past.values
-        )
+        logits, past = self.decode(embeds, attention_mask, positions, logits_to_keep, past)
         found: Any = {CACHE_ARGUMENT: past if use_cache else None}
         return CausalLMOutputWithPast(logits=logits, **found)
 
@@ -333,8 +320,23 @@ class OnnxModel(GenerationMixin):
         return known[..., mask.shape[1] - length : mask.shape[1]]
 
     def _open(self, name: str, threads: int) -> ort.InferenceSession:
+        """A session of a graph, which has to read token ids and write logits as its name says."""
         path = self.folder / self.session_config.graphs[name]
-        return open_session(path, self.session_config.options, threads=threads)
+        session = open_session(path, self.session_config.options, threads=threads)
+        inputs = {value.name for value in session.get_inputs()}
+        outputs = {value.name for value in session.get_outputs()}
+        found = "input_ids" in inputs, "logits" in outputs, LENGTHS in inputs
+        if found != (name == EMBEDDING, name in (DECODER, FUSED), name == FUSED):
+            raise GracecError(
+                f"the graph {name!r} is another one", where=str(path), fix="export the model again"
+            )
+        return session
+
+    def _session(self, name: str) -> ort.InferenceSession:
+        """The standard decoder beside the fused one is opened when it is first needed."""
+        if name not in self._sessions:
+            self._sessions[name] = self._open(name, self.threads)
+        return self._sessions[name]
 
     def _choose_threads(self, threads: int) -> int:
         """Halve the decoder's threads for as long as a token gets faster; keep its best session.
@@ -348,13 +350,11 @@ class OnnxModel(GenerationMixin):
             return threads
         best = self._token_seconds() if threads > 1 else 0.0
         while threads > 1:
-            held, self._sessions[DECODER] = (
-                self._sessions[DECODER],
-                self._open(DECODER, threads // 2),
-            )
+            held = self._sessions[self._decoder]
+            self._sessions[self._decoder] = self._open(self._decoder, threads // 2)
             found = self._token_seconds()
             if found >= best:
-                self._sessions[DECODER] = held
+                self._sessions[self._decoder] = held
                 break
             best, threads = found, threads // 2
         return threads
@@ -393,21 +393,42 @@ class OnnxModel(GenerationMixin):
         keep: int,
         past: Any = None,
     ) -> tuple[Tensor, Any]:
-        session = self._sessions[DECODER]
+        """As `Runtime` has it; the cache is the one that was given, made longer."""
+        past = RuntimeCache() if past is None else past
+        fused = self._fused
+        if fused is not None and fused.takes(attention_mask, embeds.shape[1]):
+            return fused.run(embeds, keep, past), past
+        session = self._session(DECODER)
         feed = _ort_values(decoder_inputs(embeds, attention_mask, position_ids, keep))
-        feed |= past or self._empty_cache(len(embeds))
+        feed |= past.as_values() or self._empty_cache(len(embeds))
         # As IOBinding does it, but with one call instead of one for every part of the cache.
         values = session.run_with_ort_values(self._decoder_outputs, feed)
         found = dict(zip(self._decoder_outputs, values, strict=True))
         logits = torch.from_numpy(found.pop("logits").numpy())
-        return logits, {name.replace(GROWN_CACHE, CACHE): value for name, value in found.items()}
+        past.values = {name.replace(GROWN_CACHE, CACHE): value for name, value in found.items()}
+        return logits, past
+
+    @property
+    def runs_fused_only(self) -> bool:
+        """Whether nothing has needed the decoder of standard operators yet."""
+        return DECODER not in self._sessions
+
+    @property
+    def _fused(self) -> FusedSession | None:
+        """The decoder whose cache is written in place, of the session as it is now."""
+        session = self._sessions.get(FUSED)
+        if session is None:
+            return None
+        if self._fused_session is None or self._fused_session.session is not session:
+            self._fused_session = FusedSession(session)
+        return self._fused_session
 
     @cached_property
     def _decoder_outputs(self) -> list[str]:
-        return [value.name for value in self._sessions[DECODER].get_outputs()]
+        return [value.name for value in self._session(DECODER).get_outputs()]
 
     def _empty_cache(self, batch: int) -> dict[str, Any]:
-        inputs = {value.name: value.shape for value in self._sessions[DECODER].get_inputs()}
+        inputs = {value.name: value.shape for value in self._session(DECODER).get_inputs()}
         return _ort_values(empty_cache(inputs, batch, self.dtype, self.device))
 
     def _prepare(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:

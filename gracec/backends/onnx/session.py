@@ -29,8 +29,9 @@ from gracec.json_files import JsonModel, check_fields, read_json_object
 from gracec.kernels.onnxruntime import ACCURACY_LEVEL
 
 SESSION_FILE, FOLDER = "session.json", "onnx"
-FORMAT_VERSION = 2
-"""1: graphs and their hashes; 2: with those of configuration and processor, and of itself."""
+FORMAT_VERSION = 3
+"""1: graphs and their hashes; 2: with those of configuration and processor, and of itself; 3: a
+decoder of gracec's own among the graphs."""
 SEAL = "session_sha256"
 MINIMUM_RUNTIME = "1.24"
 MINIMUM_RUNTIME_8_BITS = "1.31"

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import onnx_ir as ir
+
 from gracec.backends.onnx import gates, graphs
 from gracec.capture.serving import ServingProgram
 from gracec.errors import GateError
@@ -51,6 +53,7 @@ def write_graph(
     place: Callable[[Pipeline], Pipeline] = lambda pipeline: pipeline,
     external: bool = False,
     decompose: bool = False,
+    arrange: Callable[[ir.Graph], None] = lambda graph: None,
 ) -> WrittenGraph:
     """Lower a frozen graph, write it and check what was written.
 
@@ -61,6 +64,7 @@ def write_graph(
         further: passes after it.
         place: puts passes of others into the pipeline.
         external, decompose: of `graphs.write_model` and `graphs.to_onnx`.
+        arrange: puts the tensors in order before they are written.
 
     Raises:
         GracecError: if the graph cannot be lowered or translated.
@@ -71,6 +75,7 @@ def write_graph(
     result = run_passes(graph.program, place(Pipeline((*lowering, *further))))
     lowered = lowered_weights(result.program)
     model = graphs.to_onnx(replace(graph, program=result.program), name, decompose=decompose)
+    arrange(model.graph)
     file = path({weight.kernel for weight in lowered.values()})
     files = graphs.write_model(model, file, external=external)
     gates.file_is_valid(file)

@@ -35,14 +35,19 @@ STUDENT = ROOT / "examples/emojivqa/student"
 
 def test_one_directory_for_several_libraries(bundle: Path, batch: dict[str, Tensor]) -> None:
     notes = (bundle / "notes.txt").read_text().splitlines()
-    fused, note, chosen = (note for note in notes if note.startswith("onnx: "))
-    assert fused.endswith("5 norms, 4 rotary embeddings, 2 attentions")
+    standard, fused, note, chosen = (note for note in notes if note.startswith("onnx: "))
+    assert standard.endswith("5 norms, 4 rotary embeddings, 2 attentions")
+    assert fused.endswith(
+        "fused decoder: 4 groups of linears, 2 attentions, 4 norms after additions"
+    )
     assert note.startswith("onnx: 14 matmuls on INT4 kernels, KL ")
     assert chosen.startswith("onnx: mode fast: 8-bit inputs change nothing that counts, KL ")
     assert {path.name for path in (bundle / "onnx").iterdir()} == {
         "vision_encoder.onnx",
         "embed_tokens.onnx",
         "decoder_model_merged_q4.onnx",
+        "decoder_model_merged_q4.onnx_data",
+        "fused_decoder.onnx",
         "session.json",
     }
     config = json.loads((bundle / "config.json").read_text())
@@ -53,7 +58,7 @@ def test_one_directory_for_several_libraries(bundle: Path, batch: dict[str, Tens
             "embed_tokens": "fp32",
             "decoder_model_merged": "q4",
         },
-        "use_external_data_format": {},
+        "use_external_data_format": {"decoder_model_merged_q4.onnx": 1},
     }
     assert json.loads((bundle / "preprocessor_config.json").read_text())["processor_class"]
     assert json.loads((bundle / "tokenizer_config.json").read_text())["chat_template"]
@@ -103,6 +108,9 @@ def test_the_figures_of_the_gates(bundle: Path) -> None:
     assert faithful["greedy"] == {"same": 2, "ambiguous": 0, "different": 0, "tokens": 16}
     assert session["mode"] == "fast" and 1e-9 < fast["logits"]["kl"] <= 1e-3
     assert {name: figures[name] for name in fast} == fast, "the mode that was taken"
+    fused = figures["fused_decoder"]
+    assert 1e-9 < fused["logits"]["kl"] <= 1e-3
+    assert fused["greedy"]["different"] == 0 and fused["greedy"]["tokens"] == 16
 
 
 def test_export_alone(exported: Path) -> None:
@@ -162,7 +170,8 @@ def test_other_widths_and_other_parts(tmp_path: Path, bits: int) -> None:
     ops = "qdq" if bits == 8 else "matmulnbits"
     Onnx(ops).write(artifact, tmp_path)
     session = json.loads((tmp_path / "session.json").read_text())
-    assert session["kernels"] == {"vision_encoder": 1, "embed_tokens": 0, "decoder": 15}
+    joined = {"fused_decoder": 9} if ops == "matmulnbits" else {}
+    assert session["kernels"] == {"vision_encoder": 1, "embed_tokens": 0, "decoder": 15, **joined}
     assert session["minimum_runtime"] == ("1.31" if ops == "qdq" else "1.24")
     assert session["graphs"]["vision_encoder"] == "vision_encoder_q4.onnx"
 
@@ -228,11 +237,12 @@ def test_everything_that_was_noted_is_told(
     trial = mode.Trial(same, same, None, gates.TokenAgreement(2, 0, 0, 16))
     monkeypatch.setattr(Onnx, "_write_graphs", lambda *arguments: {"decoder": graph})
     monkeypatch.setattr(mode.Expected, "measure", lambda *arguments: trial)
+    monkeypatch.setattr(Onnx, "_fuse", lambda one, config, *arguments: (config, ["no fused one"]))
     monkeypatch.setattr(runner, "OnnxModel", lambda *arguments, **options: None)
     monkeypatch.setattr(genai, "notes", lambda frozen: ["onnxruntime-genai: pictures are small"])
     told = replace(artifact_of(compiled), reference=None)  # which nothing was run for
-    fused, summary, small = Onnx(mode="faithful").write(told, tmp_path)
-    assert fused == "fuse-decoder: 5 norms"
+    standard, fused, summary, small = Onnx(mode="faithful").write(told, tmp_path)
+    assert (standard, fused) == ("fuse-decoder: 5 norms", "no fused one")
     assert summary.startswith("0 matmuls on INT4 kernels, KL 0 ")
     assert small == "onnxruntime-genai: pictures are small"
 

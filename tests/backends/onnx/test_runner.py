@@ -256,7 +256,8 @@ def test_plain_transformers_reads_the_configuration(exported: Path) -> None:
     [
         ({"vision_encoder": None}, "there is no graph 'vision_encoder'"),
         ({"vision_encoder": "decoder"}, "the graph 'vision_encoder' is another one"),
-        ({"decoder": "embed_tokens"}, "the graph 'decoder' is another one"),
+        ({"fused_decoder": "embed_tokens"}, "the graph 'fused_decoder' is another one"),
+        ({"fused_decoder": None, "decoder": "fused_decoder"}, "the graph 'decoder' is another one"),
     ],
 )
 def test_graphs_of_other_names_are_refused(

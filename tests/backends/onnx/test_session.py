@@ -215,7 +215,7 @@ def test_graphs_of_before_lose_no_hash_either(tmp_path: Path) -> None:
 def test_another_version_of_the_session_file(copied: Copied) -> None:
     directory = copied()
     edit(directory / "onnx", format_version=9)
-    assert "format version 9, this gracec reads 1 to 2; export the model again" in refusal(
+    assert "format version 9, this gracec reads 1 to 3; export the model again" in refusal(
         directory
     )
 
