@@ -76,6 +76,7 @@ def test_a_sample_that_does_not_calibrate_is_reported(llava: LlavaForConditional
 TEXTS = [{"question": f"what is {word} ?", "answer": word} for word in ("red", "green", "blue")]
 
 
+@pytest.mark.slow
 def test_texts_calibrate_the_decoder_and_leave_the_tower_alone(
     quantized: CompiledModel, llava: LlavaForConditionalGeneration
 ) -> None:
@@ -91,6 +92,7 @@ def test_texts_calibrate_the_decoder_and_leave_the_tower_alone(
     assert all(same.values()) == (recipe == "w8a8")
 
 
+@pytest.mark.slow
 def test_texts_alone_do_not_calibrate_a_tower(llava: LlavaForConditionalGeneration) -> None:
     with pytest.raises(GracecError, match="observed nothing; calibrate on data with pictures"):
         compile(llava, "w8a8", train_data=TEXTS)

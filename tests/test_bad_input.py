@@ -156,6 +156,7 @@ def test_an_unknown_key_of_a_recipe(saved: Path, tmp_path: Path) -> None:
     assert "unknown key 'weights.decoder.groupsize'; did you mean 'group_size'?" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_width_that_no_group_divides(tmp_path: Path) -> None:
     model = tmp_path / "odd"
     tiny_llava(hidden_size=72, intermediate_size=128).save_pretrained(model)

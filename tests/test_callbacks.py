@@ -99,6 +99,7 @@ def test_a_callback_ends_a_training_which_is_tracked(
     assert any(line.startswith("pass insert-fake-quant ") for line in said)
 
 
+@pytest.mark.slow
 def test_what_a_callback_raises_leaves_the_checkpoint(
     llava: LlavaForConditionalGeneration, tmp_path: Path
 ) -> None:

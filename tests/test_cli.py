@@ -169,6 +169,7 @@ def test_version_help_quiet_and_verbose(workspace: Path, tmp_path: Path) -> None
     assert both.returncode == 2 and "exclude each other" in both.stderr
 
 
+@pytest.mark.slow
 def test_eval_gives_every_control(workspace: Path) -> None:
     done = gracec("eval", workspace / "int4", "--data", workspace / "data", "--json")
     assert done.returncode == 0, done.stderr
@@ -289,6 +290,7 @@ def test_opt_prints_the_program_at_the_end(workspace: Path) -> None:
     assert again.stdout == done.stdout
 
 
+@pytest.mark.slow
 def test_opt_prints_after_each_pass_or_what_it_changed(workspace: Path, tmp_path: Path) -> None:
     arguments = ("opt", workspace / "model", "--passes", f"{PIPELINE},insert-fake-quant")
     done = gracec(*arguments, "--print-before", "--print-after-all")
@@ -323,6 +325,7 @@ def test_opt_leaves_passes_out(workspace: Path) -> None:
         assert done.returncode == 2 and message in done.stderr and done.stdout == ""
 
 
+@pytest.mark.slow
 def test_opt_says_what_each_pass_took_and_added(workspace: Path, tmp_path: Path) -> None:
     arguments = ("opt", workspace / "model", "--passes", f"{PIPELINE},freeze")
     done = gracec(*arguments, "--time", "--out", tmp_path / "program.txt")

@@ -115,6 +115,7 @@ def test_a_float32_recipe_verifies_the_kernels(
     assert "model.multi_modal_projector.linear_1.weight" in compiled.weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_tied_head_is_quantized_and_the_embedding_is_kept(
     llava: LlavaForConditionalGeneration, batch: dict[str, Tensor], tmp_path: Path, bits: int

@@ -73,6 +73,7 @@ def test_a_verdict_needs_an_interval_on_one_side(bench: SimpleNamespace) -> None
     assert bench.rounds.verdict(bench.rounds.interval([2.0, 2.1]), 1.0) == "inconclusive"
 
 
+@pytest.mark.slow
 def test_a_round_of_a_tiny_model(bench: SimpleNamespace, tmp_path: Path) -> None:
     nobody = tmp_path / "no-peers"
     shop = bench.prepare.Workshop("tiny", tmp_path / "tiny", nobody, "")

@@ -76,6 +76,7 @@ def test_a_head_that_is_not_tied_any_more_stays_apart(
         assert logit_agreement(logits, onnx(**batch).logits, mask).kl < 1e-4
 
 
+@pytest.mark.slow
 def test_a_head_that_is_tied_by_hand_becomes_two(batch: dict[str, Tensor], tmp_path: Path) -> None:
     """The configuration cannot be made to say it: another reader would have no place for it."""
     model = tiny_llava(tie=False)

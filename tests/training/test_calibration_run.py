@@ -83,6 +83,7 @@ def test_an_interrupted_calibration_resumes_to_the_same_codes(
     assert not (tmp_path / "out.training").exists()
 
 
+@pytest.mark.slow
 def test_a_calibration_of_something_else_is_not_gone_on_with(
     llava: LlavaForConditionalGeneration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +104,7 @@ def test_a_calibration_of_something_else_is_not_gone_on_with(
         gracec.compile(llava, output_dir=tmp_path / "out", resume=True, **options())
 
 
+@pytest.mark.slow
 def test_a_file_of_the_user_stays(
     llava: LlavaForConditionalGeneration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

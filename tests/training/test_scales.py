@@ -107,6 +107,7 @@ def compile_until_killed(directory: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_killed_compilation_resumes_to_the_same_scales(
     block: LlavaForConditionalGeneration, tmp_path: Path
 ) -> None:

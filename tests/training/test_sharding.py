@@ -229,6 +229,7 @@ def test_auto_shards_what_does_not_fit(one_rank: None, monkeypatch: pytest.Monke
     assert needed == sum(running.values()) + 4 * learn + taught
 
 
+@pytest.mark.slow
 def test_routed_experts_go_on_with_either_strategy(one_rank: None, tmp_path: Path) -> None:
     """They are a matrix in shards, and in a checkpoint what the model has."""
     alone = {"distillation": {"kind": "none", "omega": 0}}
