@@ -141,9 +141,7 @@ def test_a_dense_weight_in_the_generating_model_is_an_error(
 ) -> None:
     linear = compiled.model.get_submodule(Q_PROJ.removesuffix(".weight"))
     monkeypatch.setitem(linear._parameters, "weight", dense(compiled))
-    with pytest.raises(
-        GateError, match="13 weights ran on INT4 kernels in the generating"
-    ):
+    with pytest.raises(GateError, match="13 weights ran on INT4 kernels in the generating"):
         Torchao().gates(compiled.runtime, compiled.frozen)
 
 
