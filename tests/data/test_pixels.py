@@ -91,6 +91,11 @@ MODES: dict[str, tuple[str, Callable[[Path], Any], tuple[str, ...]]] = {
 }
 
 
+CONVERT_NOTHING = ("idefics2", "lfm2_vl")
+"""Families whose image processor, or the stand-in for it, takes pictures in RGB alone: what
+transformers makes of another mode is an error, or something that nobody meant."""
+
+
 @cache
 def processor_of(family: str) -> Any:
     return tiny_processor(family)
@@ -128,6 +133,8 @@ def test_every_family_sees_what_transformers_alone_makes_of_the_file(
     (evaluated,) = load_samples(tmp_path)
     assert evaluated.image == file
     for family in PROCESSORS:
+        if family in CONVERT_NOTHING and mode not in ("RGB", "EXIF"):
+            continue
         processor = processor_of(family)
         asked = encode_questions(processor, [QUESTION], [load_image(file)])
         batch = Collator(processor, tiny_llava())([trained])

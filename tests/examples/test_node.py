@@ -44,7 +44,7 @@ def test_the_tokens_are_those_of_python(tiny: Tried) -> None:
 
 
 def test_negative_scales(signed: Tried) -> None:
-    weights = gracec.load(signed.directory).weights.values()
+    weights = gracec.load(signed.directory, target="torchao").weights.values()
     assert all(2 * (one.scales < 0).sum() == one.scales.numel() for one in weights)
     check_tokens(signed)
 
