@@ -69,12 +69,12 @@ def test_whatever_is_given_there_is_a_verdict(tmp_path: Path, path: str) -> None
 
 def test_another_family_says_what_an_adapter_needs(model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
-    config |= {"model_type": "llava_next", "image_grid_pinpoints": [[32, 32]]}
+    config |= {"model_type": "llava_next_video", "image_grid_pinpoints": [[32, 32]]}
     (model / "config.json").write_text(json.dumps(config))
     found = diagnose(model)
     assert statuses(found)["vision-language model"] == OK
     assert statuses(found)["family"] == BLOCKED
-    assert "the family 'llava_next' has no adapter" in detail(found, "family")
+    assert "the family 'llava_next_video' has no adapter" in detail(found, "family")
     assert "gracec/capture/families" in detail(found, "family")
     assert statuses(found)["checkpoint values"] == OK
     assert statuses(found)["capture"] == SKIPPED

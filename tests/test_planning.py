@@ -184,6 +184,7 @@ def storages() -> dict[int, int]:
     return {one.data_ptr(): one.nbytes() for one in held if one.nbytes()}
 
 
+@pytest.mark.slow  # alone in its process: it counts every tensor there
 @pytest.mark.parametrize("training", [{}, {"learns": "scales", "teacher_cache": "teachers"}])
 def test_the_peak_is_that_of_the_training(
     training: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
