@@ -486,9 +486,13 @@ class Planner:
         foot, (taught, typical) = self.pair.footprint, self.rehearsals.of(0, setting.precision)
         count, again = setting.micro_batch_size, setting.checkpointing
         samples = self.share * self.given.padded(count)
-        operations = typical.forward + typical.backward + again * typical.again
-        # Gradients of parameters are added up once a micro-batch, however long it is.
+        # Attention grows with the square of the length: what is computed is that of the typical
+        # sample. But logits that are more than a chunk are computed again in the backward pass.
+        alone = self.rehearsed(1, setting.precision)[1]
         teaching, longest = self.rehearsed(count, setting.precision)
+        in_chunks = longest.computed / (count * alone.computed)
+        operations = in_chunks * typical.computed + again * typical.again
+        # Gradients of parameters are added up once a micro-batch, however long it is.
         batches = samples / count * self.given.mean / max(self.given.lengths)
         moved = batches * (longest.moved + again * longest.moved_again)
         new_pages = batches * (longest.new_pages + again * longest.new_pages_again)

@@ -127,6 +127,18 @@ def test_of_what_is_sharded_each_device_has_its_share(
     assert found.wanted.teacher_seconds == pytest.approx(plan_for().wanted.teacher_seconds / 4)
 
 
+def test_what_is_computed_again_for_many_samples_at_once_takes_time(pair: Pair) -> None:
+    given = pair.samples(None, TEXT)
+    made = Rehearsals(pair, given)
+    planner = Planner(pair, given, 1, 10**9, Rates({"float32": 1e-3}, 1e9, 1e9), made)
+    setting = Setting(2, "float32")
+    before, _ = planner.seconds(setting)
+    one, two = (made.of(count, "float32")[1] for count in (1, 2))
+    assert two.computed == pytest.approx(2 * one.computed, rel=0.02)  # in one chunk
+    made.made[2, "float32"] = replace(two, backward=two.backward + two.computed)
+    assert planner.seconds(setting)[0] == pytest.approx(2 * before, rel=0.01)
+
+
 def test_with_a_cache_the_teacher_leaves_its_head_and_its_answers_are_on_the_disk(
     plan_for: Callable[..., TrainingPlan],
 ) -> None:

@@ -111,6 +111,11 @@ class Rehearsal:
     new_pages: int
     new_pages_again: int
 
+    @property
+    def computed(self) -> int:
+        """Operations of both passes."""
+        return self.forward + self.backward
+
     def between(self, other: Rehearsal, share: float) -> Rehearsal:
         """On the line from this one to another: not less than what lies between them, but for new
         pages, which no tensor takes that is small enough."""
