@@ -5,7 +5,7 @@ number. So what autograd keeps, what is alive at which time, and the operations 
 those of the real step, of any family, whatever its graph looks like.
 
     teacher   forward
-    student   forward  ->  head and loss, in chunks  ->  backward
+    student   normalisers  ->  forward  ->  head and loss, in chunks  ->  backward
 
 Left out is what a kernel allocates and frees inside itself; but not the copy of its operand that
 logsumexp makes, which is as large as the logits.
@@ -167,11 +167,13 @@ def rehearse(
             parameters[name].requires_grad_()
             parameters[name].register_post_accumulate_grad_hook(alive.accumulated)
         graph = _Graph(student.program, parameters, alive)
+        with torch.no_grad():  # of all micro-batches of a step, before the first one
+            normalisers = objective.normalisers(said, micro.targets)
         with saved_tensors_hooks(alive.pack, lambda tensor: tensor):
             with torch.autocast("cpu", torch.bfloat16, narrow):
                 outputs = student.outputs(graph.run(*student.inputs(micro).values()))
             terms = objective.terms(outputs, said, micro.targets)
-            loss = objective.loss(terms, terms.weights, 1.0, objective.omega_warmup)
+            loss = objective.loss(terms, normalisers, 1.0, objective.omega_warmup)
         del outputs, terms
         forward, saved, kept = alive.operations, alive.saved, alive.saved - alive.inside
         alive.phase, alive.block = "loss", None

@@ -86,12 +86,13 @@ def real_step(pupil: Learner, one: MicroBatch) -> tuple[Kept, Callable[[], None]
     graph = fx.Interpreter(pupil.program.graph_module)
     with torch.no_grad():
         taught = pupil.outputs(graph.run(*values.values()))
+        normalisers = OBJECTIVE.normalisers(taught, one.targets)
     known = [*pupil.program.graph_module.parameters(), *pupil.program.graph_module.buffers()]
     known += [*values.values(), one.labels]
     kept = Kept(known)
     with saved_tensors_hooks(kept.pack, lambda tensor: tensor):
         terms = OBJECTIVE.terms(pupil.outputs(graph.run(*values.values())), taught, one.targets)
-        loss = OBJECTIVE.loss(terms, terms.weights, 1.0, OBJECTIVE.omega_warmup)
+        loss = OBJECTIVE.loss(terms, normalisers, 1.0, OBJECTIVE.omega_warmup)
 
     def backward() -> None:
         loss.backward()
