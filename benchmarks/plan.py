@@ -8,7 +8,7 @@ above what the process held before any model, and the seconds of that step and t
 Memory is measured again with a C library that gives back what is freed; by default it keeps some
 for later. Planned is the same, by a process that sees the configurations and the data, with three
 rates of this machine: of a square matmul, of an addition, and of new memory. They are measured
-beside the steps, and have nothing of any of the shapes.
+before and after the steps of each shape, and have nothing of any of them.
 """
 
 from __future__ import annotations
@@ -154,26 +154,21 @@ class Steps:
     """Measures optimizer steps from the second one on, prints them and ends the process.
 
     Seconds are those that the process computes: other work on the machine takes none of them, but
-    for what it takes of caches and of the memory's bandwidth. Rates are measured before and after.
+    for what it takes of caches and of the memory's bandwidth.
     """
 
     def __init__(self, libraries: float) -> None:
         self.libraries, self.began, self.mib = libraries, 0.0, 0.0
         self.seconds: list[float] = []
-        self.rates: list[dict[str, float]] = []
 
     def on_step(self, step: int, figures: dict[str, Any]) -> bool:
         if step == 1:
-            self.rates.append(rates())
             forget_peak()
         else:
             self.seconds.append(time.process_time() - self.began)
             self.mib = self.mib or peak_mib() - self.libraries
-            self.rates.append(rates())
         if len(self.seconds) == STEPS:
-            found = {name: usual(one[name] for one in self.rates) for name in self.rates[0]}
-            found |= {"mib": self.mib, "seconds": usual(self.seconds)}
-            print(json.dumps(found), flush=True)
+            print(json.dumps({"mib": self.mib, "seconds": usual(self.seconds)}), flush=True)
             os._exit(0)
         self.began = time.process_time()
         return False
@@ -224,7 +219,8 @@ def usual_seconds(work: Callable[[], Any]) -> float:
 def rates() -> dict[str, float]:
     """What this machine does in a second in one thread, of operands that no shape has: a square
     matmul and both products of its gradient, an addition in memory that is there, and how much
-    longer it takes in memory that is not."""
+    longer it takes in memory that is not. In a process that has freed much, some of that is used again.
+    """
     a, b = torch.randn(1000, 1000), torch.randn(1000, 1000)
     matmuls = usual_seconds(lambda: (a @ b.T, a @ b, a.T @ b))
     x, y = torch.randn(12 << 20), torch.randn(12 << 20)
@@ -254,13 +250,16 @@ def planned(shape: dict[str, Any], folder: Path, found: dict[str, float]) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", choices=("models", "measure", "plan"))
+    parser.add_argument("--work", choices=("models", "rates", "measure", "plan"))
     parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--folder", type=Path)
     for rate in RATES:
         parser.add_argument(f"--{rate}", type=float, help="of this machine")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.work == "rates":
+        print(json.dumps(rates()))
+        return
     if options.work:
         shape = SHAPES[options.shape]
         if options.work == "plan":
@@ -273,7 +272,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             arguments = {"shape": name, "folder": folder}
             in_a_process(__file__, {"work": "models", **arguments})
+            before = in_a_process(__file__, {"work": "rates"})
             found = in_a_process(__file__, {"work": "measure", **arguments})
+            after = in_a_process(__file__, {"work": "rates"})
+            found |= {rate: (before[rate] + after[rate]) / 2 for rate in RATES}
             os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"
             kept_back = found["mib"]
             found["mib"] = in_a_process(__file__, {"work": "measure", **arguments})["mib"]
