@@ -219,8 +219,7 @@ def usual_seconds(work: Callable[[], Any]) -> float:
 def rates() -> dict[str, float]:
     """What this machine does in a second in one thread, of operands that no shape has: a square
     matmul and both products of its gradient, an addition in memory that is there, and how much
-    longer it takes in memory that is not. In a process that has freed much, some of that is used again.
-    """
+    longer it takes in memory that is not: in a process that has freed nothing that it would get."""
     a, b = torch.randn(1000, 1000), torch.randn(1000, 1000)
     matmuls = usual_seconds(lambda: (a @ b.T, a @ b, a.T @ b))
     x, y = torch.randn(12 << 20), torch.randn(12 << 20)
