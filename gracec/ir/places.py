@@ -3,18 +3,29 @@
     attention(q(x), k(x), v(x)) -> out      down(act(gate(x)) * up(x))      down(act(up(x)))
 
 All by dataflow, and no name of a module is looked at. A matmul is of the first block whose output
-depends on it; in what is no attention of a block, `down` is what computes from other matmuls of it
-alone.
+depends on it. `out` is what reads attention, or a convolution along the sequence, which has no q, k
+and v; in what is neither of a block, `down` is what computes from other matmuls of it alone.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import fx
 
 from gracec.ir.annotations import Part, part_of
 from gracec.ir.program import Program, annotation
-from gracec.ir.queries import MATMULS, VIEWS, activation_of, attends, nearest_matmuls, weight_of
+from gracec.ir.queries import (
+    CONVOLUTIONS,
+    MATMULS,
+    SOFTMAX,
+    VIEWS,
+    activation_of,
+    attends,
+    nearest_matmuls,
+    weight_of,
+)
 from gracec.selectors import Place
 
 aten = torch.ops.aten
@@ -24,7 +35,8 @@ PRODUCTS = {aten.mul.Tensor}
 
 def places_of(program: Program) -> dict[fx.Node, Place]:
     """Every matmul-like node of an analysed program -> its place."""
-    blocks, roles = _blocks(program), _roles(program)
+    blocks = _blocks(program)
+    roles = _roles(program, blocks)
     return {
         node: Place(part, blocks.get(node) if part == Part.DECODER else None, roles.get(node, ""))
         for node in program.graph.nodes
@@ -49,14 +61,14 @@ def _blocks(program: Program) -> dict[fx.Node, int]:
     return found
 
 
-def _roles(program: Program) -> dict[fx.Node, str]:
+def _roles(program: Program, blocks: Mapping[fx.Node, int]) -> dict[fx.Node, str]:
     """Matmuls with a weight -> what each does, as far as dataflow says."""
     found: dict[fx.Node, str] = {}
-    attention = [node for node in program.graph.nodes if attends(node)]
-    ends = set(attention)
-    for node in attention:
-        operands = _operands(node)
-        ends |= set(operands.pop("ends", ()))
+    mixing = [node for node in program.graph.nodes if attends(node)]
+    ends = set(mixing)
+    for node in [one for one in mixing if one.target not in CONVOLUTIONS]:
+        operands, products = _operands(node)
+        ends.update(products)
         for role, operand in operands.items():
             for matmul in nearest_matmuls(operand):
                 if weight_of(matmul) is not None:
@@ -64,11 +76,10 @@ def _roles(program: Program) -> dict[fx.Node, str]:
                     found[matmul] = role if known == role else "qkv"
     linears = [node for node in program.graph.nodes if _is_plain(node)]
     for node in linears:
-        if node not in found and ends & _nearest(activation_of(node), ends):
+        if node not in found and ends & nearest_matmuls([activation_of(node)], ends):
             found[node] = "out"
-    blocks = _blocks(program)
     for node in linears:
-        before = _nearest(activation_of(node), ends)
+        before = nearest_matmuls([activation_of(node)], ends)
         inner = {one for one in before if _is_plain(one) and one not in found}
         if node in found or not before or inner != before:
             continue
@@ -86,13 +97,11 @@ def _is_plain(node: fx.Node) -> bool:
     return node.target in MATMULS and weight_of(node) is not None and not routes
 
 
-def _operands(attention: fx.Node) -> dict[str, list[fx.Node]]:
-    """Query, key and value of attention, and, where it is written out, the product that ends it."""
-    if attention.target == aten.scaled_dot_product_attention.default or len(attention.args) > 2:
+def _operands(attention: fx.Node) -> tuple[dict[str, list[fx.Node]], list[fx.Node]]:
+    """Query, key and value of attention, and, where it is written out, the products that end it."""
+    if attention.target not in SOFTMAX:
         names = zip("qkv", attention.args, strict=False)
-        operands = {name: [arg] for name, arg in names if isinstance(arg, fx.Node)}
-        if len(operands) == 3:
-            return operands
+        return {name: [arg] for name, arg in names if isinstance(arg, fx.Node)}, []
     scores = [one for one in nearest_matmuls([attention]) if weight_of(one) is None]
     left, products = list(attention.users), list[fx.Node]()
     while left:
@@ -101,27 +110,12 @@ def _operands(attention: fx.Node) -> dict[str, list[fx.Node]]:
             products.append(user)
         else:
             left += user.users
-    return {
-        "q": [one.args[0] for one in scores if isinstance(one.args[0], fx.Node)],
-        "k": [one.args[1] for one in scores if isinstance(one.args[1], fx.Node)],
-        "v": [one.args[1] for one in products if isinstance(one.args[1], fx.Node)],
-        "ends": products,
-    }
+    places = {"q": (scores, 0), "k": (scores, 1), "v": (products, 1)}
+    return {role: _arguments(matmuls, place) for role, (matmuls, place) in places.items()}, products
 
 
-def _nearest(node: fx.Node, ends: set[fx.Node]) -> set[fx.Node]:
-    """The matmuls and attentions that a value is computed from, with none of them in between."""
-    found, seen, left = set(), set(), [node]
-    while left:
-        one = left.pop()
-        if one in seen:
-            continue
-        seen.add(one)
-        if one in ends or one.target in MATMULS:
-            found.add(one)
-        else:
-            left += one.all_input_nodes
-    return found
+def _arguments(nodes: list[fx.Node], place: int) -> list[fx.Node]:
+    return [arg for node in nodes if isinstance(arg := node.args[place], fx.Node)]
 
 
 def _goes_straight(matmul: fx.Node) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -94,15 +94,19 @@ def seen_through(node: fx.Node) -> fx.Node:
     return node
 
 
-def nearest_matmuls(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The matmuls that some values are computed from with no other matmul in between."""
+def nearest_matmuls(nodes: Iterable[fx.Node], ends: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """The matmuls that some values are computed from with no other matmul in between.
+
+    Args:
+        ends: other nodes that count like them.
+    """
     found, seen, left = set(), set(), list(nodes)
     while left:
         node = left.pop()
         if node in seen:
             continue
         seen.add(node)
-        if node.target in MATMULS:
+        if node.target in MATMULS or node in ends:
             found.add(node)
         else:
             left += node.all_input_nodes

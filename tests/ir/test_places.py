@@ -29,12 +29,22 @@ ROLES = {
     "experts.gate_up_proj": "up",
     "experts.down_proj": "down",
     "mlp.gate": "",
+    "conv.in_proj": "",
+    "conv.out_proj": "out",
+    "feed_forward.w1": "gate",
+    "feed_forward.w3": "up",
+    "feed_forward.w2": "down",
+    "linear_attn.in_proj_qkv": "qkv",
+    "linear_attn.out_proj": "out",
 }
 MODELS = {
     "llava": partial(tiny_model, "llava"),
     "qwen2_vl": partial(tiny_model, "qwen2_vl"),
     "experts": partial(tiny_experts, "llava_mixtral"),
+    "lfm2_vl": partial(tiny_model, "lfm2_vl"),
+    "qwen3_5": partial(tiny_model, "qwen3_5"),
 }
+SLOW = ("qwen3_5",)
 
 
 def named(program: Program) -> dict[str, Place]:
@@ -44,7 +54,9 @@ def named(program: Program) -> dict[str, Place]:
     return {fqns[n].removesuffix(".weight"): place for n, place in places_of(program).items()}
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(one, marks=[pytest.mark.slow] * (one in SLOW)) for one in MODELS]
+)
 def test_they_are_what_the_names_of_modules_say(kind: str) -> None:
     program = run_passes(capture(MODELS[kind]()), parse_pipeline("analyze-modality")).program
     found, seen = named(program), set[str]()
